@@ -1,0 +1,58 @@
+// Which instruction sets this library holds, and which of them the CPU it runs on has.
+
+#include <cstring>
+
+#include "fastvae.h"
+
+namespace fastvae {
+
+// FASTVAE_FOR_EACH_ISA(X) comes from CMake: X(avx512) X(avx2) ..., best first.
+#define DECLARE(isa) \
+    namespace isa { \
+    extern const fastvae_kernels kernels_f32, kernels_f64; \
+    }
+FASTVAE_FOR_EACH_ISA(DECLARE)
+
+struct InstructionSet {
+    const char *name;
+    const fastvae_kernels *kernels[2];  // by fastvae_dtype
+};
+#define ENTRY(isa) {#isa, {&isa::kernels_f32, &isa::kernels_f64}},
+static const InstructionSet compiled[] = {FASTVAE_FOR_EACH_ISA(ENTRY)};
+
+static bool cpu_has(const char *name) {
+#if defined(__x86_64__)
+    if (!std::strcmp(name, "avx512")) return __builtin_cpu_supports("x86-64-v4");
+    if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("x86-64-v3");
+    return __builtin_cpu_supports("x86-64-v2");
+#else
+    return name != nullptr;  // NEON and the compiler's default are part of the base architecture
+#endif
+}
+
+}  // namespace fastvae
+
+extern "C" {
+
+#define EXPORT __attribute__((visibility("default")))
+
+EXPORT const char *fastvae_version(void) { return FASTVAE_VERSION; }
+
+EXPORT const char *fastvae_instruction_sets(void) {
+    static char names[64];
+    if (!names[0])
+        for (const auto &set : fastvae::compiled)
+            if (fastvae::cpu_has(set.name)) {
+                if (names[0]) std::strcat(names, " ");
+                std::strcat(names, set.name);
+            }
+    return names;
+}
+
+EXPORT const fastvae_kernels *fastvae_kernels_for(const char *instruction_set, enum fastvae_dtype dtype) {
+    for (const auto &set : fastvae::compiled)
+        if (!std::strcmp(set.name, instruction_set) && fastvae::cpu_has(set.name)) return set.kernels[dtype];
+    return nullptr;
+}
+
+}  // extern "C"

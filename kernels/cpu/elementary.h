@@ -1,0 +1,129 @@
+// Elementary functions on vectors: exp2, exp, e^x - 1 - x, and the natural logarithm.
+//
+// Polynomials are near-minimax (Chebyshev) fits, their relative error noted beside them; float results
+// are within 2 ulp, double ones within 2 ulp (log: the C library's, lane by lane). NaN gives NaN. Results
+// below the smallest normal number may be flushed to zero.
+#pragma once
+
+#include "simd.h"
+
+namespace fastvae::FASTVAE_ISA {
+
+template <class T> struct Elementary;
+
+template <> struct Elementary<float> {
+    static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    static constexpr int kMantissa = 23, kBias = 127;
+    static constexpr float kMinExponent = -126.0f, kMaxExponent = 128.0f;
+    static constexpr float kLn2Hi = 0.693145751953125f, kLn2Lo = 1.42860682030941723e-6f;
+    // (2^x - 1) / x on [-1/2, 1/2]: 8e-9
+    static constexpr float kExp2[] = {6.931471880e-01f, 2.402265076e-01f, 5.550357114e-02f,
+                                      9.618082557e-03f, 1.339086336e-03f, 1.545316295e-04f};
+    // (e^x - 1 - x) / x^2 on [-ln2/2, ln2/2]: 8e-9 of e^x
+    static constexpr float kExp[] = {5.000000000e-01f, 1.666657667e-01f, 4.166655421e-02f, 8.363232884e-03f,
+                                     1.392625083e-03f};
+    // the same on [-1, 1]: 1e-10
+    static constexpr float kExpTail[] = {5.000000000e-01f, 1.666666658e-01f, 4.166666659e-02f,
+                                         8.333345241e-03f, 1.388889879e-03f, 1.983698849e-04f,
+                                         2.479802595e-05f, 2.812644435e-06f, 2.803093810e-07f};
+};
+
+template <> struct Elementary<double> {
+    static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+    static constexpr int kMantissa = 52, kBias = 1023;
+    static constexpr double kMinExponent = -1022.0, kMaxExponent = 1024.0;
+    static constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10;
+    // 1e-17
+    static constexpr double kExp2[] = {6.93147180559945286e-01, 2.40226506959100972e-01,
+                                       5.55041086648215970e-02, 9.61812910760688825e-03,
+                                       1.33335581464169356e-03, 1.54035304417360499e-04,
+                                       1.52527338298361192e-05, 1.32154425879216893e-06,
+                                       1.01780624458457737e-07, 7.07258594926922339e-09,
+                                       4.45496059818651856e-10};
+    // 1e-18
+    static constexpr double kExp[] = {5.00000000000000000e-01, 1.66666666666666713e-01,
+                                      4.16666666666666713e-02, 8.33333333332608381e-03,
+                                      1.38888888888837113e-03, 1.98412698750022792e-04,
+                                      2.48015873256774607e-05, 2.75572551700008879e-06,
+                                      2.75572734787185824e-07, 2.51053127296221029e-08,
+                                      2.09147553258932021e-09};
+    // 1e-22
+    static constexpr double kExpTail[] = {
+        5.00000000000000000e-01, 1.66666666666666657e-01, 4.16666666666666644e-02, 8.33333333333333322e-03,
+        1.38888888888888894e-03, 1.98412698412696976e-04, 2.48015873015872304e-05, 2.75573192240768469e-06,
+        2.75573192240313263e-07, 2.50521083551334255e-08, 2.08767569727268982e-09, 1.60590495647274897e-10,
+        1.14707484593771740e-11, 7.64654746625834047e-13, 4.77916942111103945e-14, 2.84660370997499535e-15,
+        1.57948440565175789e-16};
+};
+
+// p * 2^n for integral n (as T); overflows to infinity and underflows to zero, -inf included.
+template <class T> FASTVAE_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> n) {
+#if FASTVAE_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+        return (Vec<T>)_mm512_scalef_ps((__m512)p, (__m512)n);
+    else
+        return (Vec<T>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+#else
+    using E = Elementary<T>;
+    const IVec<T> bits = ((IVec<T>)(n + E::kRound)) << E::kMantissa;
+    Vec<T> r = (Vec<T>)((IVec<T>)p + bits);
+    r = select<T>(n < E::kMinExponent, Vec<T>{}, r);
+    return select<T>(n > E::kMaxExponent, splat(kInf<T>), r);
+#endif
+}
+
+// 2^x
+template <class T> FASTVAE_INLINE Vec<T> exp2_(Vec<T> x) {
+    using E = Elementary<T>;
+    x = min_<T>(splat(E::kMaxExponent + 1), max_<T>(splat(E::kMinExponent - E::kMantissa - 8), x));
+    const Vec<T> n = (x + E::kRound) - E::kRound;
+    const Vec<T> f = x - n;
+    return scale_by_power<T>(polynomial<T>(f, E::kExp2) * f + T(1), n);
+}
+
+// e^x
+template <class T> FASTVAE_INLINE Vec<T> exp_(Vec<T> x) {
+    using E = Elementary<T>;
+    constexpr T kLog2e = T(1.44269504088896340736);
+    x = min_<T>(splat((E::kMaxExponent + 1) / kLog2e), max_<T>(splat((E::kMinExponent - E::kMantissa - 8) / kLog2e), x));
+    const Vec<T> n = (x * kLog2e + E::kRound) - E::kRound;
+    const Vec<T> f = (x - n * E::kLn2Hi) - n * E::kLn2Lo;
+    return scale_by_power<T>(polynomial<T>(f, E::kExp) * (f * f) + f + T(1), n);
+}
+
+// e^x - 1 - x, never negative and accurate near 0; `e_x` is exp_(x).
+template <class T> FASTVAE_INLINE Vec<T> exp_tail(Vec<T> x, Vec<T> e_x) {
+    const Vec<T> near = polynomial<T>(x, Elementary<T>::kExpTail) * (x * x);
+    const Vec<T> far = (e_x - T(1)) - x;
+    return select<T>((x > T(-1)) & (x < T(1)), near, far);
+}
+
+// ln x for x > 0 (0 gives -inf; below 0 gives NaN)
+template <class T> FASTVAE_INLINE Vec<T> log_(Vec<T> x) {
+    if constexpr (sizeof(T) == 8) {
+        for (int i = 0; i < kLanes<T>; ++i) x[i] = std::log(x[i]);
+        return x;
+    } else {
+        // x = m 2^e with m in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f^2/2 + f^3 P(f), P's error 3e-8
+        constexpr float kLog[] = {3.333333118e-01f,  -2.499999696e-01f, 2.000071575e-01f,
+                                  -1.666780232e-01f, 1.424905765e-01f,  -1.242568733e-01f,
+                                  1.168541992e-01f,  -1.147973385e-01f, 6.971611471e-02f};
+        constexpr int kSqrtHalf = 0x3f3504f3;
+        const IVec<float> subnormal = x < 1.17549435e-38f;
+        const Vec<float> scaled = select<float>(subnormal, x * 8388608.0f, x);
+        const IVec<float> bits = (IVec<float>)scaled - kSqrtHalf;
+        const IVec<float> exponent = bits >> 23;
+        const Vec<float> m = (Vec<float>)((bits & 0x7fffff) + kSqrtHalf);
+        const Vec<float> e = __builtin_convertvector(exponent, Vec<float>) +
+                             select<float>(subnormal, splat(-23.0f), Vec<float>{});
+        const Vec<float> f = m - 1.0f;
+        const Vec<float> f2 = f * f;
+        const Vec<float> tail = polynomial<float>(f, kLog) * (f2 * f) + e * Elementary<float>::kLn2Lo;
+        Vec<float> r = e * Elementary<float>::kLn2Hi + ((tail - 0.5f * f2) + f);
+        r = select<float>(x == 0.0f, splat(-kInf<float>), r);
+        r = select<float>(x == kInf<float>, x, r);
+        return select<float>(x >= 0.0f, r, splat(kNaN<float>));
+    }
+}
+
+}  // namespace fastvae::FASTVAE_ISA

@@ -1,0 +1,99 @@
+/* fastvae: the plain C interface of the native library.
+ *
+ * A table of kernels exists per instruction set and scalar type. Every tensor is a pointer to that scalar
+ * type, row-major; a stride counts elements between rows, and the last axis is always contiguous. Outputs
+ * that a caller does not want are NULL and are then not computed. Shapes: S samples, N posteriors (columns),
+ * D dimensions, L samples per posterior, B batch. Logarithms are natural. Every kernel returns a status.
+ */
+#ifndef FASTVAE_H
+#define FASTVAE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum fastvae_status { FASTVAE_OK = 0, FASTVAE_OUT_OF_MEMORY = 1 };
+enum fastvae_dtype { FASTVAE_F32 = 0, FASTVAE_F64 = 1 };
+enum fastvae_reduction {
+    FASTVAE_NONE = 0,   /* [B, D] */
+    FASTVAE_SAMPLE = 1, /* [B]: sum over D */
+    FASTVAE_DIM = 2,    /* [D]: sum over B */
+    FASTVAE_SUM = 3     /* [1] */
+};
+
+/* log w_ij of the weighted log-sum-exp. For sample i with own column o = own[i]:
+ * j == o gives log_w_own; else j == (o + 1) mod N gives log_w_next; else log_w[j], or log_w_all where
+ * log_w is NULL. own[i] == -1 means no own column; a NaN in log_w_own or log_w_next means no override. */
+#define FASTVAE_WEIGHTS \
+    const void *log_w, double log_w_all, const int64_t *own, double log_w_own, double log_w_next
+
+typedef struct fastvae_kernels {
+    /* KL(N(mu, exp logvar) || N(prior_mu, exp prior_logvar)), reduced and multiplied by `scale`.
+     * Priors may be NULL (then 0), and a prior's stride may be 0: one row for all. */
+    int (*kl_gauss)(const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
+                    const void *prior_mu, int64_t prior_mu_stride, const void *prior_logvar,
+                    int64_t prior_logvar_stride, int64_t B, int64_t D, int reduction, double scale, void *out,
+                    int threads);
+
+    /* The upstream gradient of element (b, d) is scale * grad[b * grad_row + d * grad_col], grad_col 0 or 1:
+     * one formula for every reduction. d_mu, d_logvar: [B, D]. d_prior_*: [B, D], or [D] where that prior's
+     * stride is 0. */
+    int (*kl_gauss_backward)(const void *grad, int64_t grad_row, int64_t grad_col, double scale,
+                             const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
+                             const void *prior_mu, int64_t prior_mu_stride, const void *prior_logvar,
+                             int64_t prior_logvar_stride, int64_t B, int64_t D, void *d_mu, void *d_logvar,
+                             void *d_prior_mu, void *d_prior_logvar, int threads);
+
+    /* z [L, B, D] = mu + exp(logvar / 2) * eps, with eps from Philox4x32-10 keyed by *seed;
+     * log_q [L, B] = log q(z | x), log_p [L, B] = log N(z; 0, I), kl [B] = KL(q || N(0, I)). */
+    int (*sample_gauss)(const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
+                        const uint64_t *seed, int64_t L, int64_t B, int64_t D, void *z, void *log_q,
+                        void *log_p, void *kl, int threads);
+
+    /* Any of the four upstream gradients may be NULL (zero). d_mu, d_logvar: [B, D]. */
+    int (*sample_gauss_backward)(const void *d_z, const void *d_log_q, const void *d_log_p, const void *d_kl,
+                                 const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
+                                 const uint64_t *seed, int64_t L, int64_t B, int64_t D, void *d_mu,
+                                 void *d_logvar, int threads);
+
+    /* out [S, N] = log N(z_i; mu_j, exp logvar_j). */
+    int (*cross_log_prob)(const void *z, const void *mu, const void *logvar, int64_t S, int64_t N, int64_t D,
+                          void *out, int threads);
+    int (*cross_log_prob_backward)(const void *grad, const void *z, const void *mu, const void *logvar,
+                                   int64_t S, int64_t N, int64_t D, void *d_z, void *d_mu, void *d_logvar,
+                                   int threads);
+
+    /* joint [S] = log sum_j w_ij prod_d q(z_id | x_j). */
+    int (*agg_log_prob)(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S,
+                        int64_t N, int64_t D, void *joint, int threads);
+    int (*agg_log_prob_backward)(const void *d_joint, const void *joint, const void *z, const void *mu,
+                                 const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D,
+                                 void *d_z, void *d_mu, void *d_logvar, void *d_log_w, int threads);
+
+    /* The joint, and marginals [S, D] = log sum_j w_ij q(z_id | x_j), in one pass. */
+    int (*agg_log_prob_marginals)(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS,
+                                  int64_t S, int64_t N, int64_t D, void *joint, void *marginals,
+                                  int threads);
+    int (*agg_log_prob_marginals_backward)(const void *d_joint, const void *d_marginals, const void *joint,
+                                           const void *marginals, const void *z, const void *mu,
+                                           const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N,
+                                           int64_t D, void *d_z, void *d_mu, void *d_logvar, void *d_log_w,
+                                           int threads);
+} fastvae_kernels;
+
+/* The version of this interface and library, for example "0.1.0". */
+const char *fastvae_version(void);
+
+/* The instruction sets compiled in that this CPU can run, best first, space separated: "avx512 avx2 sse4". */
+const char *fastvae_instruction_sets(void);
+
+/* The kernels for one of them, or NULL where it was not compiled in or this CPU cannot run it. */
+const fastvae_kernels *fastvae_kernels_for(const char *instruction_set, enum fastvae_dtype dtype);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
