@@ -1,0 +1,84 @@
+"""Who computes: the choice of a backend for each device, and what `python -m fastvae info` says about it."""
+
+import importlib
+import os
+from types import ModuleType, TracebackType
+from typing import NamedTuple
+
+import torch
+
+# Best first, by device type. `reference` runs everywhere.
+CANDIDATES = {"cpu": ("native", "reference"), "cuda": ("reference",)}
+NAMES = ("native", "reference")
+
+_forced: str | None = os.environ.get("FASTVAE_BACKEND") or None
+
+
+class BackendStatus(NamedTuple):
+    name: str
+    available: bool
+    detail: str  # what it runs on, or why it is not available
+
+
+def status(name: str) -> BackendStatus:
+    """Whether a backend can be used here, and what it runs on or why it cannot."""
+    if name == "reference":
+        return BackendStatus(name, True, "plain PyTorch, any device")
+    return BackendStatus(name, *importlib.import_module(f".{name}", __name__).status())
+
+
+def backend_for(device: torch.device) -> ModuleType:
+    """The backend that computes for tensors on this device."""
+    for name in (_forced,) if _forced else CANDIDATES.get(device.type, ("reference",)):
+        _check_name(name)
+        if _forced and name != "reference" and name not in CANDIDATES.get(device.type, ()):
+            raise RuntimeError(f"backend {name!r} was asked for, but does not compute on {device.type} tensors")
+        if status(name).available:
+            return importlib.import_module(f".{name}", __name__)
+    raise RuntimeError(f"backend {_forced!r} was asked for, but is not available: {status(str(_forced)).detail}")
+
+
+class use_backend:
+    """Compute with one backend from here on, or within a `with` block; None goes back to the best available.
+
+    The environment variable `FASTVAE_BACKEND` sets it from outside. The choice is the process's, not the
+    thread's, because autograd runs backward functions on threads of its own.
+
+    Args:
+        name: "native", "reference", or None.
+
+    Raises:
+        ValueError: `name` is not a backend's.
+        RuntimeError: the backend is not available here; the message says why.
+
+    Example:
+        >>> with fastvae.use_backend("reference"):
+        ...     kl = fastvae.kl_gauss(mu, logvar)
+    """
+
+    def __init__(self, name: str | None):
+        global _forced
+        if name is not None:
+            _check_name(name)
+            found = status(name)
+            if not found.available:
+                raise RuntimeError(f"backend {name!r} is not available: {found.detail}")
+        self._before = _forced
+        _forced = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _forced
+        _forced = self._before
+
+
+def _check_name(name: str | None) -> None:
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")

@@ -1,0 +1,128 @@
+"""The kernel contract: what every backend computes.
+
+A backend is a module with the functions of `Backend` and no others. They take detached tensors on one device,
+allocate their results, and know nothing of autograd or estimators. Shapes: S samples, N posteriors (columns),
+D dimensions, L samples per posterior, B batch. Results are in the accumulation dtype, but for samples and
+gradients, which come in the dtype of the tensors they belong to. `wanted` says which of the backward's
+inputs need a gradient; the result lists those, in order. Backward functions recompute what they need.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "sample", "dim", "sum", "mean", "batchmean")
+
+
+class LogWeights(NamedTuple):
+    """log w_ij of the weighted log-sum-exp: `log_w[j]` (or `log_w_all`, or −log N where both are None), but for
+    sample i drawn from column o = own[i]: `log_w_own` at j = o, else `log_w_next` at j = (o + 1) mod N, where
+    these are not None. An `own[i]` outside [0, N) means: drawn from none of them."""
+
+    log_w: Tensor | None  # [N]
+    log_w_all: float | None
+    own: Tensor | None  # [S] int64
+    log_w_own: float | None
+    log_w_next: float | None
+
+    def common(self, n_columns: int) -> float:
+        """The log-weight of every column where there is no `log_w`."""
+        if self.log_w_all is not None:
+            return self.log_w_all
+        return -math.log(n_columns) if n_columns else -math.inf
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 accumulates in float64, everything else in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def kl_shape(reduction: str, B: int, D: int) -> tuple[int, ...]:
+    """The shape of a reduced KL; "dim" is the batch mean of each dimension."""
+    return {"none": (B, D), "sample": (B,), "dim": (D,)}.get(reduction, ())
+
+
+def kl_scale(reduction: str, B: int, D: int) -> float:
+    """What the sum over the reduced axes is multiplied by; the mean of nothing is NaN, as in torch."""
+    count = {"dim": B, "batchmean": B, "mean": B * D}.get(reduction, 1)
+    return 1.0 / count if count else math.nan
+
+
+class Backend(Protocol):
+    """Who computes. `priors` are [1, D] or [B, D], None for 0; `mu` and `logvar` of the KL and of sampling are
+    [B, D], those of the cross-evaluated ops [N, D]; `seed` is a 0-dim int64 tensor."""
+
+    def kl_gauss(
+        self, mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
+    ) -> Tensor: ...
+
+    def kl_gauss_backward(
+        self,
+        grad: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        prior_mu: Tensor | None,
+        prior_logvar: Tensor | None,
+        reduction: str,
+        wanted: Sequence[bool],
+    ) -> list[Tensor]: ...
+
+    def sample_gauss(
+        self, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]
+    ) -> list[Tensor]:
+        """Those of z [L, B, D], log_q [L, B], log_p [L, B] and kl [B] that `outputs` asks for."""
+
+    def sample_gauss_backward(
+        self,
+        d_z: Tensor | None,
+        d_log_q: Tensor | None,
+        d_log_p: Tensor | None,
+        d_kl: Tensor | None,
+        mu: Tensor,
+        logvar: Tensor,
+        seed: Tensor,
+        n_samples: int,
+        wanted: Sequence[bool],
+    ) -> list[Tensor]: ...
+
+    def cross_log_prob(self, z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        """[S, N]"""
+
+    def cross_log_prob_backward(
+        self, grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]
+    ) -> list[Tensor]: ...
+
+    def agg_log_prob(self, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
+        """[S]"""
+
+    def agg_log_prob_backward(
+        self,
+        d_joint: Tensor,
+        joint: Tensor,
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        weights: LogWeights,
+        wanted: Sequence[bool],
+    ) -> list[Tensor]: ...
+
+    def agg_log_prob_marginals(
+        self, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights
+    ) -> tuple[Tensor, Tensor]:
+        """The joint [S] and the marginals [S, D]."""
+
+    def agg_log_prob_marginals_backward(
+        self,
+        d_joint: Tensor | None,
+        d_marginals: Tensor | None,
+        joint: Tensor,
+        marginals: Tensor,
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        weights: LogWeights,
+        wanted: Sequence[bool],
+    ) -> list[Tensor]: ...

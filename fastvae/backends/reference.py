@@ -1,0 +1,282 @@
+"""The kernels in plain PyTorch that reads like the maths: the fallback everywhere, and what the others are
+tested against. Nothing larger than `CHUNK_BYTES` is formed at a time."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from . import philox
+from .contract import LogWeights, accumulation_dtype, kl_scale
+
+CHUNK_BYTES = 64 * 2**20
+LOG_2PI = math.log(2 * math.pi)
+
+
+def _accumulate(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that the arithmetic is done in; None becomes a 0 that broadcasts."""
+    like = next(t for t in tensors if t is not None)
+    dtype = accumulation_dtype(like.dtype)
+    return tuple(like.new_zeros((), dtype=dtype) if t is None else t.to(dtype) for t in tensors)
+
+
+def _standardize(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """t = (z − mu) / sigma and 1 / sigma, kept finite for finite inputs so that 0 · t is 0."""
+    finite = torch.finfo(z.dtype).max
+    inv_sigma = torch.exp(-0.5 * logvar).clamp(max=finite)
+    return ((z - mu) * inv_sigma).clamp(-finite, finite), inv_sigma
+
+
+def _gradients(candidates: Sequence[Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+    return [
+        g.to(x.dtype) for g, x, want in zip(candidates, inputs, wanted, strict=True) if want and x is not None
+    ]
+
+
+# KL(N(mu, exp logvar) ‖ N(prior_mu, exp prior_logvar)), with Delta = logvar − prior_logvar and
+# t = (mu − prior_mu) / prior_sigma: ½ (expm1(Delta) − Delta + t²)
+
+
+def kl_gauss(
+    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
+) -> Tensor:
+    B, D = mu.shape
+    mu, logvar, prior_mu, prior_logvar = _accumulate(mu, logvar, prior_mu, prior_logvar)
+    delta = logvar - prior_logvar
+    t, _ = _standardize(mu, prior_mu, prior_logvar)
+    kl = 0.5 * ((torch.expm1(delta) - delta).clamp(min=0) + t * t)  # [B, D]; the clamp removes rounding
+    axes = {"none": (), "sample": (1,), "dim": (0,)}.get(reduction, (0, 1))
+    return (kl.sum(axes) if axes else kl) * kl_scale(reduction, B, D)
+
+
+def kl_gauss_backward(
+    grad: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    reduction: str,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    B, D = mu.shape
+    inputs = (mu, logvar, prior_mu, prior_logvar)
+    mu, logvar, m, v = _accumulate(*inputs)
+    g = grad * kl_scale(reduction, B, D)
+    if reduction == "sample":
+        g = g[:, None]
+    t, inv_sigma = _standardize(mu, m, v)
+    d_mu = g * t * inv_sigma
+    d_logvar = g * 0.5 * torch.expm1(logvar - v)
+    d_prior_logvar = -d_logvar - 0.5 * g * t * t
+    d_priors = [
+        d.sum(0, keepdim=True) if x is not None and x.shape[0] == 1 else d
+        for d, x in ((-d_mu, prior_mu), (d_prior_logvar, prior_logvar))
+    ]
+    return _gradients((d_mu, d_logvar, *d_priors), inputs, wanted)
+
+
+# Sampling: z = mu + sigma · eps
+
+
+def _noise(mu: Tensor, seed: Tensor, n_samples: int) -> Tensor:
+    """eps [L, B, D]"""
+    shape = (n_samples, *mu.shape)
+    return philox.standard_normal(seed, 0, math.prod(shape)).reshape(shape).to(mu.dtype)
+
+
+def sample_gauss(
+    mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]
+) -> list[Tensor]:
+    dtype = mu.dtype
+    mu, logvar = _accumulate(mu, logvar)
+    eps = _noise(mu, seed, n_samples)
+    z = mu + torch.exp(0.5 * logvar) * eps  # [L, B, D]
+    results = {
+        "z": lambda: z.to(dtype),
+        "log_q": lambda: -0.5 * (LOG_2PI + logvar + eps * eps).sum(-1),
+        "log_p": lambda: -0.5 * (LOG_2PI + z * z).sum(-1),
+        "kl": lambda: kl_gauss(mu, logvar, None, None, "sample"),
+    }
+    return [result() for result, want in zip(results.values(), outputs, strict=True) if want]
+
+
+def sample_gauss_backward(
+    d_z: Tensor | None,
+    d_log_q: Tensor | None,
+    d_log_p: Tensor | None,
+    d_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    n_samples: int,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    inputs = (mu, logvar)
+    mu, logvar, d_z, d_log_q, d_log_p, d_kl = _accumulate(mu, logvar, d_z, d_log_q, d_log_p, d_kl)
+    scaled_eps = torch.exp(0.5 * logvar) * _noise(mu, seed, n_samples)  # [L, B, D]
+    d_z = d_z - d_log_p[..., None] * (mu + scaled_eps)  # d log_p / d z = −z
+    d_mu = d_z.sum(0) + d_kl[..., None] * mu
+    d_logvar = 0.5 * (d_z * scaled_eps).sum(0) + 0.5 * d_kl[..., None] * torch.expm1(logvar)
+    d_logvar = d_logvar - 0.5 * d_log_q.expand(n_samples, mu.shape[0]).sum(0)[:, None]
+    return _gradients((d_mu.expand_as(mu), d_logvar), inputs, wanted)
+
+
+# Cross-evaluation: log q(z_i | x_j) for all samples and all posteriors
+
+
+class _Pairs:
+    """A chunk of rows against all columns: t [R, N, D], log_q = log q(z_id | x_jd) [R, N, D]."""
+
+    def __init__(self, rows: slice, z: Tensor, mu: Tensor, logvar: Tensor):
+        self.rows = rows
+        self.t, self.inv_sigma = _standardize(z[rows, None], mu, logvar)
+        self.log_q = -0.5 * (self.t * self.t + logvar + LOG_2PI)
+
+    def log_weights(self, weights: LogWeights) -> tuple[Tensor, Tensor]:
+        """log w_ij [R, N], and where in it the common column weight stands (no override) [R, N]."""
+        R, N, _ = self.t.shape
+        if weights.log_w is not None:
+            log_w = weights.log_w.to(self.t.dtype).expand(R, N)
+        else:
+            log_w = self.t.new_full((R, N), weights.common(N))
+        column = torch.arange(N, device=self.t.device)
+        common = torch.ones(R, N, dtype=torch.bool, device=self.t.device)
+        if weights.own is not None:
+            own = weights.own[self.rows, None]
+            inside = (own >= 0) & (own < N)
+            for value, override in (
+                (weights.log_w_next, inside & (column == (own + 1) % N)),
+                (weights.log_w_own, inside & (column == own)),  # own wins where both are one column
+            ):
+                if value is not None:
+                    log_w = torch.where(override, value, log_w)
+                    common = common & ~override
+        return log_w, common
+
+
+def _pairs(z: Tensor, mu: Tensor, logvar: Tensor) -> Iterator[_Pairs]:
+    """All rows, in chunks whose handful of [R, N, D] temporaries stay within the budget."""
+    row_bytes = 8 * max(1, mu.numel()) * z.element_size()
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for start in range(0, z.shape[0], step):
+        yield _Pairs(slice(start, min(start + step, z.shape[0])), z, mu, logvar)
+
+
+def _responsibility(log_terms: Tensor, log_sum: Tensor) -> Tensor:
+    """exp(log_terms − log_sum): the share of each term in its sum, 0 where the sum is empty."""
+    return torch.where(log_sum == -math.inf, 0, torch.exp(log_terms - log_sum))
+
+
+class _PairGradients:
+    """Sums of c_ijd · ∂ log q(z_id | x_jd) into d_z, d_mu and d_logvar."""
+
+    def __init__(self, z: Tensor, mu: Tensor, logvar: Tensor):
+        self.d_z, self.d_mu, self.d_logvar = map(torch.zeros_like, (z, mu, logvar))
+
+    def add(self, pairs: _Pairs, c: Tensor) -> None:
+        """c: [R, N, D], or [R, N, 1] where it is the same for every dimension."""
+        ct = c * pairs.t
+        self.d_z[pairs.rows] = -(ct * pairs.inv_sigma).sum(1)
+        self.d_mu += (ct * pairs.inv_sigma).sum(0)
+        self.d_logvar += 0.5 * (ct * pairs.t - c).sum(0)
+
+
+def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    z, mu, logvar = _accumulate(z, mu, logvar)
+    out = z.new_empty(z.shape[0], mu.shape[0])
+    for pairs in _pairs(z, mu, logvar):
+        out[pairs.rows] = pairs.log_q.sum(-1)
+    return out
+
+
+def cross_log_prob_backward(
+    grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]
+) -> list[Tensor]:
+    inputs = (z, mu, logvar)
+    z, mu, logvar = _accumulate(*inputs)
+    total = _PairGradients(z, mu, logvar)
+    for pairs in _pairs(z, mu, logvar):
+        total.add(pairs, grad[pairs.rows, :, None])
+    return _gradients((total.d_z, total.d_mu, total.d_logvar), inputs, wanted)
+
+
+def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
+    z, mu, logvar = _accumulate(z, mu, logvar)
+    joint = z.new_empty(z.shape[0])
+    for pairs in _pairs(z, mu, logvar):
+        log_w, _ = pairs.log_weights(weights)
+        joint[pairs.rows] = torch.logsumexp(log_w + pairs.log_q.sum(-1), 1)
+    return joint
+
+
+def agg_log_prob_marginals(
+    z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights
+) -> tuple[Tensor, Tensor]:
+    z, mu, logvar = _accumulate(z, mu, logvar)
+    joint, marginals = z.new_empty(z.shape[0]), torch.empty_like(z)
+    for pairs in _pairs(z, mu, logvar):
+        log_w, _ = pairs.log_weights(weights)
+        joint[pairs.rows] = torch.logsumexp(log_w + pairs.log_q.sum(-1), 1)
+        marginals[pairs.rows] = torch.logsumexp(log_w[..., None] + pairs.log_q, 1)
+    return joint, marginals
+
+
+def _aggregate_backward(
+    d_joint: Tensor | None,
+    d_marginals: Tensor | None,
+    joint: Tensor,
+    marginals: Tensor | None,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    weights: LogWeights,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    inputs = (z, mu, logvar, weights.log_w)
+    z, mu, logvar = _accumulate(z, mu, logvar)
+    total = _PairGradients(z, mu, logvar)
+    d_log_w = mu.new_zeros(mu.shape[0])
+    for pairs in _pairs(z, mu, logvar):
+        log_w, common = pairs.log_weights(weights)
+        rows = pairs.rows
+        c = torch.zeros_like(log_w)[..., None]  # [R, N, 1 or D]: what log q(z_id | x_jd) is to be pulled by
+        d_log_w_pairs = torch.zeros_like(log_w)  # [R, N]
+        if d_joint is not None:
+            share = _responsibility(log_w + pairs.log_q.sum(-1), joint[rows, None]) * d_joint[rows, None]
+            c = c + share[..., None]
+            d_log_w_pairs += share
+        if d_marginals is not None and marginals is not None:
+            shares = _responsibility(log_w[..., None] + pairs.log_q, marginals[rows, None])
+            shares = shares * d_marginals[rows, None]
+            c = c + shares
+            d_log_w_pairs += shares.sum(-1)
+        total.add(pairs, c)
+        d_log_w += torch.where(common, d_log_w_pairs, 0).sum(0)
+    return _gradients((total.d_z, total.d_mu, total.d_logvar, d_log_w), inputs, wanted)
+
+
+def agg_log_prob_backward(
+    d_joint: Tensor,
+    joint: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    weights: LogWeights,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    return _aggregate_backward(d_joint, None, joint, None, z, mu, logvar, weights, wanted)
+
+
+def agg_log_prob_marginals_backward(
+    d_joint: Tensor | None,
+    d_marginals: Tensor | None,
+    joint: Tensor,
+    marginals: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    weights: LogWeights,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    return _aggregate_backward(d_joint, d_marginals, joint, marginals, z, mu, logvar, weights, wanted)
