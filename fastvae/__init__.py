@@ -1,0 +1,30 @@
+"""Fused kernels for variational autoencoders."""
+
+from .backends import use_backend
+from .estimators import agg_entropy, estimator_weights
+from .ops.aggregate import (
+    ColumnWeights,
+    agg_log_prob,
+    agg_log_prob_marginals,
+    cross_log_prob,
+    log_prob_gauss,
+)
+from .ops.kl import kl_gauss
+from .ops.sampling import GaussianSample, reparameterize, sample_gauss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ColumnWeights",
+    "GaussianSample",
+    "agg_entropy",
+    "agg_log_prob",
+    "agg_log_prob_marginals",
+    "cross_log_prob",
+    "estimator_weights",
+    "kl_gauss",
+    "log_prob_gauss",
+    "reparameterize",
+    "sample_gauss",
+    "use_backend",
+]

@@ -1,0 +1,61 @@
+"""How an op is declared: once with torch.library, so that it is opaque but legal to the compiler.
+
+The autograd Functions stand outside and call these ops, which is faster than giving the ops autograd formulas
+of their own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import backend_for
+
+_library = torch.library.Library("fastvae", "DEF")
+
+
+def declare(schema: str, fake: Callable[..., Any], compute: Callable[..., Any] | None = None) -> Any:
+    """Define `schema` in the namespace fastvae; `fake` gives its results' shapes.
+
+    `compute(backend, *arguments)` runs it on the backend of its tensors' device; by default that calls the
+    backend's function of the op's name.
+    """
+    name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if compute is None:
+
+        def compute(backend: Any, *arguments: Any) -> Any:
+            return getattr(backend, name)(*arguments)
+
+    def run(*arguments: Any) -> Any:
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        return compute(backend_for(device), *arguments)
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"fastvae::{name}", fake, lib=_library)
+    return getattr(torch.ops.fastvae, name).default
+
+
+def declare_random(schema: str, fake: Callable[..., Any], draw: Callable[..., Any]) -> Any:
+    """Define an op that draws from torch's generators: not to be cached, merged or dropped by the compiler."""
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
+    name = _library.define(schema, tags=tags)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, draw, key)
+    torch.library.register_fake(f"fastvae::{name}", fake, lib=_library)
+    return getattr(torch.ops.fastvae, name).default
+
+
+def empty_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor]:
+    """The fake result of a backward op: a gradient for each input that wants one."""
+    return [torch.empty_like(x) for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
+
+
+def spread(
+    gradients: list[Tensor], wanted: tuple[bool, ...], n_inputs: int
+) -> tuple[Tensor | None, ...]:
+    """The gradients a backward op returned, at the places of the inputs that wanted them; None elsewhere."""
+    remaining = iter(gradients)
+    found = [next(remaining) if want else None for want in wanted]
+    return (*found, *[None] * (n_inputs - len(found)))

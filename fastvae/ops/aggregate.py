@@ -1,0 +1,340 @@
+"""Densities cross-evaluated between all samples and all posteriors, and their weighted log-sum-exp.
+
+    log q(z_i | x_j) = −½ sum_d [ log 2 pi + logvar_jd + (z_id − mu_jd)² / sigma_jd² ]      cross_log_prob
+    log q(z_i)       = log sum_j w_ij prod_d q(z_id | x_j)                                  agg_log_prob
+    log q_d(z_id)    = log sum_j w_ij q(z_id | x_j)                                         agg_log_prob_marginals
+
+One weighted log-sum-exp serves every estimator of the aggregate posterior, mixture priors and EM; nothing of
+shape [S, N] is formed but by `cross_log_prob`, whose answer it is.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends.contract import LogWeights, accumulation_dtype
+from ._checks import check_device, check_number, check_posterior, check_tensor, promote
+from ._library import declare, empty_gradients, spread
+
+
+class ColumnWeights(NamedTuple):
+    """log w_ij of a weighted log-sum-exp over columns j, never a matrix.
+
+    Attributes:
+        log_w: the log-weight of every column: a number, or `[N]` (differentiable).
+        own: `[S]` int64, the column that each sample was drawn from; −1 for none of them. None: no overrides.
+        log_w_own: a number that replaces `log_w` at column own(i); None keeps `log_w` there.
+        log_w_next: a number that replaces `log_w` at column (own(i) + 1) mod N, for the `mss` estimator; where
+            that is the own column, `log_w_own` wins.
+    """
+
+    log_w: float | Tensor
+    own: Tensor | None = None
+    log_w_own: float | None = None
+    log_w_next: float | None = None
+
+
+# Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
+
+_POSTERIORS = "Tensor z, Tensor mu, Tensor logvar"
+_WEIGHTS = "Tensor? log_w, float? log_w_all, Tensor? own, float? log_w_own, float? log_w_next"
+
+
+def _result(z: Tensor, *shape: int) -> Tensor:
+    return z.new_empty(shape, dtype=accumulation_dtype(z.dtype))
+
+
+_cross_log_prob = declare(
+    f"cross_log_prob({_POSTERIORS}) -> Tensor", lambda z, mu, logvar: _result(z, z.shape[0], mu.shape[0])
+)
+_cross_log_prob_backward = declare(
+    f"cross_log_prob_backward(Tensor grad, {_POSTERIORS}, bool[] wanted) -> Tensor[]",
+    lambda grad, z, mu, logvar, wanted: empty_gradients((z, mu, logvar), wanted),
+)
+_agg_log_prob = declare(
+    f"agg_log_prob({_POSTERIORS}, {_WEIGHTS}) -> Tensor",
+    lambda z, *_: _result(z, z.shape[0]),
+    lambda backend, z, mu, logvar, *weights: backend.agg_log_prob(z, mu, logvar, LogWeights(*weights)),
+)
+_agg_log_prob_backward = declare(
+    f"agg_log_prob_backward(Tensor d_joint, Tensor joint, {_POSTERIORS}, {_WEIGHTS}, bool[] wanted) -> Tensor[]",
+    lambda d_joint, joint, z, mu, logvar, log_w, *rest: empty_gradients((z, mu, logvar, log_w), rest[-1]),
+    lambda backend, *arguments: backend.agg_log_prob_backward(
+        *arguments[:5], LogWeights(*arguments[5:10]), arguments[10]
+    ),
+)
+_agg_log_prob_marginals = declare(
+    f"agg_log_prob_marginals({_POSTERIORS}, {_WEIGHTS}) -> (Tensor, Tensor)",
+    lambda z, *_: (_result(z, z.shape[0]), _result(z, *z.shape)),
+    lambda backend, z, mu, logvar, *weights: backend.agg_log_prob_marginals(z, mu, logvar, LogWeights(*weights)),
+)
+_agg_log_prob_marginals_backward = declare(
+    "agg_log_prob_marginals_backward(Tensor? d_joint, Tensor? d_marginals, Tensor joint, Tensor marginals,"
+    f" {_POSTERIORS}, {_WEIGHTS}, bool[] wanted) -> Tensor[]",
+    lambda d_joint, d_marginals, joint, marginals, z, mu, logvar, log_w, *rest: empty_gradients(
+        (z, mu, logvar, log_w), rest[-1]
+    ),
+    lambda backend, *arguments: backend.agg_log_prob_marginals_backward(
+        *arguments[:7], LogWeights(*arguments[7:12]), arguments[12]
+    ),
+)
+
+
+class CrossLogProb(torch.autograd.Function):
+    """z [S, D], mu and logvar [N, D] to [S, N]."""
+
+    @staticmethod
+    def forward(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        return _cross_log_prob(z, mu, logvar)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad
+        return spread(_cross_log_prob_backward(grad, *ctx.saved_tensors, wanted), wanted, 3)
+
+
+class AggLogProb(torch.autograd.Function):
+    """z [S, D], mu and logvar [N, D], then the fields of LogWeights; to [S]."""
+
+    @staticmethod
+    def forward(z: Tensor, mu: Tensor, logvar: Tensor, *weights: Any) -> Tensor:
+        return _agg_log_prob(z, mu, logvar, *weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_joint: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:4]
+        return spread(_agg_log_prob_backward(d_joint, *_saved(ctx), wanted), wanted, 8)
+
+
+class AggLogProbMarginals(torch.autograd.Function):
+    """z [S, D], mu and logvar [N, D], then the fields of LogWeights; to the joint [S] and marginals [S, D]."""
+
+    @staticmethod
+    def forward(z: Tensor, mu: Tensor, logvar: Tensor, *weights: Any) -> tuple[Tensor, Tensor]:
+        return _agg_log_prob_marginals(z, mu, logvar, *weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, inputs, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_joint: Tensor | None, d_marginals: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:4]
+        gradients = _agg_log_prob_marginals_backward(d_joint, d_marginals, *_saved(ctx), wanted)
+        return spread(gradients, wanted, 8)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], *results: Tensor) -> None:
+    z, mu, logvar, log_w, log_w_all, own, log_w_own, log_w_next = inputs
+    ctx.save_for_backward(*results, z, mu, logvar, log_w, own)
+    ctx.numbers = log_w_all, log_w_own, log_w_next
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """(*results, z, mu, logvar, then the fields of LogWeights)"""
+    *tensors, log_w, own = ctx.saved_tensors
+    log_w_all, log_w_own, log_w_next = ctx.numbers
+    return (*tensors, log_w, log_w_all, own, log_w_own, log_w_next)
+
+
+# Public functions
+
+
+def log_prob_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """log N(z; mu, diag exp(logvar)) in nats, summed over D; plain broadcasting.
+
+    Args:
+        z: points `[..., D]`; float64, float32, bfloat16 or float16.
+        mu: means, broadcast against `z`.
+        logvar: log sigma², broadcast against `z`.
+
+    Returns:
+        The broadcast shape without D, in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an input is not a floating-point tensor.
+        ValueError: shapes or devices do not match.
+
+    Example:
+        >>> log_q = fastvae.log_prob_gauss(z, mu, logvar)  # [B]
+    """
+    for name, x in (("z", z), ("mu", mu), ("logvar", logvar)):
+        check_tensor(name, x)
+        check_device(name, x, "z", z)
+    try:
+        torch.broadcast_shapes(z.shape, mu.shape, logvar.shape)
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (z, mu, logvar))
+        raise ValueError(f"z, mu, logvar: expected shapes that broadcast, got {shapes}") from None
+    z, mu, logvar = (x.to(accumulation_dtype(x.dtype)) for x in (z, mu, logvar))
+    t = (z - mu) * torch.exp(-0.5 * logvar)
+    return -0.5 * (t * t + logvar + math.log(2 * math.pi)).sum(-1)
+
+
+def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """The matrix log q(z_i | x_j) of every sample under every posterior, in nats.
+
+    Args:
+        z: samples `[S, D]`; `[L, B, D]` holds L samples per posterior and is flattened to S = L·B. Where z and
+            mu have equal ranks above 2, leading axes are batches.
+        mu: means `[N, D]`.
+        logvar: log sigma², the shape of `mu`.
+
+    Returns:
+        `[S, N]` in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an input is not a floating-point tensor.
+        ValueError: shapes or devices do not match.
+
+    Example:
+        >>> log_q = fastvae.cross_log_prob(z, mu, logvar)
+        >>> responsibilities = log_q.softmax(1)
+    """
+    z, mu, logvar, _, batch = _flatten(z, mu, logvar)
+    results = [CrossLogProb.apply(z[g], mu[g], logvar[g]) for g in range(z.shape[0])]
+    return _batched(results, batch, z.new_empty(z.shape[1], mu.shape[1]))
+
+
+def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeights | None = None) -> Tensor:
+    """log sum_j w_ij q(z_i | x_j) in nats: the aggregate posterior's log-density, without the [S, N] matrix.
+
+    Args:
+        z: samples `[S, D]`; `[L, B, D]` holds L samples per posterior and is flattened to S = L·B. Where z and
+            mu have equal ranks above 2, leading axes are batches, which share the weights.
+        mu: means `[N, D]`.
+        logvar: log sigma², the shape of `mu`.
+        weights: the log-weights; None for 1/N each. `estimator_weights` makes those of the known estimators.
+
+    Returns:
+        `[S]` in float32 (float64 for float64 inputs); −inf, with gradient 0, where every weight is zero.
+        Differentiable in z, mu, logvar and `weights.log_w`.
+
+    Raises:
+        TypeError: an input is not a floating-point tensor, or `weights` not a ColumnWeights.
+        ValueError: shapes or devices do not match, or `own` points past the columns (on CPU tensors; on a GPU,
+            and under the compiler, such a sample counts as drawn from none of them).
+
+    Source: Zheng, eq. 24; with weights, eq. 29.
+
+    Example:
+        >>> entropy = -fastvae.agg_log_prob(z, mu, logvar).mean()
+    """
+    z, mu, logvar, log_weights, batch = _flatten(z, mu, logvar, weights)
+    results = [AggLogProb.apply(z[g], mu[g], logvar[g], *log_weights) for g in range(z.shape[0])]
+    return _batched(results, batch, z.new_empty(z.shape[1]))
+
+
+def agg_log_prob_marginals(
+    z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeights | None = None
+) -> tuple[Tensor, Tensor]:
+    """The joint log sum_j w_ij q(z_i | x_j) and, for each dimension, log sum_j w_ij q(z_id | x_jd), in nats.
+
+    One pass, never forming `[S, N]` or `[S, N, D]`.
+
+    Args:
+        z, mu, logvar, weights: as in `agg_log_prob`.
+
+    Returns:
+        (joint `[S]`, marginals `[S, D]`) in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: as in `agg_log_prob`.
+
+    Source: Chen et al. 2018; Zheng, eq. 21.
+
+    Example:
+        >>> joint, marginals = fastvae.agg_log_prob_marginals(z, mu, logvar)
+        >>> total_correlation = (joint - marginals.sum(-1)).mean()
+    """
+    z, mu, logvar, log_weights, batch = _flatten(z, mu, logvar, weights)
+    results = [AggLogProbMarginals.apply(z[g], mu[g], logvar[g], *log_weights) for g in range(z.shape[0])]
+    joint = _batched([r[0] for r in results], batch, z.new_empty(z.shape[1]))
+    return joint, _batched([r[1] for r in results], batch, z.new_empty(z.shape[1:]))
+
+
+def _batched(results: list[Tensor], batch: torch.Size, like: Tensor) -> Tensor:
+    """The batches' results under the batch axes, which may be none or empty."""
+    if len(batch) == 0:
+        return results[0]
+    empty = like.new_empty((0, *like.shape), dtype=accumulation_dtype(like.dtype))
+    return (torch.stack(results) if results else empty).reshape(*batch, *like.shape)
+
+
+def _flatten(
+    z: Tensor, mu: Tensor, logvar: Tensor, weights: ColumnWeights | None = None
+) -> tuple[Tensor, Tensor, Tensor, LogWeights, torch.Size]:
+    """Checked inputs as z [G, S, D], mu and logvar [G, N, D], the weights, and the batch axes that G stands for."""
+    check_posterior(mu, logvar, min_ndim=2)
+    check_tensor("z", z, min_ndim=2)
+    check_device("z", z, "mu", mu)
+    if z.ndim == mu.ndim + 1:  # L samples per posterior: [L, *batch, B, D] to [*batch, L·B, D]
+        if z.shape[1:] != mu.shape:
+            raise ValueError(
+                f"z: expected [L, *{tuple(mu.shape)}], L samples of each posterior, got {tuple(z.shape)}"
+            )
+        z = z.movedim(0, -3).flatten(-3, -2)
+    if z.ndim != mu.ndim or z.shape[-1] != mu.shape[-1] or z.shape[:-2] != mu.shape[:-2]:
+        raise ValueError(
+            f"z: expected [S, D] with mu's D and leading axes, mu being {tuple(mu.shape)}, got {tuple(z.shape)}"
+        )
+    log_weights = _log_weights(weights, z, mu)
+    z, mu, logvar, log_w = promote(z, mu, logvar, log_weights.log_w)  # type: ignore[assignment]
+    batch = z.shape[:-2]
+    if len(batch) != 1:
+        z, mu, logvar = (x.reshape(-1, *x.shape[-2:]) if batch else x[None] for x in (z, mu, logvar))
+    return z, mu, logvar, log_weights._replace(log_w=log_w), batch
+
+
+def _log_weights(weights: ColumnWeights | None, z: Tensor, mu: Tensor) -> LogWeights:
+    if weights is None:
+        return LogWeights(None, None, None, None, None)
+    if not isinstance(weights, ColumnWeights):
+        raise TypeError(f"weights: expected a ColumnWeights, got {type(weights).__name__}")
+    S, N = z.shape[-2], mu.shape[-2]
+    log_w, own, log_w_own, log_w_next = weights
+    if isinstance(log_w, Tensor):
+        check_tensor("weights.log_w", log_w, min_ndim=0)
+        check_device("weights.log_w", log_w, "mu", mu)
+        if log_w.shape != (N,):
+            raise ValueError(f"weights.log_w: expected a number or shape ({N},), got {tuple(log_w.shape)}")
+    else:
+        check_number("weights.log_w", log_w)
+    for name, value in (("log_w_own", log_w_own), ("log_w_next", log_w_next)):
+        if value is not None:
+            check_number(f"weights.{name}", value)
+            if own is None:
+                raise ValueError(f"weights.own: expected the own columns, since {name} is given, got None")
+    if own is not None:
+        _check_own(own, S, N, z)
+    if isinstance(log_w, Tensor):
+        return LogWeights(log_w, None, own, log_w_own, log_w_next)
+    return LogWeights(None, log_w, own, log_w_own, log_w_next)
+
+
+def _check_own(own: Tensor, S: int, N: int, z: Tensor) -> None:
+    if not isinstance(own, Tensor) or own.dtype != torch.int64:
+        got = own.dtype if isinstance(own, Tensor) else type(own).__name__
+        raise TypeError(f"own: expected an int64 tensor, got {got}")
+    check_device("own", own, "z", z)
+    if own.shape != (S,):
+        raise ValueError(f"own: expected shape ({S},), one column for each sample, got {tuple(own.shape)}")
+    if own.device.type == "cpu" and S > 0 and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in own.aminmax())
+        if low < -1 or high >= N:
+            raise ValueError(f"own: expected columns from -1 to {N - 1}, got values from {low} to {high}")

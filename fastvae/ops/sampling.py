@@ -1,0 +1,204 @@
+"""Reparameterized Gaussian samples, with their log-densities and KL from the same pass.
+
+z = mu + sigma · eps, eps from the counter-based generator of `backends/philox.py`: the seed fixes the sample
+on every backend, and the backward draws it again instead of storing it.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends.contract import accumulation_dtype
+from ._checks import check_choice, check_count, check_posterior, promote
+from ._library import declare, declare_random, empty_gradients, spread
+
+OUTPUTS = ("z", "log_q", "log_p", "kl")
+
+
+class GaussianSample(NamedTuple):
+    """What `sample_gauss` gives; None where it was not asked for."""
+
+    z: Tensor | None
+    log_q: Tensor | None
+    log_p: Tensor | None
+    kl: Tensor | None
+
+
+def _fake(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: list[bool]) -> list[Tensor]:
+    B, D = mu.shape
+    dtype = accumulation_dtype(mu.dtype)
+    results = (
+        ((n_samples, B, D), mu.dtype),
+        ((n_samples, B), dtype),
+        ((n_samples, B), dtype),
+        ((B,), dtype),
+    )
+    return [mu.new_empty(s, dtype=d) for (s, d), want in zip(results, outputs, strict=True) if want]
+
+
+def _fake_backward(
+    d_z: Tensor | None,
+    d_log_q: Tensor | None,
+    d_log_p: Tensor | None,
+    d_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    n_samples: int,
+    wanted: list[bool],
+) -> list[Tensor]:
+    return empty_gradients((mu, logvar), wanted)
+
+
+_sample_gauss = declare(
+    "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, int n_samples, bool[] outputs) -> Tensor[]", _fake
+)
+_sample_gauss_backward = declare(
+    "sample_gauss_backward(Tensor? d_z, Tensor? d_log_q, Tensor? d_log_p, Tensor? d_kl, Tensor mu, Tensor logvar,"
+    " Tensor seed, int n_samples, bool[] wanted) -> Tensor[]",
+    _fake_backward,
+)
+_draw_seed = declare_random(
+    "draw_seed(Tensor like) -> Tensor",
+    lambda like: like.new_empty((), dtype=torch.int64),
+    lambda like: torch.empty((), dtype=torch.int64, device=like.device).random_(),
+)
+
+
+class SampleGauss(torch.autograd.Function):
+    """mu, logvar [B, D]; returns those of z [L, B, D], log_q [L, B], log_p [L, B], kl [B] in `outputs`."""
+
+    @staticmethod
+    def forward(
+        mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: tuple[bool, ...]
+    ) -> tuple[Tensor, ...]:
+        return tuple(_sample_gauss(mu, logvar, seed, n_samples, outputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        mu, logvar, seed, ctx.n_samples, ctx.outputs = inputs
+        ctx.save_for_backward(mu, logvar, seed)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:2]
+        upstream = spread(grads, ctx.outputs, 4)
+        gradients = _sample_gauss_backward(*upstream, *ctx.saved_tensors, ctx.n_samples, wanted)
+        return spread(gradients, wanted, 5)
+
+
+def sample_gauss(
+    mu: Tensor,
+    logvar: Tensor,
+    n_samples: int | None = None,
+    *,
+    outputs: tuple[str, ...] = OUTPUTS,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> GaussianSample:
+    """Samples z ~ N(mu, exp(logvar)) with log q(z|x), log N(z; 0, I) and the closed-form KL, in one pass.
+
+    Args:
+        mu: means `[..., D]`; float64, float32, bfloat16 or float16.
+        logvar: log sigma², the shape of `mu`.
+        n_samples: L samples per posterior on a new leading axis; None for one without that axis.
+        outputs: which of `"z"`, `"log_q"`, `"log_p"`, `"kl"` to compute.
+        seed: an integer that fixes the sample on every backend; None draws one from torch's generator of the
+            tensors' device, so that `torch.manual_seed` governs.
+        generator: the torch.Generator to draw the seed from instead (not under `torch.compile`).
+
+    Returns:
+        GaussianSample: `z` `[(L,) ..., D]` in the dtype of `mu`; `log_q` and `log_p` `[(L,) ...]` and `kl`
+        `[...]` = KL(q ‖ N(0, I)), in nats, in float32 (float64 for float64 inputs), from z before it is rounded
+        to half precision. Gradients are total, at fixed noise: d log_q / d mu = 0, d log_q / d logvar = −½.
+
+    Raises:
+        TypeError: an input is not a floating-point tensor, or `n_samples` or `seed` not an integer.
+        ValueError: shapes or devices do not match, a negative `n_samples`, an unknown name in `outputs`, or
+            both `seed` and `generator`.
+
+    Example:
+        >>> z, log_q, log_p, _ = fastvae.sample_gauss(mu, logvar, 8, outputs=("z", "log_q", "log_p"))
+        >>> log_w = decoder(z).log_prob(x) + log_p - log_q
+    """
+    check_posterior(mu, logvar)
+    if n_samples is not None:
+        check_count("n_samples", n_samples)
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs: expected a tuple of names, got the string {outputs!r}")
+    for name in outputs:
+        check_choice("outputs", name, OUTPUTS)
+
+    shape, D = mu.shape, mu.shape[-1]
+    mu, logvar = promote(mu, logvar)  # type: ignore[assignment]
+    asked = tuple(name in outputs for name in OUTPUTS)
+    if not any(asked):
+        return GaussianSample(None, None, None, None)
+    results = SampleGauss.apply(
+        mu.reshape(-1, D) if mu.ndim != 2 else mu,
+        logvar.reshape(-1, D) if logvar.ndim != 2 else logvar,
+        _seed(mu, seed, generator),
+        1 if n_samples is None else n_samples,
+        asked,
+    )
+    samples = () if n_samples is None else (n_samples,)
+    shapes = (samples + shape, samples + shape[:-1], samples + shape[:-1], shape[:-1])
+    given = spread(results, asked, 4)
+    return GaussianSample(*(None if r is None else r.reshape(s) for r, s in zip(given, shapes, strict=True)))
+
+
+def reparameterize(
+    mu: Tensor,
+    logvar: Tensor,
+    n_samples: int | None = None,
+    *,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Reparameterized samples z = mu + exp(logvar / 2) · eps, eps ~ N(0, I) (Kingma & Welling 2014).
+
+    Args:
+        mu: means `[..., D]`; float64, float32, bfloat16 or float16.
+        logvar: log sigma², the shape of `mu`.
+        n_samples: L samples per posterior on a new leading axis; None for one without that axis.
+        seed, generator: as in `sample_gauss`, which draws the same z for the same seed.
+
+    Returns:
+        `[..., D]`, or `[L, ..., D]`, in the dtype of `mu`.
+
+    Raises:
+        TypeError, ValueError: as in `sample_gauss`.
+
+    Example:
+        >>> z = fastvae.reparameterize(mu, logvar)
+        >>> z8 = fastvae.reparameterize(mu, logvar, 8, seed=0)  # [8, B, D]
+    """
+    z = sample_gauss(mu, logvar, n_samples, outputs=("z",), seed=seed, generator=generator).z
+    assert z is not None
+    return z
+
+
+def _seed(like: Tensor, seed: int | None, generator: torch.Generator | None) -> Tensor:
+    """The seed as a 0-dim int64 tensor on the device of `like`, made without a synchronization."""
+    if generator is not None:
+        if seed is not None:
+            raise ValueError("generator: expected None where seed is given, got both")
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+        if generator.device.type != like.device.type:
+            raise ValueError(
+                f"generator: expected one on the device of mu, {like.device}, got {generator.device}"
+            )
+        return torch.empty((), dtype=torch.int64, device=like.device).random_(generator=generator)
+    if seed is None:
+        return _draw_seed(like)
+    check_count("seed", seed, least=-(2**63))
+    if seed >= 2**64:
+        raise ValueError(f"seed: expected less than 2**64, got {seed}")
+    if seed >= 2**63:
+        seed -= 2**64
+    return torch.full((), seed, dtype=torch.int64, device=like.device)
