@@ -1,0 +1,1 @@
+"""Benchmarks: the peers, the harness that races them, and the suites."""
