@@ -1,8 +1,8 @@
 // Elementary functions on vectors: exp2, exp, e^x - 1 - x, and the natural logarithm.
 //
-// Polynomials are near-minimax (Chebyshev) fits, their relative error noted beside them; float results
-// are within 2 ulp, double ones within 2 ulp (log: the C library's, lane by lane). NaN gives NaN. Results
-// below the smallest normal number may be flushed to zero.
+// Polynomials are near-minimax (Chebyshev) fits, their relative error noted beside them; float
+// and double results are within 2 ulp. NaN gives NaN. Results below the smallest normal number may be flushed
+// to zero.
 #pragma once
 
 #include "simd.h"
@@ -26,6 +26,11 @@ template <> struct Elementary<float> {
     static constexpr float kExpTail[] = {5.000000000e-01f, 1.666666658e-01f, 4.166666659e-02f,
                                          8.333345241e-03f, 1.388889879e-03f, 1.983698849e-04f,
                                          2.479802595e-05f, 2.812644435e-06f, 2.803093810e-07f};
+    static constexpr float kLog[] = {3.333333118e-01f,  -2.499999696e-01f, 2.000071575e-01f,
+                                     -1.666780232e-01f, 1.424905765e-01f,  -1.242568733e-01f,
+                                     1.168541992e-01f,  -1.147973385e-01f, 6.971611471e-02f};
+    static constexpr int32_t kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
+    static constexpr float kMinNormal = 0x1p-126f, kEpsilon = 0x1p-23f;
 };
 
 template <> struct Elementary<double> {
@@ -54,6 +59,12 @@ template <> struct Elementary<double> {
         2.75573192240313263e-07, 2.50521083551334255e-08, 2.08767569727268982e-09, 1.60590495647274897e-10,
         1.14707484593771740e-11, 7.64654746625834047e-13, 4.77916942111103945e-14, 2.84660370997499535e-15,
         1.57948440565175789e-16};
+    static constexpr double kLog[] = {6.666666666666735130e-01, 3.999999999940941908e-01,
+                                      2.857142874366239149e-01, 2.222219843214978396e-01,
+                                      1.818357216161805012e-01, 1.531383769920937332e-01,
+                                      1.479819860511658591e-01};
+    static constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
+    static constexpr double kMinNormal = 0x1p-1022, kEpsilon = 0x1p-52;
 };
 
 // p * 2^n for integral n (as T); overflows to infinity and underflows to zero, -inf included.
@@ -98,32 +109,40 @@ template <class T> FASTVAE_INLINE Vec<T> exp_tail(Vec<T> x, Vec<T> e_x) {
     return select<T>((x > T(-1)) & (x < T(1)), near, far);
 }
 
+// e^x - 1, accurate near 0; `e_x` is exp_(x).
+template <class T> FASTVAE_INLINE Vec<T> expm1_(Vec<T> x, Vec<T> e_x) {
+    const Vec<T> near = polynomial<T>(x, Elementary<T>::kExpTail) * (x * x) + x;
+    return select<T>((x > T(-1)) & (x < T(1)), near, e_x - T(1));
+}
+
+// ln x for positive, normal, finite x. With x = m 2^e, m in [sqrt(1/2), sqrt(2)) and f = m - 1:
+// float: ln m = f - f^2/2 + f^3 P(f), P's error 3e-8; double: fdlibm's, with s = f / (2 + f).
+template <class T> FASTVAE_INLINE Vec<T> log_normal(Vec<T> x) {
+    using E = Elementary<T>;
+    const IVec<T> shifted = (IVec<T>)x - E::kSqrtHalf;
+    const Vec<T> e = (Vec<T>)((shifted >> E::kMantissa) + (IVec<T>)splat(E::kRound)) - E::kRound;
+    const Vec<T> m = (Vec<T>)((shifted & ((decltype(E::kSqrtHalf)(1) << E::kMantissa) - 1)) + E::kSqrtHalf);
+    const Vec<T> f = m - T(1);
+    const Vec<T> f2 = f * f;
+    Vec<T> tail;
+    if constexpr (sizeof(T) == 4) {
+        tail = polynomial<T>(f, E::kLog) * (f2 * f);
+    } else {
+        const Vec<T> s = f / (f + T(2));
+        tail = s * (polynomial<T>(s * s, E::kLog) * (s * s) + T(0.5) * f2);
+    }
+    return e * E::kLn2Hi + ((tail + e * E::kLn2Lo - T(0.5) * f2) + f);
+}
+
 // ln x for x > 0 (0 gives -inf; below 0 gives NaN)
 template <class T> FASTVAE_INLINE Vec<T> log_(Vec<T> x) {
-    if constexpr (sizeof(T) == 8) {
-        for (int i = 0; i < kLanes<T>; ++i) x[i] = std::log(x[i]);
-        return x;
-    } else {
-        // x = m 2^e with m in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f^2/2 + f^3 P(f), P's error 3e-8
-        constexpr float kLog[] = {3.333333118e-01f,  -2.499999696e-01f, 2.000071575e-01f,
-                                  -1.666780232e-01f, 1.424905765e-01f,  -1.242568733e-01f,
-                                  1.168541992e-01f,  -1.147973385e-01f, 6.971611471e-02f};
-        constexpr int kSqrtHalf = 0x3f3504f3;
-        const IVec<float> subnormal = x < 1.17549435e-38f;
-        const Vec<float> scaled = select<float>(subnormal, x * 8388608.0f, x);
-        const IVec<float> bits = (IVec<float>)scaled - kSqrtHalf;
-        const IVec<float> exponent = bits >> 23;
-        const Vec<float> m = (Vec<float>)((bits & 0x7fffff) + kSqrtHalf);
-        const Vec<float> e = __builtin_convertvector(exponent, Vec<float>) +
-                             select<float>(subnormal, splat(-23.0f), Vec<float>{});
-        const Vec<float> f = m - 1.0f;
-        const Vec<float> f2 = f * f;
-        const Vec<float> tail = polynomial<float>(f, kLog) * (f2 * f) + e * Elementary<float>::kLn2Lo;
-        Vec<float> r = e * Elementary<float>::kLn2Hi + ((tail - 0.5f * f2) + f);
-        r = select<float>(x == 0.0f, splat(-kInf<float>), r);
-        r = select<float>(x == kInf<float>, x, r);
-        return select<float>(x >= 0.0f, r, splat(kNaN<float>));
-    }
+    using E = Elementary<T>;
+    const IVec<T> subnormal = x < E::kMinNormal;
+    Vec<T> r = log_normal<T>(select<T>(subnormal, x / E::kEpsilon, x));
+    r = r + select<T>(subnormal, splat(-E::kMantissa * T(0.69314718055994530942)), Vec<T>{});
+    r = select<T>(x == T(0), splat(-kInf<T>), r);
+    r = select<T>(x == kInf<T>, x, r);
+    return select<T>(x >= T(0), r, splat(kNaN<T>));
 }
 
 }  // namespace fastvae::FASTVAE_ISA

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -54,6 +55,15 @@ template <class T> FASTVAE_INLINE Vec<T> load(const T *p) {
 }
 template <class T> FASTVAE_INLINE void store(T *p, Vec<T> v) { std::memcpy(p, &v, sizeof v); }
 
+template <class T> FASTVAE_INLINE Vec<T> select(IVec<T> mask, Vec<T> yes, Vec<T> no) { return mask ? yes : no; }
+
+// 0, 1, 2, ...
+template <class T> FASTVAE_INLINE IVec<T> lane_index() {
+    IVec<T> v;
+    for (int i = 0; i < kLanes<T>; ++i) v[i] = i;
+    return v;
+}
+
 // The first n lanes (0 <= n <= lanes); the others are `rest`, or left alone in memory.
 template <class T> FASTVAE_INLINE Vec<T> load_first(const T *p, int64_t n, T rest = T(0)) {
 #if FASTVAE_VECTOR_BYTES == 64
@@ -61,6 +71,12 @@ template <class T> FASTVAE_INLINE Vec<T> load_first(const T *p, int64_t n, T res
         return (Vec<T>)_mm512_mask_loadu_ps((__m512)splat(rest), __mmask16((1u << n) - 1), p);
     else
         return (Vec<T>)_mm512_mask_loadu_pd((__m512d)splat(rest), __mmask8((1u << n) - 1), p);
+#elif FASTVAE_VECTOR_BYTES == 32
+    const IVec<T> mask = lane_index<T>() < int(n);
+    if constexpr (sizeof(T) == 4)
+        return select<T>(mask, (Vec<T>)_mm256_maskload_ps(p, (__m256i)mask), splat(rest));
+    else
+        return select<T>(mask, (Vec<T>)_mm256_maskload_pd(p, (__m256i)mask), splat(rest));
 #else
     Vec<T> v = splat(rest);
     for (int64_t i = 0; i < n; ++i) v[i] = p[i];
@@ -73,12 +89,35 @@ template <class T> FASTVAE_INLINE void store_first(T *p, Vec<T> v, int64_t n) {
         _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
     else
         _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+#elif FASTVAE_VECTOR_BYTES == 32
+    const IVec<T> mask = lane_index<T>() < int(n);
+    if constexpr (sizeof(T) == 4)
+        _mm256_maskstore_ps(p, (__m256i)mask, (__m256)v);
+    else
+        _mm256_maskstore_pd(p, (__m256i)mask, (__m256d)v);
 #else
     for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 #endif
 }
 
-template <class T> FASTVAE_INLINE Vec<T> select(IVec<T> mask, Vec<T> yes, Vec<T> no) { return mask ? yes : no; }
+// f(i, n) for the vectors of [0, size): lanes [i, i + n), where n is the constant kLanes in all but the last.
+// There load_some and store_some are plain accesses.
+template <class T, class F> FASTVAE_INLINE void for_each_vector(int64_t size, const F &f) {
+    int64_t i = 0;
+    for (; i + kLanes<T> <= size; i += kLanes<T>) f(i, int64_t(kLanes<T>));
+    if (i < size) f(i, size - i);
+}
+template <class T> FASTVAE_INLINE Vec<T> load_some(const T *p, int64_t n, T rest = T(0)) {
+    return __builtin_constant_p(n) && n == kLanes<T> ? load(p) : load_first(p, n, rest);
+}
+template <class T> FASTVAE_INLINE void store_some(T *p, Vec<T> v, int64_t n) {
+    __builtin_constant_p(n) && n == kLanes<T> ? store(p, v) : store_first(p, v, n);
+}
+
+// g * x, but 0 where g is 0 even if x overflowed: no gradient in, none out.
+template <class T> FASTVAE_INLINE Vec<T> times(Vec<T> g, Vec<T> x) {
+    return select<T>(g == T(0), Vec<T>{}, g * x);
+}
 
 template <class T> FASTVAE_INLINE Vec<T> max_(Vec<T> a, Vec<T> b) {
 #if FASTVAE_VECTOR_BYTES == 64
@@ -112,20 +151,23 @@ template <class T> FASTVAE_INLINE Vec<T> sqrt_(Vec<T> x) {
 #endif
 }
 
-// Horizontal sum and maximum, lanes halved pairwise, so the order never depends on anything but the width.
-template <class T> FASTVAE_INLINE T sum_lanes(Vec<T> v) {
-    T x[kLanes<T>];
-    store(x, v);
-    for (int n = kLanes<T> / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; ++i) x[i] += x[i + n];
-    return x[0];
+// Lanes moved down by n, around the end.
+template <class T, int n, int... i> FASTVAE_INLINE Vec<T> rotate(Vec<T> v, std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(v, v, ((i + n) % kLanes<T>)...);
 }
-template <class T> FASTVAE_INLINE T max_lanes(Vec<T> v) {
-    T x[kLanes<T>];
-    store(x, v);
-    for (int n = kLanes<T> / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; ++i) x[i] = x[i + n] > x[i] ? x[i + n] : x[i];
-    return x[0];
+
+// Horizontal sum and maximum, lanes halved pairwise, so the order never depends on anything but the width.
+template <class T, int n = kLanes<T> / 2> FASTVAE_INLINE T sum_lanes(Vec<T> v) {
+    if constexpr (n == 0)
+        return v[0];
+    else
+        return sum_lanes<T, n / 2>(v + rotate<T, n>(v, std::make_integer_sequence<int, kLanes<T>>{}));
+}
+template <class T, int n = kLanes<T> / 2> FASTVAE_INLINE T max_lanes(Vec<T> v) {
+    if constexpr (n == 0)
+        return v[0];
+    else
+        return max_lanes<T, n / 2>(max_<T>(rotate<T, n>(v, std::make_integer_sequence<int, kLanes<T>>{}), v));
 }
 
 // sum_k coefficient[k] x^k by Horner; the compiler fuses where the instruction set can.

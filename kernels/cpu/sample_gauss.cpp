@@ -1,0 +1,152 @@
+// Reparameterized samples and their densities in one pass, and the gradients at the same eps.
+//
+// Both walk over contiguous chunks of a sample that fit in L1 with their eps: some whole rows, or a piece of one.
+
+#include "kernels.h"
+#include "parallel.h"
+#include "philox.h"
+
+namespace fastvae::FASTVAE_ISA {
+
+namespace {
+
+constexpr int64_t kChunk = 1024;  // elements of eps at a time
+constexpr int64_t kUnit = 8192;   // elements of a unit of work, about
+constexpr double kLog2Pi = 1.83787706640934548356;
+
+// Rows of D elements in a block of about `size` elements.
+int64_t rows_in(int64_t size, int64_t D) { return D < size ? size / (D < 1 ? 1 : D) : 1; }
+
+// Calls f(b, d, rows, n) for the chunks of rows [begin, end): rows x n elements from (b, d). Where
+// rows > 1, n == D, so that a chunk is contiguous in a dense tensor.
+template <class F> FASTVAE_INLINE void for_each_chunk(int64_t begin, int64_t end, int64_t D, const F &f) {
+    const int64_t step = rows_in(kChunk, D);
+    for (int64_t b = begin; b < end; b += step)
+        for (int64_t d = 0; d < D || d == 0; d += kChunk)
+            f(b, d, b + step < end ? step : end - b, d + kChunk < D ? kChunk : D - d);
+}
+
+}  // namespace
+
+template <class T>
+int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_t logvar_stride,
+                 const uint64_t *seed_, int64_t L, int64_t B, int64_t D, void *z_, void *log_q_, void *log_p_,
+                 void *kl_, int threads) {
+    const T *mu = static_cast<const T *>(mu_), *logvar = static_cast<const T *>(logvar_);    // [B, D]
+    T *z = static_cast<T *>(z_);                                                             // [L, B, D]
+    T *log_q = static_cast<T *>(log_q_), *log_p = static_cast<T *>(log_p_), *kl = static_cast<T *>(kl_);
+    const uint64_t seed = *seed_;
+    const bool sums = log_q || log_p || kl, dense = mu_stride == D && logvar_stride == D;
+    const int64_t unit_rows = rows_in(kUnit, D), blocks = (B + unit_rows - 1) / unit_rows;
+
+    parallel_for(L * blocks, threads, [=](int64_t unit, int) {
+        const int64_t l = unit / blocks, begin = unit % blocks * unit_rows;
+        const int64_t end = begin + unit_rows < B ? begin + unit_rows : B;
+        double q = 0, p = 0, k = 0;  // sums over the row so far
+        for_each_chunk(begin, end, D, [&](int64_t b, int64_t d, int64_t rows, int64_t n) {
+            alignas(64) T buffer[kChunk + kNormalsSlack];
+            int64_t e = (l * B + b) * D + d;
+            const T *eps = fill_normals(uint64_t(e), rows * n, seed, buffer);
+            if (!sums && dense) n *= rows, rows = 1;
+            for (int64_t r = 0; r < rows; ++r, e += n, eps += n) {
+                const T *mu_row = mu + (b + r) * mu_stride + d, *logvar_row = logvar + (b + r) * logvar_stride + d;
+                Vec<T> vq{}, vp{}, vk{};
+                for_each_vector<T>(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+                    const Vec<T> vmu = load_some(mu_row + i, m), vlogvar = load_some(logvar_row + i, m);
+                    const Vec<T> veps = load_some(eps + i, m);
+                    const Vec<T> vz = vmu + times<T>(veps, exp_<T>(T(0.5) * vlogvar));
+                    if (z) store_some(z + e + i, vz, m);
+                    if (!sums) return;
+                    vq += vlogvar + veps * veps;
+                    vp += vz * vz;
+                    if (kl && l == 0) vk += vmu * vmu + exp_tail<T>(vlogvar, exp_<T>(vlogvar));
+                });
+                if (!sums) continue;
+                if (d == 0) q = p = k = 0;
+                q += sum_lanes<T>(vq), p += sum_lanes<T>(vp), k += sum_lanes<T>(vk);
+                if (d + n < D) continue;
+                const int64_t row = l * B + b + r;
+                if (log_q) log_q[row] = T(-0.5 * (double(D) * kLog2Pi + q));
+                if (log_p) log_p[row] = T(-0.5 * (double(D) * kLog2Pi + p));
+                if (kl && l == 0) kl[row] = T(0.5 * k);
+            }
+        });
+    });
+    return FASTVAE_OK;
+}
+
+template <class T>
+int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_log_p_, const void *d_kl_,
+                          const void *mu_, int64_t mu_stride, const void *logvar_, int64_t logvar_stride,
+                          const uint64_t *seed_, int64_t L, int64_t B, int64_t D, void *d_mu_, void *d_logvar_,
+                          int threads) {
+    const T *mu = static_cast<const T *>(mu_), *logvar = static_cast<const T *>(logvar_);  // [B, D]
+    const T *d_z = static_cast<const T *>(d_z_);                                           // [L, B, D]
+    const T *d_log_q = static_cast<const T *>(d_log_q_), *d_log_p = static_cast<const T *>(d_log_p_);  // [L, B]
+    const T *d_kl = static_cast<const T *>(d_kl_);                                         // [B]
+    T *d_mu = static_cast<T *>(d_mu_), *d_logvar = static_cast<T *>(d_logvar_);            // [B, D]
+    const uint64_t seed = *seed_;
+    const bool flat = !d_log_q && !d_log_p && !d_kl && mu_stride == D && logvar_stride == D;
+    const int64_t unit_rows = rows_in(kUnit, D), blocks = (B + unit_rows - 1) / unit_rows;
+
+    parallel_for(blocks, threads, [=](int64_t unit, int) {
+        const int64_t begin = unit * unit_rows, end = begin + unit_rows < B ? begin + unit_rows : B;
+        for_each_chunk(begin, end, D, [&](int64_t b, int64_t d, int64_t rows, int64_t n) {
+            const int64_t size = rows * n, e = b * D + d;
+            if (flat) n *= rows, rows = 1;
+
+            // What does not depend on eps starts the sums off.
+            for (int64_t r = 0; r < rows; ++r) {
+                const T *mu_row = mu + (b + r) * mu_stride + d, *logvar_row = logvar + (b + r) * logvar_stride + d;
+                const T g_kl = d_kl ? d_kl[b + r] : T(0);
+                double g_q = 0;
+                if (d_log_q)
+                    for (int64_t l = 0; l < L; ++l) g_q += d_log_q[l * B + b + r];
+                for_each_vector<T>(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+                    Vec<T> vd_mu{}, vd_logvar = splat(T(-0.5 * g_q));
+                    if (d_kl) {
+                        const Vec<T> vlogvar = load_some(logvar_row + i, m);
+                        vd_mu = g_kl * load_some(mu_row + i, m);
+                        vd_logvar += times<T>(splat(T(0.5) * g_kl), expm1_<T>(vlogvar, exp_<T>(vlogvar)));
+                    }
+                    if (d_mu) store_some(d_mu + e + r * n + i, vd_mu, m);
+                    if (d_logvar) store_some(d_logvar + e + r * n + i, vd_logvar, m);
+                });
+            }
+            if (!d_z && !d_log_p) return;
+
+            for (int64_t l = 0; l < L; ++l) {
+                alignas(64) T buffer[kChunk + kNormalsSlack];
+                const T *eps = fill_normals(uint64_t(l * B * D + e), size, seed, buffer);
+                for (int64_t r = 0; r < rows; ++r, eps += n) {
+                    const T *mu_row = mu + (b + r) * mu_stride + d;
+                    const T *logvar_row = logvar + (b + r) * logvar_stride + d;
+                    const T g_p = d_log_p ? d_log_p[l * B + b + r] : T(0);
+                    const int64_t out = e + r * n;
+                    for_each_vector<T>(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+                        const Vec<T> scaled = times<T>(load_some(eps + i, m),
+                                                       exp_<T>(T(0.5) * load_some(logvar_row + i, m)));
+                        Vec<T> dz = d_z ? load_some(d_z + l * B * D + out + i, m) : Vec<T>{};
+                        if (d_log_p) dz -= times<T>(splat(g_p), load_some(mu_row + i, m) + scaled);
+                        if (d_mu) store_some(d_mu + out + i, load_some(d_mu + out + i, m) + dz, m);
+                        if (d_logvar)
+                            store_some(d_logvar + out + i,
+                                       load_some(d_logvar + out + i, m) + times<T>(T(0.5) * dz, scaled), m);
+                    });
+                }
+            }
+        });
+    });
+    return FASTVAE_OK;
+}
+
+#define INSTANTIATE(T)                                                                                          \
+    template int sample_gauss<T>(const void *, int64_t, const void *, int64_t, const uint64_t *, int64_t,       \
+                                 int64_t, int64_t, void *, void *, void *, void *, int);                        \
+    template int sample_gauss_backward<T>(const void *, const void *, const void *, const void *, const void *, \
+                                          int64_t, const void *, int64_t, const uint64_t *, int64_t, int64_t,   \
+                                          int64_t, void *, void *, int);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace fastvae::FASTVAE_ISA
