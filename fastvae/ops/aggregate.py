@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.contract import LogWeights, accumulation_dtype
 from ._checks import check_device, check_number, check_posterior, check_tensor, promote
-from ._library import declare, empty_gradients, spread
+from ._library import Function, declare, empty_gradients, spread
 
 
 class ColumnWeights(NamedTuple):
@@ -83,7 +83,7 @@ _agg_log_prob_marginals_backward = declare(
 )
 
 
-class CrossLogProb(torch.autograd.Function):
+class CrossLogProb(Function):
     """z [S, D], mu and logvar [N, D] to [S, N]."""
 
     @staticmethod
@@ -101,7 +101,7 @@ class CrossLogProb(torch.autograd.Function):
         return spread(_cross_log_prob_backward(grad, *ctx.saved_tensors, wanted), wanted, 3)
 
 
-class AggLogProb(torch.autograd.Function):
+class AggLogProb(Function):
     """z [S, D], mu and logvar [N, D], then the fields of LogWeights; to [S]."""
 
     @staticmethod
@@ -119,7 +119,7 @@ class AggLogProb(torch.autograd.Function):
         return spread(_agg_log_prob_backward(d_joint, *_saved(ctx), wanted), wanted, 8)
 
 
-class AggLogProbMarginals(torch.autograd.Function):
+class AggLogProbMarginals(Function):
     """z [S, D], mu and logvar [N, D], then the fields of LogWeights; to the joint [S] and marginals [S, D]."""
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.contract import accumulation_dtype, kl_shape
 from ._checks import check_choice, check_device, check_number, check_posterior, check_tensor, promote
-from ._library import declare, empty_gradients, spread
+from ._library import Function, declare, empty_gradients, spread
 
 PUBLIC_REDUCTIONS = ("none", "sample", "sum", "mean", "batchmean")
 
@@ -45,7 +45,7 @@ _kl_gauss_backward = declare(
 )
 
 
-class KLGauss(torch.autograd.Function):
+class KLGauss(Function):
     """mu, logvar [B, D]; priors [1, D] or [B, D]."""
 
     @staticmethod

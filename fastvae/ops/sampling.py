@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.contract import accumulation_dtype
 from ._checks import check_choice, check_count, check_posterior, promote
-from ._library import declare, declare_random, empty_gradients, spread
+from ._library import Function, declare, declare_random, empty_gradients, spread
 
 OUTPUTS = ("z", "log_q", "log_p", "kl")
 
@@ -67,7 +67,7 @@ _draw_seed = declare_random(
 )
 
 
-class SampleGauss(torch.autograd.Function):
+class SampleGauss(Function):
     """mu, logvar [B, D]; returns those of z [L, B, D], log_q [L, B], log_p [L, B], kl [B] in `outputs`."""
 
     @staticmethod
