@@ -1,0 +1,134 @@
+// The columns (posteriors) of the cross-evaluated kernels, packed once per call so that vector lanes run over
+// columns: panel p holds columns [p W, (p + 1) W), its planes [D][2][W]:
+//     a = kappa exp(-logvar / 2),   b = (mu - centre) a,   kappa = sqrt(log2(e) / 2),
+// so that t = (z - centre) a - b is one FMA and sum_d t^2 is the Gaussian's quadratic form in bits:
+//     log2 q(z_i | x_j) = c_j - sum_d t_ijd^2.
+//
+// b costs |b| eps / 2 of t, no more than a half-ulp change of the centred mu would. Where some |b| passes
+// kMaxOffset, or an input is not finite, the panels are `direct`: b is mu itself, nothing is centred, and
+// t = (z - mu) a takes three operations and rounds as the broadcast formula does.
+#pragma once
+
+#include "buffer.h"
+#include "elementary.h"
+#include "parallel.h"
+#include "weights.h"
+
+namespace fastvae::FASTVAE_ISA {
+
+// 32 vector registers hold the accumulators of two vectors of columns, 16 those of one (tile.h).
+#if FASTVAE_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kPanelVectors = 2;
+#else
+constexpr int kPanelVectors = 1;
+#endif
+template <class T> constexpr int kPanelWidth = kPanelVectors * kLanes<T>;
+
+constexpr double kMaxOffset = 128;
+constexpr double kKappa = 0.84932180028801904272;   // sqrt(log2(e) / 2)
+constexpr double kInvKappa2 = 1.38629436111989061883;  // 1 / kappa^2 = 2 ln 2
+
+template <class T> constexpr T kLargest = sizeof(T) == 4 ? T(3.40282346638528859812e38) : T(1.7976931348623157e308);
+
+// A finite double stays finite as a T.
+template <class T> FASTVAE_INLINE T to_finite(double x) {
+    constexpr double kMax = double(kLargest<T>);
+    return T(__builtin_isinf(x) ? x : x > kMax ? kMax : x < -kMax ? -kMax : x);
+}
+
+template <class T> class Panels {
+public:
+    static constexpr int W = kPanelWidth<T>;
+    const int64_t N, D, count;
+    bool direct = false;
+
+    Panels(int64_t N, int64_t D)
+        : N(N), D(D), count((N + W - 1) / W), planes_(count * D * 2 * W), c_(count * W), cw_(count * W), centre_(D) {}
+
+    bool allocated() const { return planes_ && c_ && cw_ && centre_; }
+
+    const T *planes(int64_t p) const { return planes_ + p * D * 2 * W; }  // [D][2][W]
+    const T *c() const { return c_; }            // [count W] log2 normalizer, -sum_d (logvar + ln 2 pi) / 2 in bits
+    const T *cw() const { return cw_; }          // [count W] c + log2 w; padding columns: -inf
+    const T *centre() const { return centre_; }  // [D] what is to be subtracted from z; 0 where `direct`
+
+    // log2_w(j) as a double. Padding columns have a = kappa, b = 0 and weight 0.
+    template <class F> void pack(const T *mu, const T *logvar, int threads, const F &log2_w) {
+        constexpr int64_t kUnit = 8;  // panels
+        direct = !find_centre(mu);
+        for (;;) {
+            int offsets_small = 1;
+            parallel_for((count + kUnit - 1) / kUnit, threads, [&](int64_t unit, int) {
+                bool small = true;
+                for (int64_t p = unit * kUnit; p < count && p < (unit + 1) * kUnit; ++p)
+                    small &= pack_panel(p, mu, logvar, log2_w);
+                if (!small) __atomic_store_n(&offsets_small, 0, __ATOMIC_RELAXED);
+            });
+            if (direct || offsets_small) return;
+            direct = true;
+            for (int64_t d = 0; d < D; ++d) centre_[d] = T(0);
+        }
+    }
+    void pack(const T *mu, const T *logvar, int threads) {
+        pack(mu, logvar, threads, [](int64_t) { return 0.0; });
+    }
+
+private:
+    // The mean of up to 256 columns spread evenly: any centre will do that makes most offsets small.
+    bool find_centre(const T *mu) {
+        const int64_t n = N < 256 ? N : 256;
+        bool finite = true;
+        for (int64_t d = 0; d < D; ++d) centre_[d] = T(0);
+        for (int64_t k = 0; k < n; ++k) {
+            const T *row = mu + (k * N / n) * D;
+            for (int64_t d = 0; d < D; ++d) centre_[d] += row[d];
+        }
+        for (int64_t d = 0; d < D; ++d) {
+            centre_[d] /= T(n);
+            finite &= __builtin_fabs(double(centre_[d])) < 1e30;
+        }
+        if (!finite)
+            for (int64_t d = 0; d < D; ++d) centre_[d] = T(0);
+        return finite;
+    }
+
+    // Whether every offset is small.
+    template <class F> bool pack_panel(int64_t p, const T *mu, const T *logvar, const F &log2_w) {
+        T *planes = planes_ + p * D * 2 * W;
+        const int64_t first = p * W, columns = N - first < W ? N - first : W;
+        for (int64_t l = 0; l < W; ++l)  // transpose: logvar into a's plane, mu into b's
+            for (int64_t d = 0; d < D; ++d) {
+                planes[d * 2 * W + l] = l < columns ? logvar[(first + l) * D + d] : T(0);
+                planes[d * 2 * W + W + l] = l < columns ? mu[(first + l) * D + d] : centre_[d];
+            }
+
+        double sum_logvar[W] = {};
+        IVec<T> large = {};
+        for (int64_t d = 0; d < D; ++d) {
+            T *a = planes + d * 2 * W, *b = a + W;
+            for (int l = 0; l < W; ++l) sum_logvar[l] += double(a[l]);
+            for (int l = 0; l < W; l += kLanes<T>) {
+                // finite for finite inputs, so that 0 a is 0 and infinity a is infinity
+                const Vec<T> va = min_<T>(splat(kLargest<T>),
+                                          max_<T>(splat(Elementary<T>::kMinNormal),
+                                                  exp_<T>(load(a + l) * T(-0.5)) * T(kKappa)));
+                const Vec<T> vmu = load(b + l), vb = (vmu - centre_[d]) * va;
+                large |= ~((vb <= T(kMaxOffset)) & (vb >= T(-kMaxOffset)));
+                store(a + l, va);
+                store(b + l, direct ? vmu : vb);
+            }
+        }
+        for (int64_t l = 0; l < W; ++l) {
+            const double c = -0.5 * kLog2e * (sum_logvar[l] + kLog2Pi * double(D));
+            c_[first + l] = to_finite<T>(c);
+            cw_[first + l] = l < columns ? to_finite<T>(c + log2_w(first + l)) : -kInf<T>;
+        }
+        for (int l = 0; l < kLanes<T>; ++l)
+            if (large[l]) return false;
+        return true;
+    }
+
+    Buffer<T> planes_, c_, cw_, centre_;
+};
+
+}  // namespace fastvae::FASTVAE_ISA

@@ -1,0 +1,59 @@
+// The register tile: kTileRows samples against one panel of columns, sum_d t^2 for every pair.
+//
+// Accumulators stay in registers while d runs, in two sets (even and odd d): 6 x 2 vectors x 2 sets of 32
+// registers, or 6 x 1 x 2 of 16. Per d a tile reads 2 vectors per vector of columns and broadcasts 6 samples.
+#pragma once
+
+#include "panels.h"
+
+namespace fastvae::FASTVAE_ISA {
+
+constexpr int kTileRows = 6;
+
+// Rows first .. first + 5 of z [S, D], centred, as [D][kTileRows]; rows past S are 0.
+template <class T>
+FASTVAE_INLINE void pack_rows(const T *z, int64_t first, int64_t S, int64_t D, const T *centre, T *packed) {
+    for (int64_t r = 0; r < kTileRows; ++r) {
+        const bool inside = first + r < S;
+        const T *row = z + (first + r) * D;
+        for (int64_t d = 0; d < D; ++d) packed[d * kTileRows + r] = inside ? row[d] - centre[d] : T(0);
+    }
+}
+
+// t of sample z against columns (a, b), see panels.h
+template <bool kDirect, class T> FASTVAE_INLINE Vec<T> standardized(T z, Vec<T> a, Vec<T> b) {
+    if constexpr (kDirect)
+        return (splat(z) - b) * a;
+    else
+        return splat(z) * a - b;
+}
+
+// rows [D][kTileRows], planes [D][2][W] -> out: row r at out + r * stride, W values each
+template <bool kDirect, class T>
+__attribute__((noinline)) void square_sums(const T *rows, const T *planes, int64_t D, T *out, int64_t stride) {
+    constexpr int V = kPanelVectors, R = kTileRows, L = kLanes<T>, W = kPanelWidth<T>;
+    Vec<T> sum[2][R][V] = {};
+    const auto add = [&](int set) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) {
+                const Vec<T> t = standardized<kDirect>(rows[r], load(planes + v * L), load(planes + W + v * L));
+                sum[set][r][v] += t * t;
+            }
+        rows += R;
+        planes += 2 * W;
+    };
+    int64_t d = 0;
+    for (; d + 2 <= D; d += 2) {
+        add(0);
+        add(1);
+    }
+    if (d < D) add(0);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) store(out + r * stride + v * L, sum[0][r][v] + sum[1][r][v]);
+}
+
+}  // namespace fastvae::FASTVAE_ISA
