@@ -3,10 +3,10 @@
 #include <cstring>
 
 #include "fastvae.h"
+#include "instruction_sets.h"  // made by CMake: FASTVAE_FOR_EACH_ISA(X), best first, and FASTVAE_VERSION
 
 namespace fastvae {
 
-// FASTVAE_FOR_EACH_ISA(X) comes from CMake: X(avx512) X(avx2) ..., best first.
 #define DECLARE(isa) \
     namespace isa { \
     extern const fastvae_kernels kernels_f32, kernels_f64; \
