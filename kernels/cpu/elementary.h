@@ -1,8 +1,7 @@
 // Elementary functions on vectors: exp2, exp, e^x - 1 - x, and the natural logarithm.
 //
-// Polynomials are near-minimax (Chebyshev) fits, their relative error noted beside them; float
-// and double results are within 2 ulp. NaN gives NaN. Results below the smallest normal number may be flushed
-// to zero.
+// Polynomials are near-minimax (Chebyshev) fits, their relative error noted beside them; float and double
+// results are within 2 ulp. NaN gives NaN. Results below 2^kMinExponent may be flushed to zero.
 #pragma once
 
 #include "simd.h"
@@ -14,7 +13,7 @@ template <class T> struct Elementary;
 template <> struct Elementary<float> {
     static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     static constexpr int kMantissa = 23, kBias = 127;
-    static constexpr float kMinExponent = -126.0f, kMaxExponent = 128.0f;
+    static constexpr float kMinExponent = -124.0f, kMaxExponent = 128.0f;
     static constexpr float kLn2Hi = 0.693145751953125f, kLn2Lo = 1.42860682030941723e-6f;
     // (2^x - 1) / x on [-1/2, 1/2]: 8e-9
     static constexpr float kExp2[] = {6.931471880e-01f, 2.402265076e-01f, 5.550357114e-02f,
@@ -36,7 +35,7 @@ template <> struct Elementary<float> {
 template <> struct Elementary<double> {
     static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
     static constexpr int kMantissa = 52, kBias = 1023;
-    static constexpr double kMinExponent = -1022.0, kMaxExponent = 1024.0;
+    static constexpr double kMinExponent = -1020.0, kMaxExponent = 1024.0;
     static constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10;
     // 1e-17
     static constexpr double kExp2[] = {6.93147180559945286e-01, 2.40226506959100972e-01,
@@ -67,7 +66,7 @@ template <> struct Elementary<double> {
     static constexpr double kMinNormal = 0x1p-1022, kEpsilon = 0x1p-52;
 };
 
-// p * 2^n for integral n (as T); overflows to infinity and underflows to zero, -inf included.
+// p * 2^n for p in [1/2, 2) and integral n (as T) up to kMaxExponent; overflows to infinity, underflows to zero.
 template <class T> FASTVAE_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> n) {
 #if FASTVAE_VECTOR_BYTES == 64
     if constexpr (sizeof(T) == 4)
@@ -76,17 +75,16 @@ template <class T> FASTVAE_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> n) {
         return (Vec<T>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
 #else
     using E = Elementary<T>;
-    const IVec<T> bits = ((IVec<T>)(n + E::kRound)) << E::kMantissa;
-    Vec<T> r = (Vec<T>)((IVec<T>)p + bits);
-    r = select<T>(n < E::kMinExponent, Vec<T>{}, r);
-    return select<T>(n > E::kMaxExponent, splat(kInf<T>), r);
+    // One power of two is left to a multiplication, which overflows as it should.
+    const IVec<T> bits = ((IVec<T>)(n + (E::kRound - 1))) << E::kMantissa;
+    return select<T>(n < E::kMinExponent, Vec<T>{}, T(2) * (Vec<T>)((IVec<T>)p + bits));
 #endif
 }
 
 // 2^x
 template <class T> FASTVAE_INLINE Vec<T> exp2_(Vec<T> x) {
     using E = Elementary<T>;
-    x = min_<T>(splat(E::kMaxExponent + 1), max_<T>(splat(E::kMinExponent - E::kMantissa - 8), x));
+    x = min_<T>(splat(E::kMaxExponent + T(0.25)), max_<T>(splat(E::kMinExponent - E::kMantissa - 8), x));
     const Vec<T> n = (x + E::kRound) - E::kRound;
     const Vec<T> f = x - n;
     return scale_by_power<T>(polynomial<T>(f, E::kExp2) * f + T(1), n);
@@ -96,7 +94,8 @@ template <class T> FASTVAE_INLINE Vec<T> exp2_(Vec<T> x) {
 template <class T> FASTVAE_INLINE Vec<T> exp_(Vec<T> x) {
     using E = Elementary<T>;
     constexpr T kLog2e = T(1.44269504088896340736);
-    x = min_<T>(splat((E::kMaxExponent + 1) / kLog2e), max_<T>(splat((E::kMinExponent - E::kMantissa - 8) / kLog2e), x));
+    x = min_<T>(splat((E::kMaxExponent + T(0.25)) / kLog2e),
+                max_<T>(splat((E::kMinExponent - E::kMantissa - 8) / kLog2e), x));
     const Vec<T> n = (x * kLog2e + E::kRound) - E::kRound;
     const Vec<T> f = (x - n * E::kLn2Hi) - n * E::kLn2Lo;
     return scale_by_power<T>(polynomial<T>(f, E::kExp) * (f * f) + f + T(1), n);
