@@ -1,0 +1,74 @@
+"""Who computes in the tests: every available backend, and every instruction set of the native one."""
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import fastvae
+import pytest
+import torch
+from fastvae import backends
+from fastvae.backends import native as native_backend
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "quick",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=(HealthCheck.function_scoped_fixture, HealthCheck.too_slow),
+)
+settings.register_profile("long", settings.get_profile("quick"), derandomize=False, max_examples=500)
+settings.load_profile(os.environ.get("FASTVAE_HYPOTHESIS", "quick"))
+
+# Memory that torch.empty hands out starts as NaN, so that a result nobody wrote is seen.
+torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+class Target(NamedTuple):
+    """Where a test computes. Tests run with `device` as torch's default device."""
+
+    backend: str
+    instruction_set: str | None = None
+    device: str = "cpu"
+
+
+_SETS = {"x86_64": ("avx512", "avx2", "sse4"), "aarch64": ("neon",)}.get(platform.machine(), ("generic",))
+REFERENCE = {"reference": Target("reference")}
+NATIVE = {f"native-{isa}": Target("native", isa) for isa in _SETS}
+TARGETS = {**REFERENCE, **NATIVE}
+
+
+@contextlib.contextmanager
+def computing_on(target: Target) -> Iterator[Target]:
+    """Compute there, or skip the test where that cannot be; with FASTVAE_REQUIRE_NATIVE=1 a native library that
+    does not load is a failure."""
+    available, why_not = backends.status(target.backend)[1:]
+    if not available:
+        required = target.backend == "native" and os.environ.get("FASTVAE_REQUIRE_NATIVE") == "1"
+        (pytest.fail if required else pytest.skip)(why_not)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fastvae.use_backend(target.backend))
+        if target.instruction_set:
+            if target.instruction_set not in native_backend.instruction_sets():
+                pytest.skip(f"this CPU or library has no {target.instruction_set}")
+            stack.callback(native_backend.use_instruction_set, os.environ.get("FASTVAE_CPU_ISA") or None)
+            native_backend.use_instruction_set(target.instruction_set)
+        if target.device != "cpu":
+            stack.enter_context(torch.device(target.device))
+        yield target
+
+
+@pytest.fixture(params=TARGETS)
+def backend(request: pytest.FixtureRequest) -> Iterator[Target]:
+    with computing_on(TARGETS[request.param]) as target:
+        yield target
+
+
+@pytest.fixture(params=NATIVE)
+def native(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Only the native library, with each of its instruction sets."""
+    with computing_on(NATIVE[request.param]) as target:
+        yield target

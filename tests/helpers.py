@@ -1,0 +1,319 @@
+"""What the tests share: the formulas in broadcast form, the tolerance rule, and inputs of awkward layouts."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import fastvae
+import torch
+from fastvae import ColumnWeights
+from torch import Tensor
+
+LOG_2PI = math.log(2 * math.pi)
+DTYPES = (torch.float64, torch.float32)
+HALVES = (torch.bfloat16, torch.float16)
+
+# S samples, N posteriors, D dimensions: nothing that a block size divides.
+SIZES = (
+    (1, 1, 1),
+    (1, 3, 512),
+    (3, 1, 2),
+    (3, 507, 2),
+    (31, 31, 33),
+    (31, 1271, 1),
+    (97, 123, 10),
+    (123, 31, 64),
+    (507, 3, 129),
+    (1271, 97, 2),
+)
+
+Named = dict[str, Tensor]
+Results = Tensor | Sequence[Tensor]
+
+
+# The formulas, broadcast: [S, N, D] and all.
+
+
+def log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return -0.5 * ((z - mu) ** 2 * torch.exp(-logvar) + logvar + LOG_2PI)
+
+
+def kl(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
+    """[..., D], written as in textbooks but for expm1"""
+    delta = logvar - prior_logvar
+    return 0.5 * (torch.expm1(delta) - delta + (mu - prior_mu) ** 2 * torch.exp(-prior_logvar))
+
+
+def cross(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return log_normal(z[:, None], mu, logvar).sum(-1)
+
+
+def aggregate(
+    z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor | None = None, weights: ColumnWeights | None = None
+) -> tuple[Tensor, Tensor]:
+    """(joint [S], marginals [S, D]); `log_w`, where given, stands for `weights.log_w`."""
+    pairs = log_normal(z[:, None], mu, logvar)  # [S, N, D]
+    matrix = log_weights(log_w, weights, len(z), len(mu)).to(pairs)
+    return log_sum_exp(matrix + pairs.sum(-1)), log_sum_exp(matrix[..., None] + pairs)
+
+
+def sample(mu: Tensor, logvar: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(z, log_q, log_p, kl) with eps [L, B, D]"""
+    eps = eps.to(mu.dtype)
+    z = mu + torch.exp(0.5 * logvar) * eps
+    log_q = -0.5 * (eps**2 + logvar + LOG_2PI).sum(-1)
+    zero = torch.zeros_like(mu)
+    return z, log_q, log_normal(z, zero, zero).sum(-1), kl(mu, logvar, zero, zero).sum(-1)
+
+
+def normals(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """The eps [L, B, D] that the backend draws in this dtype."""
+    zero = torch.zeros(shape[1:], dtype=accumulated(dtype))
+    return fastvae.reparameterize(zero, zero, shape[0], seed=seed)
+
+
+def log_weights(log_w: Tensor | None, weights: ColumnWeights | None, S: int, N: int) -> Tensor:
+    """The matrix log w_ij [S, N] that the library never forms."""
+    if weights is None:
+        weights = ColumnWeights(-math.log(N) if N else 0.0)
+    common = weights.log_w if log_w is None else log_w
+    matrix = torch.as_tensor(common, dtype=torch.float64).expand(S, N).clone()
+    if weights.own is not None:
+        drawn = (weights.own >= 0).nonzero()[:, 0]
+        own = weights.own[drawn]
+        if weights.log_w_next is not None:
+            matrix[drawn, (own + 1) % N] = weights.log_w_next
+        if weights.log_w_own is not None:
+            matrix[drawn, own] = weights.log_w_own
+    return matrix
+
+
+def log_sum_exp(terms: Tensor) -> Tensor:
+    """Over axis 1; −inf with gradient 0 where every term is −inf, which torch.logsumexp makes NaN."""
+    dead = (terms == -math.inf).all(1, keepdim=True)
+    return torch.logsumexp(terms.where(~dead, 0), 1).where(~dead.squeeze(1), -math.inf)
+
+
+# The tolerance rule.
+
+
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cast(inputs: Named, dtype: torch.dtype) -> Named:
+    return {name: x.detach().to(dtype).requires_grad_(x.requires_grad) for name, x in inputs.items()}
+
+
+def needing_gradients(inputs: Named) -> Named:
+    return {name: x.requires_grad_() for name, x in inputs.items()}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normals that every dtype but float16 of large values holds exactly, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    normals = torch.randn(shape, generator=generator, device="cpu").bfloat16().double()
+    return normals.to(torch.get_default_device())
+
+
+def evaluate(
+    function: Callable[..., Results], inputs: Named, upstream: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
+    """The results of a function of named tensors, then the gradient of each input that requires one, under an
+    upstream gradient that is random but fixed unless given."""
+    upstream = upstream or (lambda output: draw(*output.shape, seed=1).to(output))
+    leaves = {name: x.detach().requires_grad_(x.requires_grad) for name, x in inputs.items()}
+    outputs = function(**leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    wanted = [x for x in leaves.values() if x.requires_grad]
+    given = [upstream(o) for o in outputs]
+    gradients = torch.autograd.grad(outputs, wanted, given, materialize_grads=True) if wanted else ()
+    return [*(o.detach() for o in outputs), *gradients]
+
+
+def _largest(x: Tensor) -> float:
+    x = x.abs()
+    return x[x.isfinite()].max().item() if x.isfinite().any() else 0.0
+
+
+def _moved(inputs: Named, centred: Sequence[str], seed: int) -> Named:
+    """z and mu with every element, counted from the centre of the columns, moved by half an ulp up or down."""
+    centre = inputs["mu"].detach().double().mean(-2, keepdim=True) if centred else None
+    moved = cast(inputs, torch.float64)
+    for n, name in enumerate(centred):
+        x = (moved[name].detach() - centre).abs().to(accumulated(inputs[name].dtype))
+        ulp = (torch.nextafter(x, torch.full_like(x, math.inf)) - x).double()
+        move = draw(*x.shape, seed=100 * n + seed).sign() * ulp / 2
+        moved[name] = (moved[name].detach() + move).requires_grad_(inputs[name].requires_grad)
+    return moved
+
+
+class Expected:
+    """What a function gives in float64, and how far from it a result may be.
+
+    Design, section 5: at most twice the error of the broadcast formula in the same dtype, plus the change that
+    moving each centred z and mu by half an ulp makes (the largest of four random moves), plus 4 eps
+    max(1, |result|). The errors are max norms. There is nothing wider than float64 to find the error of its
+    formula in, so that is the float32 error in proportion to eps; the same goes for the exact values themselves.
+    """
+
+    def __init__(
+        self,
+        formula: Callable[..., Results],
+        inputs: Named,
+        centred: Sequence[str] = (),
+        upstream: Callable[[Tensor], Tensor] | None = None,
+    ):
+        dtypes = [accumulated(x.dtype) for x in inputs.values()]
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        eps, eps32, eps64 = (torch.finfo(d).eps for d in (dtype, torch.float32, torch.float64))
+        single = cast(inputs, torch.float32)
+        self.exact = evaluate(formula, cast(inputs, torch.float64), upstream)
+        in_float32 = evaluate(formula, single, upstream)
+        of_float32 = evaluate(formula, cast(single, torch.float64), upstream)
+        moved = [
+            evaluate(formula, _moved(inputs, centred, seed), upstream) for seed in range(4 if centred else 0)
+        ]
+        self.tolerance = []
+        for n, exact in enumerate(self.exact):
+            error = _largest(in_float32[n].double() - of_float32[n]) / eps32
+            change = max((_largest(m[n] - exact) for m in moved), default=0.0)
+            self.tolerance.append(error * (2 * eps + eps64) + change + 4 * eps * exact.abs().clamp(min=1))
+
+    def check(self, results: list[Tensor]) -> None:
+        assert len(results) == len(self.exact)
+        for n, (got, exact, tolerance) in enumerate(zip(results, self.exact, self.tolerance, strict=True)):
+            assert got.shape == exact.shape, f"result {n}"
+            rounded = exact.to(got.dtype)  # overflows where the dtype must
+            finite = rounded.isfinite()
+            torch.testing.assert_close(got[~finite], rounded[~finite], equal_nan=True, rtol=0, atol=0)
+            storage = torch.finfo(got.dtype)  # the final rounding of results in half precision
+            if got.dtype in HALVES:
+                tolerance = tolerance + storage.eps / 2 * exact.abs() + storage.smallest_normal * storage.eps
+            error = (got.double() - exact).abs()
+            excess = (error / tolerance)[finite]
+            assert (excess <= 1).all(), (
+                f"result {n} of shape {tuple(got.shape)}: error {error[finite].max():.3g} where the rule allows"
+                f" {tolerance.broadcast_to(error.shape)[finite][excess.nan_to_num(math.inf).argmax()]:.3g}"
+            )
+
+
+def assert_accurate(
+    fast: Callable[..., Results],
+    formula: Callable[..., Results],
+    inputs: Named,
+    centred: Sequence[str] = (),
+    upstream: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """`fast` gives what `formula` gives by the tolerance rule, gradients too."""
+    Expected(formula, inputs, centred, upstream).check(evaluate(fast, inputs, upstream))
+
+
+def assert_same(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """Bit for bit, but that all NaN are one."""
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# Inputs.
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "chunked": lambda x: torch.cat((x, x), -1).chunk(2, -1)[1],
+    "every third": lambda x: x.repeat_interleave(3, -1)[..., ::3],
+    "unaligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+    "one row expanded": lambda x: x[:1].expand_as(x),
+    "one column expanded": lambda x: x[..., :1].expand_as(x),
+}
+
+
+def lay_out(inputs: Named, layout: str) -> Named:
+    return {
+        name: LAYOUTS[layout](x.detach()).requires_grad_(x.requires_grad) if x.ndim > 1 else x
+        for name, x in inputs.items()
+    }
+
+
+def gaussians(B: int, D: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Named:
+    """mu and logvar [B, D], wanting gradients."""
+    mu, logvar = scale * draw(B, D, seed=10 + seed), draw(B, D, seed=11 + seed) - 1
+    return needing_gradients(cast({"mu": mu, "logvar": logvar}, dtype))
+
+
+def samples(S: int, N: int, D: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Named:
+    """z [S, D], sample i drawn from posterior i mod N, and the posteriors, wanting gradients."""
+    posteriors = cast(gaussians(N, D, torch.float64, scale, seed), torch.float64)
+    z = draw(S, D, seed=12 + seed)
+    if N:
+        mu, logvar = (x.detach()[torch.arange(S) % N] for x in posteriors.values())
+        z = mu + torch.exp(0.5 * logvar) * z
+    return needing_gradients(cast({"z": z, **posteriors}, dtype))
+
+
+class Op(NamedTuple):
+    """A public function of named tensors, its formula, and inputs for it."""
+
+    fast: Callable[..., Results]
+    formula: Callable[..., Results]
+    inputs: Named
+    centred: tuple[str, ...] = ()
+
+
+OPS = (
+    "kl_gauss",
+    "reparameterize",
+    "sample_gauss",
+    "log_prob_gauss",
+    "cross_log_prob",
+    "agg_log_prob",
+    "agg_log_prob_marginals",
+    "agg_entropy",
+)
+
+
+def op_named(name: str, dtype: torch.dtype = torch.float64, S: int = 5, N: int = 4, D: int = 3) -> Op:
+    """One of OPS in its fullest form: general priors, all outputs, per-column weights with both overrides."""
+    public = getattr(fastvae, name)
+    posteriors, pairs = gaussians(N, D, dtype), samples(S, N, D, dtype)
+    if name == "kl_gauss":
+        prior = {"prior_mu": draw(D, seed=20), "prior_logvar": draw(N, D, seed=21)}
+        inputs = posteriors | needing_gradients(cast(prior, dtype))
+        return Op(public, lambda **x: kl(**x).sum() / N, inputs)
+    if name in ("reparameterize", "sample_gauss"):
+        eps = normals(S, N, D, dtype=dtype, seed=7)
+        n = 1 if name == "reparameterize" else 4
+        return Op(
+            lambda mu, logvar: public(mu, logvar, S, seed=7),
+            lambda mu, logvar: sample(mu, logvar, eps)[:n],
+            posteriors,
+        )
+    if name == "log_prob_gauss":
+        rows = {name: x.detach()[torch.arange(S) % N] for name, x in posteriors.items()}
+        inputs = needing_gradients({"z": pairs["z"], **rows})
+        return Op(public, lambda **x: log_normal(**x).sum(-1), inputs)
+    if name == "cross_log_prob":
+        return Op(public, cross, pairs, ("z", "mu"))
+    if name == "agg_entropy":
+        inputs = samples(N, N, D, dtype)
+        weights = fastvae.estimator_weights("mss", N, 60, torch.arange(N))
+        return Op(
+            lambda **x: public(**x, estimator="mss", dataset_size=60),
+            lambda **x: -aggregate(**x, weights=weights)[0].mean(),
+            inputs,
+            ("z", "mu"),
+        )
+    log_w = cast({"log_w": draw(N, seed=22)}, dtype)
+    n = 2 if name == "agg_log_prob_marginals" else 1
+
+    def weights(z: Tensor, mu: Tensor, log_w: Tensor) -> ColumnWeights:
+        own = torch.arange(len(z)) % (len(mu) + 1) - 1  # the first sample is drawn from none of the columns
+        return ColumnWeights(log_w, own, -0.5, 0.5)
+
+    return Op(
+        lambda z, mu, logvar, log_w: public(z, mu, logvar, weights=weights(z, mu, log_w)),
+        lambda z, mu, logvar, log_w: aggregate(z, mu, logvar, log_w, weights(z, mu, log_w))[:n],
+        pairs | needing_gradients(log_w),
+        ("z", "mu"),
+    )

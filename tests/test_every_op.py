@@ -1,0 +1,190 @@
+"""What holds for every public function on every backend: gradients, layouts, dtypes, the compiler."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import Target
+from fastvae.backends import backend_for
+from helpers import (
+    DTYPES,
+    HALVES,
+    LAYOUTS,
+    OPS,
+    Expected,
+    accumulated,
+    assert_accurate,
+    assert_same,
+    cast,
+    evaluate,
+    lay_out,
+    op_named,
+)
+from torch import Tensor
+
+
+@pytest.fixture(params=OPS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_gradcheck_with_gradients_for_any_inputs(backend: Target, name: str) -> None:
+    op = op_named(name)
+    for wanted in itertools.product((False, True), repeat=len(op.inputs)):
+        if any(wanted):
+            inputs = [x.requires_grad_(w) for x, w in zip(op.inputs.values(), wanted, strict=True)]
+            torch.autograd.gradcheck(lambda *x: op.fast(**dict(zip(op.inputs, x, strict=True))), inputs)
+
+
+def test_only_the_gradients_asked_for_are_computed(
+    backend: Target, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = {"reparameterize": "sample_gauss", "agg_entropy": "agg_log_prob"}
+    if name == "log_prob_gauss":
+        pytest.skip("made of torch's own operations")
+    op = op_named(name)
+    everything = evaluate(op.fast, op.inputs)
+    n_outputs = len(everything) - len(op.inputs)
+    module = backend_for(next(iter(op.inputs.values())).device)
+    kernel = f"{kernels.get(name, name)}_backward"
+    backward = getattr(module, kernel)
+    computed: list[Tensor] = []
+
+    def spy(*arguments: object) -> list[Tensor]:
+        computed[:] = backward(*arguments)
+        return computed.copy()
+
+    monkeypatch.setattr(module, kernel, spy)
+    for n, asked in enumerate(op.inputs):
+        inputs = {key: x.detach().requires_grad_(key == asked) for key, x in op.inputs.items()}
+        assert_same(evaluate(op.fast, inputs)[n_outputs:], [everything[n_outputs + n]])
+        assert len(computed) == 1
+    inputs = {key: x.detach() for key, x in op.inputs.items()}
+    assert_same(evaluate(op.fast, inputs), everything[:n_outputs])
+
+
+@pytest.mark.parametrize("loss", [torch.sum, torch.linalg.norm], ids=["linear", "curved"])
+def test_second_derivatives_are_refused(backend: Target, name: str, loss: Callable[[Tensor], Tensor]) -> None:
+    """Rather than left out of a sum without a word, also where the upstream gradient is a constant."""
+    if name == "log_prob_gauss":
+        pytest.skip("made of torch's own operations, which have them")
+    op = op_named(name)
+    output = op.fast(**op.inputs)
+    total = sum(loss(o) for o in ([output] if isinstance(output, Tensor) else output))
+    gradient = torch.autograd.grad(total, op.inputs["mu"], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        ((gradient**2).sum() + op.inputs["mu"].sum()).backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend: Target, name: str, layout: str, dtype: torch.dtype) -> None:
+    op = op_named(name, dtype, S=19, N=23, D=11)
+    assert_accurate(op.fast, op.formula, lay_out(op.inputs, layout), op.centred)
+
+
+def test_expanded_gradient_of_a_sum(backend: Target, name: str) -> None:
+    op = op_named(name, S=19, N=23, D=11)
+
+    def upstream(output: Tensor) -> Tensor:
+        return output.new_ones(()).expand_as(output)
+
+    assert_accurate(op.fast, op.formula, op.inputs, op.centred, upstream)
+
+
+def test_inputs_are_left_alone(backend: Target, name: str) -> None:
+    op = op_named(name)
+    before = [x.detach().clone() for x in op.inputs.values()]
+    evaluate(op.fast, op.inputs)
+    assert_same([x.detach() for x in op.inputs.values()], before)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_accumulates_in_float32(backend: Target, name: str, dtype: torch.dtype) -> None:
+    op = op_named(name, dtype, S=19, N=23, D=129)
+    results = evaluate(op.fast, op.inputs)
+    Expected(op.formula, op.inputs, op.centred).check(results)
+    is_sample = [name in ("reparameterize", "sample_gauss") and n == 0 for n in range(len(results))]
+    n_outputs = len(results) - len(op.inputs)
+    for n, result in enumerate(results):
+        assert result.dtype == (dtype if n >= n_outputs or is_sample[n] else torch.float32)
+
+
+def test_mixed_dtypes_promote(backend: Target, name: str) -> None:
+    op = op_named(name, torch.bfloat16)
+    for dtypes in itertools.islice(
+        itertools.permutations((torch.bfloat16, torch.float32, torch.float64, torch.float16)), 12
+    ):
+        mixed = {
+            key: x.detach().to(d).requires_grad_()
+            for (key, x), d in zip(op.inputs.items(), dtypes, strict=False)
+        }
+        widest = next(iter(mixed.values())).dtype
+        for x in mixed.values():
+            widest = torch.promote_types(widest, x.dtype)
+        results, promoted = evaluate(op.fast, mixed), evaluate(op.fast, cast(mixed, widest))
+        n_outputs = len(results) - len(mixed)
+        assert_same(results[:n_outputs], promoted[:n_outputs])
+        for x, gradient, wide in zip(mixed.values(), results[n_outputs:], promoted[n_outputs:], strict=True):
+            assert_same([gradient], [wide.to(x.dtype)])
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 3), (5, 4, 0), (0, 0, 3)], ids=str)
+def test_zero_sizes(backend: Target, name: str, sizes: tuple[int, int, int]) -> None:
+    S, N, D = sizes
+    if name == "agg_entropy" and N == 0:
+        pytest.skip("an error: test_errors.py")
+    op = op_named(name, torch.float32, S, N, D)
+    assert_accurate(op.fast, op.formula, op.inputs, op.centred)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_propagates(backend: Target, name: str, dtype: torch.dtype, value: float) -> None:
+    for key in op_named(name).inputs:
+        op = op_named(name, dtype)
+        inputs = {k: x.detach() for k, x in op.inputs.items()}
+        inputs[key].view(-1)[1] = value
+        assert_accurate(op.fast, op.formula, inputs)
+
+
+# The compiler and the modes.
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(backend: Target, name: str, dynamic: bool) -> None:
+    op = op_named(name)
+    compiled = torch.compile(op.fast, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for sizes in ((5, 4, 3), (7, 6, 2)):
+        inputs = op_named(name, torch.float64, *sizes).inputs
+        assert_same(evaluate(compiled, inputs), evaluate(op.fast, inputs))
+    torch._dynamo.reset()
+
+
+def test_inference_mode(backend: Target, name: str) -> None:
+    op = op_named(name)
+    plain = {key: x.detach() for key, x in op.inputs.items()}
+    with torch.inference_mode():
+        inside = {key: x.clone() for key, x in plain.items()}
+        output = op.fast(**inside)
+        results = [output] if isinstance(output, Tensor) else list(output)
+        assert all(r.is_inference() for r in results)
+        assert_same(results, evaluate(op.fast, plain))
+
+
+def test_autocast(backend: Target, name: str) -> None:
+    """Under autocast bfloat16 comes in, sums come out in float32, and gradients reach the weights."""
+    op = op_named(name, torch.float32)
+    weight = torch.eye(3, requires_grad=True)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        inputs = {k: x.detach() @ weight if x.shape[-1:] == (3,) else x for k, x in op.inputs.items()}
+        outputs = op.fast(**inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    assert inputs["mu"].dtype == torch.bfloat16
+    assert_same([o.detach() for o in outputs], evaluate(op.fast, {k: x.detach() for k, x in inputs.items()}))
+    sum(o.float().sum() for o in outputs).backward()
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()
+    assert weight.grad.abs().sum() > 0
