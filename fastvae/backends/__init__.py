@@ -1,5 +1,6 @@
 """Who computes: the choice of a backend for each device, and what `python -m fastvae info` says about it."""
 
+import functools
 import importlib
 import os
 from types import ModuleType, TracebackType
@@ -29,13 +30,21 @@ def status(name: str) -> BackendStatus:
 
 def backend_for(device: torch.device) -> ModuleType:
     """The backend that computes for tensors on this device."""
-    for name in (_forced,) if _forced else CANDIDATES.get(device.type, ("reference",)):
-        _check_name(name)
-        if _forced and name != "reference" and name not in CANDIDATES.get(device.type, ()):
-            raise RuntimeError(f"backend {name!r} was asked for, but does not compute on {device.type} tensors")
-        if status(name).available:
-            return importlib.import_module(f".{name}", __name__)
-    raise RuntimeError(f"backend {_forced!r} was asked for, but is not available: {status(str(_forced)).detail}")
+    return _choose(_forced, device.type)
+
+
+@functools.cache
+def _choose(forced: str | None, device_type: str) -> ModuleType:
+    candidates = CANDIDATES.get(device_type, ("reference",))
+    if forced is not None:
+        _check_name(forced)
+        if forced not in (*candidates, "reference"):
+            raise RuntimeError(f"backend {forced!r} was asked for, but does not compute on {device_type} tensors")
+        if not status(forced).available:
+            raise RuntimeError(f"backend {forced!r} was asked for, but is not available: {status(forced).detail}")
+        candidates = (forced,)
+    name = next(name for name in candidates if status(name).available)
+    return importlib.import_module(f".{name}", __name__)
 
 
 class use_backend:
