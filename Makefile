@@ -3,6 +3,7 @@
 #   make test        the test suite, quick profile;  make test-long: hypothesis searches for an hour
 #   make bench       the benchmarks;  make bench-cpu: the CPU table, against what people use today
 #   make check       ruff, ruff format, mypy
+#   make sanitize    the native tests under the address, undefined-behaviour and thread sanitizers
 #   make clean       remove everything that was built or drawn
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/* kernels/cp
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-long bench bench-cpu check clean
+.PHONY: demo test test-long bench bench-cpu check sanitize clean
 
 demo: $(BUILT)
 	$(BIN)/python -m fastvae demo
@@ -35,6 +36,17 @@ check: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Leaks are not looked for: Python itself leaks at exit. The thread sanitizer does not understand OpenMP's runtime,
+# so it watches a driver on std::thread.
+sanitize: $(BUILT)
+	$(BIN)/cmake -S . -B build/address -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/address
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  FASTVAE_REQUIRE_NATIVE=1 FASTVAE_LIBRARY=build/address/libfastvae_cpu.so $(BIN)/python -m pytest -q $(NATIVE_TESTS)
+	$(BIN)/cmake -S . -B build/thread -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_SANITIZE=thread -DFASTVAE_THREADS_TEST=ON
+	$(BIN)/cmake --build build/thread
+	build/thread/fastvae_threads
 
 clean:
 	rm -rf $(VENV) build dist demo-out .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks

@@ -50,9 +50,9 @@ class Kernels(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The shared library, loaded once."""
+    """The shared library, loaded once; `FASTVAE_LIBRARY` names another build of it, for the sanitizers."""
     with as_file(files("fastvae") / LIBRARY) as path:
-        lib = ctypes.CDLL(str(path))
+        lib = ctypes.CDLL(os.environ.get("FASTVAE_LIBRARY") or str(path))
     lib.fastvae_version.restype = c_char_p
     lib.fastvae_instruction_sets.restype = c_char_p
     lib.fastvae_kernels_for.restype = POINTER(Kernels)

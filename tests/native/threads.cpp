@@ -1,0 +1,124 @@
+// Every kernel on one thread and on four, in float and in double, on std::thread: for the thread sanitizer, which
+// does not understand OpenMP's runtime, and for machines that Python's tests do not reach (an emulated CPU).
+// Prints what differs and returns 1; float and double must agree roughly, thread counts bit for bit.
+
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "fastvae.h"
+
+namespace fastvae {
+
+// Stands in for kernels/cpu/parallel.cpp.
+void run_units(int64_t units, int threads, void (*body)(void *, int64_t, int), void *context) {
+    std::atomic<int64_t> next{0};
+    std::vector<std::thread> pool;
+    for (int worker = 0; worker < threads; ++worker)
+        pool.emplace_back([&, worker] {
+            for (int64_t unit; (unit = next.fetch_add(1)) < units;) body(context, unit, worker);
+        });
+    for (auto &thread : pool) thread.join();
+}
+
+}  // namespace fastvae
+
+namespace {
+
+template <class T> using Values = std::vector<T>;
+
+// The same pseudo-random numbers in both dtypes, about uniform in [-1, 1].
+template <class T> Values<T> noise(int64_t n, uint32_t seed, T scale = 1, T shift = 0) {
+    Values<T> x(n);
+    for (auto &v : x) {
+        seed = seed * 1664525u + 1013904223u;
+        v = shift + scale * T(float(seed >> 8) * 0x1p-23f - 1);
+    }
+    return x;
+}
+
+// All outputs of all kernels, one after another.
+template <class T> struct Outputs {
+    std::vector<std::string> names;
+    std::vector<Values<T>> values;
+    T *add(const char *name, int64_t n) {
+        names.emplace_back(name);
+        values.emplace_back(n, T(NAN));
+        return values.back().data();
+    }
+};
+
+template <class T> Outputs<T> run_all(const fastvae_kernels &k, int threads) {
+    const int64_t S = 331, N = 517, D = 33, L = 3;
+    const auto z = noise<T>(S * D, 1, 2), mu = noise<T>(N * D, 2), logvar = noise<T>(N * D, 3, 1, -1);
+    const auto prior = noise<T>(D, 4), g = noise<T>(S * N, 5), log_w = noise<T>(N, 6, 1, -6);
+    std::vector<int64_t> own(S);
+    for (int64_t i = 0; i < S; ++i) own[i] = i % 7 ? i % N : -1;
+    const uint64_t seed = 42;
+    Outputs<T> out;
+    out.names.reserve(64), out.values.reserve(64);
+#define WEIGHTS log_w.data(), 0.0, own.data(), -7.0, -5.0
+    for (int reduction = 0; reduction < 4; ++reduction) {
+        const int64_t size[] = {N * D, N, D, 1};
+        k.kl_gauss(mu.data(), D, logvar.data(), D, prior.data(), 0, nullptr, 0, N, D, reduction, 0.5,
+                   out.add("kl_gauss", size[reduction]), threads);
+    }
+    k.kl_gauss_backward(g.data(), D, 1, 0.5, mu.data(), D, logvar.data(), D, prior.data(), 0, prior.data(), 0, N, D,
+                        out.add("kl d_mu", N * D), out.add("kl d_logvar", N * D), out.add("kl d_prior_mu", D),
+                        out.add("kl d_prior_logvar", D), threads);
+    k.sample_gauss(mu.data(), D, logvar.data(), D, &seed, L, N, D, out.add("z", L * N * D), out.add("log_q", L * N),
+                   out.add("log_p", L * N), out.add("kl", N), threads);
+    const auto d_z = noise<T>(L * N * D, 7);
+    k.sample_gauss_backward(d_z.data(), d_z.data() + 1, d_z.data() + 2, d_z.data() + 3, mu.data(), D, logvar.data(), D,
+                            &seed, L, N, D, out.add("sample d_mu", N * D), out.add("sample d_logvar", N * D), threads);
+    k.cross_log_prob(z.data(), mu.data(), logvar.data(), S, N, D, out.add("cross", S * N), threads);
+    k.cross_log_prob_backward(g.data(), z.data(), mu.data(), logvar.data(), S, N, D, out.add("cross d_z", S * D),
+                              out.add("cross d_mu", N * D), out.add("cross d_logvar", N * D), threads);
+    T *joint = out.add("joint", S);
+    k.agg_log_prob(z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, joint, threads);
+    k.agg_log_prob_backward(g.data(), joint, z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D,
+                            out.add("agg d_z", S * D), out.add("agg d_mu", N * D), out.add("agg d_logvar", N * D),
+                            out.add("agg d_log_w", N), threads);
+    joint = out.add("joint again", S);
+    T *marginals = out.add("marginals", S * D);
+    k.agg_log_prob_marginals(z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, joint, marginals, threads);
+    k.agg_log_prob_marginals_backward(g.data(), g.data() + S, joint, marginals, z.data(), mu.data(), logvar.data(),
+                                      WEIGHTS, S, N, D, out.add("marg d_z", S * D), out.add("marg d_mu", N * D),
+                                      out.add("marg d_logvar", N * D), out.add("marg d_log_w", N), threads);
+    return out;
+}
+
+}  // namespace
+
+int main() {
+    int failures = 0;
+    std::string sets = fastvae_instruction_sets();
+    for (char *name = std::strtok(sets.data(), " "); name; name = std::strtok(nullptr, " ")) {
+        const fastvae_kernels &f32 = *fastvae_kernels_for(name, FASTVAE_F32);
+        const fastvae_kernels &f64 = *fastvae_kernels_for(name, FASTVAE_F64);
+        const auto serial = run_all<float>(f32, 1), parallel = run_all<float>(f32, 4);
+        const auto exact = run_all<double>(f64, 1), exact_parallel = run_all<double>(f64, 4);
+        for (size_t i = 0; i < serial.values.size(); ++i) {
+            const size_t n = serial.values[i].size();
+            bool same = !std::memcmp(serial.values[i].data(), parallel.values[i].data(), n * sizeof(float));
+            same &= !std::memcmp(exact.values[i].data(), exact_parallel.values[i].data(), n * sizeof(double));
+            double error = 0, size = 1;
+            for (size_t e = 0; e < n; ++e) {
+                const double difference = std::fabs(serial.values[i][e] - exact.values[i][e]);
+                if (!(difference <= error)) error = difference;  // takes NaN, and keeps it
+                size = std::fmax(size, std::fabs(exact.values[i][e]));
+            }
+            if (!same || !(error <= 2e-5 * size)) {
+                ++failures;
+                std::printf("%s: %s: %s, error %g of %g\n", name, serial.names[i].c_str(),
+                            same ? "deterministic" : "DEPENDS ON THE THREADS", error, size);
+            }
+        }
+        std::printf("%s: %zu outputs checked\n", name, serial.values.size());
+    }
+    return failures != 0;
+}
