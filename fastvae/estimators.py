@@ -54,9 +54,7 @@ def estimator_weights(
     else:
         check_count("dataset_size", dataset_size, least=1)
         if dataset_size < n_columns:
-            raise ValueError(
-                f"dataset_size: expected at least the batch's {n_columns} posteriors, got {dataset_size}"
-            )
+            raise ValueError(f"dataset_size: expected at least the batch's {n_columns} posteriors, got {dataset_size}")
     B, N, M = n_columns, dataset_size, n_columns - 1
     if estimator == "uniform" or N is None:
         return ColumnWeights(-math.log(B), own)

@@ -28,7 +28,7 @@ def _pointers(n: int) -> tuple[type, ...]:
 class Kernels(ctypes.Structure):
     """The table of kernels of one instruction set and dtype."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, ctypes.CFUNCTYPE(c_int, *parameters, c_int))  # the last one: threads
         for name, parameters in (
             ("kl_gauss", (*_ROWS, *_ROWS, *_PRIORS, c_int64, c_int64, c_int, c_double, c_void_p)),
@@ -194,16 +194,12 @@ def kl_gauss_backward(
     return _asked(outputs, likes)
 
 
-def sample_gauss(
-    mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]
-) -> list[Tensor]:
+def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]) -> list[Tensor]:
     dtype = accumulation_dtype(mu.dtype)
     B, D = mu.shape
     inputs = [_rows(x, dtype, B) for x in (mu, logvar)]
     shapes = ((n_samples, B, D), (n_samples, B), (n_samples, B), (B,))
-    results = [
-        torch.empty(s, dtype=dtype) if want else None for s, want in zip(shapes, outputs, strict=True)
-    ]
+    results = [torch.empty(s, dtype=dtype) if want else None for s, want in zip(shapes, outputs, strict=True)]
     rows = [a for _, pointer, stride in inputs for a in (pointer, stride)]
     _run(
         _kernels(dtype).sample_gauss,
@@ -249,9 +245,7 @@ def sample_gauss_backward(
     return _asked(outputs, (mu, logvar))
 
 
-def _cross(
-    z: Tensor, mu: Tensor, logvar: Tensor
-) -> tuple[torch.dtype, list[Tensor | None], tuple[int, int, int]]:
+def _cross(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[torch.dtype, list[Tensor | None], tuple[int, int, int]]:
     dtype = accumulation_dtype(z.dtype)
     return dtype, [_dense(x, dtype) for x in (z, mu, logvar)], (z.shape[0], *mu.shape)
 
@@ -295,9 +289,7 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
     return joint
 
 
-def agg_log_prob_marginals(
-    z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights
-) -> tuple[Tensor, Tensor]:
+def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> tuple[Tensor, Tensor]:
     dtype, inputs, (S, N, D) = _cross(z, mu, logvar)
     _alive, log_weights = _weights(weights, dtype, N)
     joint, marginals = torch.empty(S, dtype=dtype), torch.empty(S, D, dtype=dtype)

@@ -2,7 +2,8 @@
 tested against. Nothing larger than `CHUNK_BYTES` is formed at a time."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,14 @@ def _standardize(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]
     return ((z - mu) * inv_sigma).clamp(-finite, finite), inv_sigma
 
 
-def _gradients(candidates: Sequence[Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:
+def _gradients(
+    candidates: Sequence[Callable[[], Tensor]], inputs: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """Those of the candidates that are wanted, each in its input's dtype; the others are not computed."""
     return [
-        g.to(x.dtype) for g, x, want in zip(candidates, inputs, wanted, strict=True) if want and x is not None
+        gradient().to(x.dtype)
+        for gradient, x, want in zip(candidates, inputs, wanted, strict=True)
+        if want and x is not None
     ]
 
 
@@ -60,20 +66,26 @@ def kl_gauss_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     B, D = mu.shape
-    inputs = (mu, logvar, prior_mu, prior_logvar)
-    mu, logvar, m, v = _accumulate(*inputs)
+    inputs: tuple[Any, ...] = (mu, logvar, prior_mu, prior_logvar)
+    mu, logvar, m, v = _accumulate(*inputs)  # the priors keep their shapes
     g = grad * kl_scale(reduction, B, D)
     if reduction == "sample":
         g = g[:, None]
     t, inv_sigma = _standardize(mu, m, v)
-    d_mu = g * t * inv_sigma
-    d_logvar = g * 0.5 * torch.expm1(logvar - v)
-    d_prior_logvar = -d_logvar - 0.5 * g * t * t
-    d_priors = [
-        d.sum(0, keepdim=True) if x is not None and x.shape[0] == 1 else d
-        for d, x in ((-d_mu, prior_mu), (d_prior_logvar, prior_logvar))
-    ]
-    return _gradients((d_mu, d_logvar, *d_priors), inputs, wanted)
+
+    def d_mu() -> Tensor:
+        return g * t * inv_sigma
+
+    def d_logvar() -> Tensor:
+        return g * 0.5 * torch.expm1(logvar - v)
+
+    def d_prior_mu() -> Tensor:
+        return (-d_mu()).sum_to_size(inputs[2].shape)
+
+    def d_prior_logvar() -> Tensor:
+        return (-d_logvar() - 0.5 * g * t * t).sum_to_size(inputs[3].shape)
+
+    return _gradients((d_mu, d_logvar, d_prior_mu, d_prior_logvar), inputs, wanted)
 
 
 # Sampling: z = mu + sigma · eps
@@ -85,9 +97,7 @@ def _noise(mu: Tensor, seed: Tensor, n_samples: int) -> Tensor:
     return philox.standard_normal(seed, 0, math.prod(shape)).reshape(shape).to(mu.dtype)
 
 
-def sample_gauss(
-    mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]
-) -> list[Tensor]:
+def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]) -> list[Tensor]:
     dtype = mu.dtype
     mu, logvar = _accumulate(mu, logvar)
     eps = _noise(mu, seed, n_samples)
@@ -116,10 +126,15 @@ def sample_gauss_backward(
     mu, logvar, d_z, d_log_q, d_log_p, d_kl = _accumulate(mu, logvar, d_z, d_log_q, d_log_p, d_kl)
     scaled_eps = torch.exp(0.5 * logvar) * _noise(mu, seed, n_samples)  # [L, B, D]
     d_z = d_z - d_log_p[..., None] * (mu + scaled_eps)  # d log_p / d z = −z
-    d_mu = d_z.sum(0) + d_kl[..., None] * mu
-    d_logvar = 0.5 * (d_z * scaled_eps).sum(0) + 0.5 * d_kl[..., None] * torch.expm1(logvar)
-    d_logvar = d_logvar - 0.5 * d_log_q.expand(n_samples, mu.shape[0]).sum(0)[:, None]
-    return _gradients((d_mu.expand_as(mu), d_logvar), inputs, wanted)
+
+    def d_mu() -> Tensor:
+        return d_z.sum(0) + d_kl[..., None] * mu
+
+    def d_logvar() -> Tensor:
+        from_log_q = d_log_q.expand(n_samples, mu.shape[0]).sum(0)[:, None]
+        return 0.5 * ((d_z * scaled_eps).sum(0) - from_log_q + d_kl[..., None] * torch.expm1(logvar))
+
+    return _gradients((d_mu, d_logvar), inputs, wanted)
 
 
 # Cross-evaluation: log q(z_i | x_j) for all samples and all posteriors
@@ -169,17 +184,28 @@ def _responsibility(log_terms: Tensor, log_sum: Tensor) -> Tensor:
 
 
 class _PairGradients:
-    """Sums of c_ijd · ∂ log q(z_id | x_jd) into d_z, d_mu and d_logvar."""
+    """Sums of c_ijd · ∂ log q(z_id | x_jd) into those of d_z, d_mu and d_logvar that are wanted."""
 
-    def __init__(self, z: Tensor, mu: Tensor, logvar: Tensor):
-        self.d_z, self.d_mu, self.d_logvar = map(torch.zeros_like, (z, mu, logvar))
+    def __init__(self, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]):
+        self.wanted = wanted
+        self.d_z, self.d_mu, self.d_logvar = (
+            torch.zeros_like(x) if want else x for x, want in zip((z, mu, logvar), wanted, strict=False)
+        )
 
     def add(self, pairs: _Pairs, c: Tensor) -> None:
         """c: [R, N, D], or [R, N, 1] where it is the same for every dimension."""
+        want_z, want_mu, want_logvar, *_ = self.wanted
         ct = c * pairs.t
-        self.d_z[pairs.rows] = -(ct * pairs.inv_sigma).sum(1)
-        self.d_mu += (ct * pairs.inv_sigma).sum(0)
-        self.d_logvar += 0.5 * (ct * pairs.t - c).sum(0)
+        if want_z:
+            self.d_z[pairs.rows] = -(ct * pairs.inv_sigma).sum(1)
+        if want_mu:
+            self.d_mu += (ct * pairs.inv_sigma).sum(0)
+        if want_logvar:
+            self.d_logvar += 0.5 * (ct * pairs.t - c).sum(0)
+
+    def gradients(self, inputs: Sequence[Tensor | None], *others: Tensor) -> list[Tensor]:
+        candidates = [lambda g=g: g for g in (self.d_z, self.d_mu, self.d_logvar, *others)]
+        return _gradients(candidates, inputs, self.wanted)
 
 
 def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -195,10 +221,10 @@ def cross_log_prob_backward(
 ) -> list[Tensor]:
     inputs = (z, mu, logvar)
     z, mu, logvar = _accumulate(*inputs)
-    total = _PairGradients(z, mu, logvar)
+    total = _PairGradients(z, mu, logvar, wanted)
     for pairs in _pairs(z, mu, logvar):
         total.add(pairs, grad[pairs.rows, :, None])
-    return _gradients((total.d_z, total.d_mu, total.d_logvar), inputs, wanted)
+    return total.gradients(inputs)
 
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
@@ -210,9 +236,7 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
     return joint
 
 
-def agg_log_prob_marginals(
-    z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights
-) -> tuple[Tensor, Tensor]:
+def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> tuple[Tensor, Tensor]:
     z, mu, logvar = _accumulate(z, mu, logvar)
     joint, marginals = z.new_empty(z.shape[0]), torch.empty_like(z)
     for pairs in _pairs(z, mu, logvar):
@@ -235,7 +259,7 @@ def _aggregate_backward(
 ) -> list[Tensor]:
     inputs = (z, mu, logvar, weights.log_w)
     z, mu, logvar = _accumulate(z, mu, logvar)
-    total = _PairGradients(z, mu, logvar)
+    total = _PairGradients(z, mu, logvar, wanted)
     d_log_w = mu.new_zeros(mu.shape[0])
     for pairs in _pairs(z, mu, logvar):
         log_w, common = pairs.log_weights(weights)
@@ -253,7 +277,7 @@ def _aggregate_backward(
             d_log_w_pairs += shares.sum(-1)
         total.add(pairs, c)
         d_log_w += torch.where(common, d_log_w_pairs, 0).sum(0)
-    return _gradients((total.d_z, total.d_mu, total.d_logvar, d_log_w), inputs, wanted)
+    return total.gradients(inputs, d_log_w)
 
 
 def agg_log_prob_backward(

@@ -27,9 +27,7 @@ def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
 
 def check_same_shape(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     if x.shape != like.shape:
-        raise ValueError(
-            f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, got {tuple(x.shape)}")
 
 
 def check_posterior(mu: Any, logvar: Any, *, min_ndim: int = 1) -> None:
@@ -56,7 +54,7 @@ def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:
     """A number that is not NaN and not below `least`."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not value >= least:
+    if not value >= least:  # type: ignore[operator]
         raise ValueError(f"{name}: expected a number >= {least}, got {value}")
 
 

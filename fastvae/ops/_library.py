@@ -4,7 +4,7 @@ The autograd Functions stand outside and call these ops, which is faster than gi
 of their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if _transformed():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 def empty_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor]:
@@ -83,10 +83,8 @@ def empty_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> li
     return [torch.empty_like(x) for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
 
 
-def spread(
-    gradients: list[Tensor], wanted: tuple[bool, ...], n_inputs: int
-) -> tuple[Tensor | None, ...]:
-    """The gradients a backward op returned, at the places of the inputs that wanted them; None elsewhere."""
+def spread(gradients: Sequence[Tensor | None], wanted: Sequence[bool], n_inputs: int) -> tuple[Tensor | None, ...]:
+    """What an op returned, at the places of those that were wanted; None elsewhere."""
     remaining = iter(gradients)
     found = [next(remaining) if want else None for want in wanted]
     return (*found, *[None] * (n_inputs - len(found)))

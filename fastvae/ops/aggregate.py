@@ -285,9 +285,7 @@ def _flatten(
     check_device("z", z, "mu", mu)
     if z.ndim == mu.ndim + 1:  # L samples per posterior: [L, *batch, B, D] to [*batch, L·B, D]
         if z.shape[1:] != mu.shape:
-            raise ValueError(
-                f"z: expected [L, *{tuple(mu.shape)}], L samples of each posterior, got {tuple(z.shape)}"
-            )
+            raise ValueError(f"z: expected [L, *{tuple(mu.shape)}], L samples of each posterior, got {tuple(z.shape)}")
         z = z.movedim(0, -3).flatten(-3, -2)
     if z.ndim != mu.ndim or z.shape[-1] != mu.shape[-1] or z.shape[:-2] != mu.shape[:-2]:
         raise ValueError(

@@ -17,9 +17,7 @@ from ._library import Function, declare, empty_gradients, spread
 PUBLIC_REDUCTIONS = ("none", "sample", "sum", "mean", "batchmean")
 
 
-def _fake(
-    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
-) -> Tensor:
+def _fake(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str) -> Tensor:
     return mu.new_empty(kl_shape(reduction, *mu.shape), dtype=accumulation_dtype(mu.dtype))
 
 
@@ -36,7 +34,8 @@ def _fake_backward(
 
 
 _kl_gauss = declare(
-    "kl_gauss(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, str reduction) -> Tensor", _fake
+    "kl_gauss(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, str reduction) -> Tensor",
+    _fake,
 )
 _kl_gauss_backward = declare(
     "kl_gauss_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar,"

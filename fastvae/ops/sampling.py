@@ -190,9 +190,7 @@ def _seed(like: Tensor, seed: int | None, generator: torch.Generator | None) -> 
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
         if generator.device.type != like.device.type:
-            raise ValueError(
-                f"generator: expected one on the device of mu, {like.device}, got {generator.device}"
-            )
+            raise ValueError(f"generator: expected one on the device of mu, {like.device}, got {generator.device}")
         return torch.empty((), dtype=torch.int64, device=like.device).random_(generator=generator)
     if seed is None:
         return _draw_seed(like)
