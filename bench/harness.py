@@ -102,9 +102,9 @@ def ceilings(threads: int) -> Ceilings:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "probe.so"
         source = Path(__file__).parent / "probe.cpp"
-        flags = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-w", "-shared", "-fPIC"]
+        flags = "-std=c++20 -O3 -march=native -ffp-contract=fast -fno-math-errno -w -shared -fPIC"
         subprocess.run(
-            ["g++", *flags, "-I", str(KERNELS / "cpu"), str(source), "-o", str(library), "-lpthread"],
+            ["g++", *flags.split(), "-I", str(KERNELS / "cpu"), str(source), "-o", str(library), "-lpthread"],
             check=True,
         )
         probe = ctypes.CDLL(str(library))
