@@ -1,0 +1,104 @@
+"""Likelihoods: against torch.distributions, constants included, and what they refuse."""
+
+import math
+
+import pytest
+import torch
+from torch import distributions as D
+
+from fastvae.likelihoods import Bernoulli, Binomial, Gaussian, make_likelihood
+
+SHAPE = (7, 3, 5)
+
+
+def test_bernoulli_is_torchs():
+    logits = 5 * torch.randn(4, *SHAPE, dtype=torch.float64)
+    x = torch.bernoulli(torch.full(SHAPE, 0.3, dtype=torch.float64))
+    torch.testing.assert_close(Bernoulli().log_prob(x, logits), D.Bernoulli(logits=logits).log_prob(x))
+    torch.testing.assert_close(Bernoulli().mean(logits), D.Bernoulli(logits=logits).mean)
+
+
+@pytest.mark.parametrize("n", [1, 16, 255])
+def test_binomial_is_torchs_and_sums_to_one(n):
+    logits = 3 * torch.randn(4, *SHAPE, dtype=torch.float64)
+    x = torch.randint(n + 1, SHAPE).double()
+    ours = Binomial(n)
+    torch.testing.assert_close(ours.log_prob(x, logits), D.Binomial(n, logits=logits).log_prob(x))
+    torch.testing.assert_close(ours.mean(logits), D.Binomial(n, logits=logits).mean)
+    every_count = torch.arange(n + 1.0, dtype=torch.float64)
+    total = ours.log_prob(every_count[:, None], logits.reshape(1, -1).expand(n + 1, -1)).logsumexp(0)
+    torch.testing.assert_close(total, torch.zeros_like(total), atol=1e-10, rtol=0)
+
+
+def test_binomial_of_one_is_bernoulli():
+    logits, x = torch.randn(SHAPE, dtype=torch.float64), torch.randint(2, SHAPE).double()
+    torch.testing.assert_close(Binomial(1).log_prob(x, logits), Bernoulli().log_prob(x, logits))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_gaussian_has_its_constant(learned):
+    mean, x = torch.randn(4, *SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
+    ours = Gaussian(0.3, learned=learned).double()
+    expected = D.Normal(mean, math.sqrt(0.3)).log_prob(x)
+    torch.testing.assert_close(ours.log_prob(x, mean), expected, rtol=1e-6, atol=1e-6)
+    at_its_mean = ours.log_prob(x, x)
+    torch.testing.assert_close(
+        at_its_mean, torch.full_like(x, -0.5 * math.log(2 * math.pi * 0.3)), rtol=1e-6, atol=0
+    )
+    assert (len(list(ours.parameters())) == 1) == learned
+    assert "log_variance" in ours.state_dict()
+
+
+def test_a_learned_variance_finds_the_datas():
+    torch.manual_seed(0)
+    x, ours = 0.2 * torch.randn(4000), Gaussian(learned=True)
+    optimizer = torch.optim.LBFGS(ours.parameters(), max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        nell = -ours.log_prob(x, torch.zeros_like(x)).mean()
+        nell.backward()
+        return nell
+
+    optimizer.step(loss)
+    assert ours.log_variance.exp().item() == pytest.approx((x * x).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Binomial(2), Gaussian()])
+def test_half_precision_accumulates_in_float32(likelihood, dtype):
+    x, output = torch.ones(SHAPE), torch.randn(SHAPE).to(dtype)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert likelihood.log_prob(x, output).dtype == expected
+
+
+@pytest.mark.parametrize("bad", [0.5, -1.0, 2.0, math.nan, math.inf])
+def test_bernoulli_refuses_what_is_not_binary(bad):
+    Bernoulli().check(torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"^x: .*'binomial'.*total_count.*'gaussian'.*torch\.bernoulli"):
+        Bernoulli().check(torch.tensor([0.0, bad, 1.0]))
+
+
+@pytest.mark.parametrize("bad", [0.5, -1.0, 17.0, math.nan, math.inf])
+def test_binomial_refuses_what_is_no_count(bad):
+    Binomial(16).check(torch.tensor([0.0, 16.0]))
+    with pytest.raises(ValueError, match=r"^x: .*0 to 16.*total_count=16.*'gaussian'"):
+        Binomial(16).check(torch.tensor([0.0, bad]))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "name"),
+    [
+        (lambda: make_likelihood("poisson"), ValueError, "likelihood"),
+        (lambda: make_likelihood("binomial"), TypeError, "total_count"),
+        (lambda: make_likelihood(Bernoulli(), total_count=3), TypeError, "total_count"),
+        (lambda: Binomial(0), ValueError, "total_count"),
+        (lambda: Binomial(2.5), TypeError, "total_count"),
+        (lambda: Gaussian(0.0), ValueError, "variance"),
+        (lambda: Gaussian(math.inf), ValueError, "variance"),
+        (lambda: Gaussian("1"), TypeError, "variance"),
+    ],
+)
+def test_errors_name_the_argument(make, error, name):
+    with pytest.raises(error, match=rf"^{name}: "):
+        make()
