@@ -2,6 +2,7 @@
 
 from .backends import use_backend
 from .estimators import agg_entropy, estimator_weights
+from .objectives import ELBO
 from .ops.aggregate import (
     ColumnWeights,
     agg_log_prob,
@@ -11,12 +12,18 @@ from .ops.aggregate import (
 )
 from .ops.kl import kl_gauss
 from .ops.sampling import GaussianSample, reparameterize, sample_gauss
+from .priors import StandardNormal
+from .vae import VAE, VAEOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ELBO",
+    "VAE",
     "ColumnWeights",
     "GaussianSample",
+    "StandardNormal",
+    "VAEOutput",
     "agg_entropy",
     "agg_log_prob",
     "agg_log_prob_marginals",

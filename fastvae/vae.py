@@ -1,0 +1,177 @@
+"""The VAE: an encoder, a decoder, a likelihood, a prior and an objective, put together."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .likelihoods import Likelihood, make_likelihood
+from .objectives import ELBO, Objective
+from .ops._checks import check_tensor
+from .ops._library import declare
+from .ops.sampling import sample_gauss
+from .priors import Prior, StandardNormal
+
+# Opaque to the compiler, which would else compute a schedule again in the backward, from the counter that the
+# forward has moved on by then.
+_snapshot = declare("snapshot(Tensor x) -> Tensor", torch.empty_like, lambda backend, x: x.clone())
+
+
+class VAEOutput(NamedTuple):
+    """What a forward pass of `VAE` gives; everything in nats per example, and differentiable.
+
+    Attributes:
+        loss: what to minimize, a scalar.
+        nell: mean −log p(x|z), the negative expected log-likelihood, a scalar.
+        kl: mean KL(q(z|x) ‖ p(z)), a scalar.
+        z: the samples `[B, D]`; `[k·m, B, D]` where the objective asks for several of each posterior.
+        mu: the posteriors' means `[B, D]`.
+        logvar: their log sigma² `[B, D]`.
+        terms: all terms of the objective by name: `nell` and `kl`, for an ELBO also `elbo`.
+    """
+
+    loss: Tensor
+    nell: Tensor
+    kl: Tensor
+    z: Tensor
+    mu: Tensor
+    logvar: Tensor
+    terms: dict[str, Tensor]
+
+
+_PARTS = {
+    "encoder": ("__call__",),
+    "decoder": ("__call__",),
+    "likelihood": ("log_prob", "mean", "check"),
+    "prior": ("log_prob", "sample"),
+    "objective": ("__call__", "k", "m"),
+}
+
+
+class VAE(nn.Module):
+    """A variational autoencoder with diagonal Gaussian posteriors (Kingma & Welling 2014).
+
+    Args:
+        encoder: module or function from x `[B, ...]` to (mu, logvar), `[B, D]` each.
+        decoder: module or function from z `[n, D]` to `[n, ...]`, the shape of x: logits for "bernoulli" and
+            "binomial", means for "gaussian".
+        likelihood: `"bernoulli"` for x in {0, 1}; `"binomial"` for counts 0..n, with `total_count=n`;
+            `"gaussian"` for real values, with `variance=s²` (default 1), and `learned=True` to learn it.
+            Or an object such as `fastvae.likelihoods.Gaussian(0.1)`.
+        prior: p(z), an object with `log_prob(z)`, `marginal_log_prob(z)`, `sample(n)`, and `kl(mu, logvar)`
+            where that has a closed form; None for `StandardNormal()`.
+        objective: what the loss is, as `fastvae.objectives.Objective` describes it; None for `ELBO()`.
+        **likelihood_options: `total_count`, `variance`, `learned`.
+
+    Calling it draws the objective's samples and gives a `VAEOutput`. `step`, a buffer, counts the calls in
+    training mode, for the objective's schedules.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be; when called, the encoder or the decoder
+            gives other shapes than expected, or x holds values that the likelihood gives no probability to.
+            Looking at values makes a GPU wait, so there only the first batch is checked, and under
+            `torch.compile` none is.
+
+    Example:
+        >>> vae = fastvae.VAE(encoder, decoder, likelihood="binomial", total_count=16)
+        >>> vae(x).loss.backward()
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        encoder: Any,
+        decoder: Any,
+        *,
+        likelihood: str | Likelihood = "bernoulli",
+        prior: Prior | None = None,
+        objective: Objective | None = None,
+        **likelihood_options: Any,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.likelihood = make_likelihood(likelihood, **likelihood_options)
+        self.prior = StandardNormal() if prior is None else prior
+        self.objective = ELBO() if objective is None else objective
+        for name, needed in _PARTS.items():
+            part = getattr(self, name)
+            if isinstance(part, type) or not all(hasattr(part, method) for method in needed):
+                raise TypeError(f"{name}: expected an object with {', '.join(needed)}, got {part!r}")
+        self.register_buffer("step", torch.tensor(0))
+        self._checked = False
+
+    def forward(self, x: Tensor) -> VAEOutput:
+        self._check(x)
+        k, m = self.objective.k, self.objective.m
+        mu, logvar = self.encode(x)
+        z, log_q, _, _ = sample_gauss(mu, logvar, k * m, outputs=("z", "log_q"))
+        assert z is not None
+        assert log_q is not None
+        z = z.unflatten(0, (k, m))  # [k, m, B, D]
+        loss, terms = self.objective(
+            self.log_px_z(x, z),
+            self.prior.log_prob(z.flatten(0, -2)).view(z.shape[:-1]),
+            log_q.unflatten(0, (k, m)),
+            z=z,
+            mu=mu,
+            logvar=logvar,
+            prior=self.prior,
+            step=_snapshot(self.step),
+        )
+        if self.training:
+            self.step.add_(1)
+        z = z.flatten(0, 1)
+        return VAEOutput(loss, terms["nell"], terms["kl"], z[0] if k * m == 1 else z, mu, logvar, terms)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The posteriors' mu and logvar, `[B, D]` each."""
+        posterior = self.encoder(x)
+        if not (isinstance(posterior, tuple | list) and len(posterior) == 2):
+            raise TypeError(f"encoder: expected the pair (mu, logvar), got {type(posterior).__name__}")
+        mu, logvar = posterior
+        check_tensor("encoder's mu", mu)
+        check_tensor("encoder's logvar", logvar)
+        if not (mu.ndim == 2 and mu.shape[0] == x.shape[0] and mu.shape == logvar.shape):
+            shapes = f"{tuple(mu.shape)} and {tuple(logvar.shape)}"
+            raise ValueError(f"encoder: expected mu and logvar of one shape [{x.shape[0]}, D], got {shapes}")
+        return mu, logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        """E[x|z] in the units of x, z `[..., D]` to `[..., *x's]`."""
+        return self.likelihood.mean(self._decoder_output(z))
+
+    def log_px_z(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x|z) in nats, summed over all of x's axes but the first; z `[..., B, D]` to `[..., B]`."""
+        output = self._decoder_output(z)  # [..., B, *x's]
+        if output.shape[z.ndim - 2 :] != x.shape:
+            raise ValueError(
+                f"decoder: expected [n, *{tuple(x.shape[1:])}], the shape of x, got"
+                f" [n, *{tuple(output.shape[z.ndim - 1 :])}]"
+            )
+        return self.likelihood.log_prob(x, output)[..., None].flatten(z.ndim - 1).sum(-1)
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        """Means E[x|z] of n draws z from the prior, `[n, *x's]`, from torch's generator."""
+        z = self.prior.sample(n)
+        like = next((p for p in self.parameters() if p.is_floating_point()), z)
+        return self.decode(z.to(like))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x|z] at the mean of each posterior, the shape of x."""
+        return self.decode(self.encode(x)[0])
+
+    def _decoder_output(self, z: Tensor) -> Tensor:
+        """The decoder's logits or means, z `[..., D]` to `[..., *x's]`; it sees all of them as one batch."""
+        output = self.decoder(z.flatten(0, -2))
+        return output.unflatten(0, z.shape[:-1])
+
+    def _check(self, x: Tensor) -> None:
+        check_tensor("x", x)
+        if torch.compiler.is_compiling() or (self._checked and x.device.type != "cpu"):
+            return
+        self.likelihood.check(x)
+        self._checked = True

@@ -1,0 +1,317 @@
+"""VAE: against formulas written out with torch.distributions, and through what PyTorch does to modules."""
+
+import math
+
+import pytest
+import torch
+from torch import distributions as dist
+from torch import nn
+
+import fastvae
+from fastvae import ELBO, VAE, StandardNormal
+from fastvae.likelihoods import Gaussian
+
+D = 3
+
+
+class Encoder(nn.Module):
+    """x [B, ...] to (mu, logvar) [B, D]."""
+
+    def __init__(self, n_inputs: int):
+        super().__init__()
+        self.linear = nn.Linear(n_inputs, 2 * D)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1)).chunk(2, dim=1)
+
+
+def make_vae(shape=(4, 5), **options):
+    torch.manual_seed(0)
+    decoder = nn.Sequential(nn.Linear(D, math.prod(shape)), nn.Unflatten(1, shape))
+    return VAE(Encoder(math.prod(shape)), decoder, **options).double()
+
+
+def binary(*shape):
+    return torch.randint(2, shape).double()
+
+
+DATA = {
+    "bernoulli": ({}, binary, lambda output: dist.Bernoulli(logits=output)),
+    "binomial": (
+        {"total_count": 16},
+        lambda *shape: torch.randint(17, shape).double(),
+        lambda output: dist.Binomial(16, logits=output),
+    ),
+    "gaussian": (
+        {"variance": 0.25},
+        lambda *shape: torch.randn(shape).double(),
+        lambda output: dist.Normal(output, 0.5),
+    ),
+}
+
+
+class Several:
+    """An objective of its own: a bound with m samples inside the logarithm and k outside, by the protocol."""
+
+    def __init__(self, k, m):
+        self.k, self.m = k, m
+
+    def __call__(self, log_px_z, log_pz, log_qz_x, *, z, mu, logvar, prior, step):
+        self.log_w = log_px_z + log_pz - log_qz_x  # [k, m, B]
+        self.z = z
+        loss = -(self.log_w.logsumexp(1) - math.log(self.m)).mean()
+        return loss, {"nell": -log_px_z.mean(), "kl": (log_qz_x - log_pz).mean(), "bound": -loss}
+
+
+@pytest.mark.parametrize("likelihood", DATA)
+@pytest.mark.parametrize("shape", [(4,), (1, 4, 5)])
+def test_elbo_is_the_formula(likelihood, shape):
+    options, draw, p_x = DATA[likelihood]
+    vae = make_vae(shape, likelihood=likelihood, objective=ELBO(beta=2.0), **options)
+    x = draw(31, *shape)
+    out = vae(x)
+    mu, logvar = vae.encoder(x)
+    q = dist.Independent(dist.Normal(mu, torch.exp(0.5 * logvar)), 1)
+    p = dist.Independent(dist.Normal(torch.zeros_like(mu), 1.0), 1)
+    nell = -p_x(vae.decoder(out.z)).log_prob(x).flatten(1).sum(1).mean()
+    kl = dist.kl_divergence(q, p).mean()
+    for ours, expected in (
+        (out.nell, nell),
+        (out.kl, kl),
+        (out.loss, nell + 2 * kl),
+        (out.terms["elbo"], -nell - kl),
+        (out.mu, mu),
+        (out.logvar, logvar),
+    ):
+        torch.testing.assert_close(
+            ours, expected, rtol=1e-6, atol=1e-6 if likelihood == "gaussian" else 1e-12
+        )
+    assert out.z.shape == mu.shape
+
+
+def test_gradients_are_the_formulas():
+    vae = make_vae(likelihood="binomial", total_count=16)
+    x = torch.randint(17, (31, 4, 5)).double()
+    torch.manual_seed(1)
+    out = vae(x)
+    ours = torch.autograd.grad(out.loss, list(vae.parameters()))
+    mu, logvar = vae.encoder(x)
+    eps = ((out.z - mu) * torch.exp(-0.5 * logvar)).detach()
+    log_px_z = dist.Binomial(16, logits=vae.decoder(mu + torch.exp(0.5 * logvar) * eps)).log_prob(x)
+    kl = -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(1)
+    expected = torch.autograd.grad((-log_px_z.flatten(1).sum(1) + kl).mean(), list(vae.parameters()))
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(("k", "m"), [(1, 1), (3, 1), (1, 4), (3, 4)])
+def test_the_exact_posterior_of_a_linear_gaussian_model_makes_every_sample_log_px(k, m):
+    """x = W z + b + s · noise, W with orthogonal columns, so that p(z|x) is diagonal Gaussian and known."""
+    torch.manual_seed(0)
+    n, s2 = 6, 0.3
+    columns, _ = torch.linalg.qr(torch.randn(n, D, dtype=torch.float64))
+    W, b = columns * torch.tensor([0.5, 1.0, 3.0]).double(), torch.randn(n, dtype=torch.float64)
+    precision = 1 + W.square().sum(0) / s2  # of p(z|x), diagonal
+
+    def exact_posterior(x):
+        mu = (x - b) @ W / s2 / precision
+        return mu, -precision.log().expand_as(mu)
+
+    likelihood = Gaussian(s2).double()
+    likelihood.log_variance.fill_(math.log(s2))  # float32's log s² would be seen at 1e-10
+    objective = Several(k, m)
+    vae = VAE(exact_posterior, lambda z: z @ W.T + b, likelihood=likelihood, objective=objective)
+    x = torch.randn(31, n, dtype=torch.float64)
+    log_px = dist.MultivariateNormal(b, W @ W.T + s2 * torch.eye(n).double()).log_prob(x)
+    out = vae(x)
+    torch.testing.assert_close(objective.log_w, log_px.expand(k, m, 31), rtol=0, atol=1e-10)
+    torch.testing.assert_close(out.loss, -log_px.mean(), rtol=0, atol=1e-10)
+
+    class WithoutClosedForm:
+        log_prob, sample = StandardNormal().log_prob, None
+
+    elbo = VAE(vae.encoder, vae.decoder, likelihood=likelihood, prior=WithoutClosedForm())(x)
+    torch.testing.assert_close(elbo.terms["elbo"], log_px.mean(), rtol=0, atol=1e-10)
+
+
+def test_an_objective_of_several_samples_gets_and_gives_them():
+    objective = Several(3, 4)
+    vae = make_vae(objective=objective)
+    x = binary(7, 4, 5)
+    out = vae(x)
+    assert objective.log_w.shape == (3, 4, 7)
+    assert objective.z.shape == (3, 4, 7, D)
+    assert out.z.shape == (12, 7, D)
+    torch.testing.assert_close(out.terms["bound"], -out.loss)
+    fastvae.agg_entropy(out.z, out.mu, out.logvar).backward()  # takes [L, B, D] as it is
+    log_px_z = torch.stack([vae.log_px_z(x, z) for z in out.z])
+    torch.testing.assert_close(log_px_z.view(3, 4, 7), vae.log_px_z(x, objective.z))
+
+
+def test_gradients_through_z_pass_the_tensor_the_objective_got():
+    """A doubly reparameterized gradient hooks z: nothing may reach the encoder around it but log q(z|x)."""
+
+    class Blocked(Several):
+        def __call__(self, log_px_z, log_pz, log_qz_x, *, z, **context):
+            z.register_hook(torch.zeros_like)
+            return super().__call__(log_px_z, log_pz, log_qz_x.detach(), z=z, **context)
+
+    vae = make_vae(objective=Blocked(2, 3))
+    vae(binary(7, 4, 5)).loss.backward()
+    assert vae.encoder.linear.weight.grad.count_nonzero() == 0
+    assert vae.decoder[0].weight.grad.count_nonzero() > 0
+
+
+def test_sample_decode_reconstruct():
+    vae = make_vae((1, 2, 5), likelihood="binomial", total_count=16)
+    x = torch.randint(17, (7, 1, 2, 5)).double()
+    with pytest.raises(ValueError, match=r"^dim: "):
+        vae.sample(3)
+    vae(x)
+    torch.manual_seed(5)
+    samples = vae.sample(3)
+    torch.manual_seed(5)
+    expected = 16 * torch.sigmoid(vae.decoder(torch.randn(3, D).double()))
+    torch.testing.assert_close(samples, expected)
+    assert samples.shape == (3, 1, 2, 5)
+    torch.testing.assert_close(vae.reconstruct(x), vae.decode(vae.encode(x)[0]))
+    assert vae.decode(torch.zeros(2, 6, D).double()).shape == (2, 6, 1, 2, 5)
+    assert not samples.requires_grad
+    assert not vae.reconstruct(x).requires_grad
+    assert VAE(vae.encoder, vae.decoder, prior=StandardNormal(D)).sample(2).shape == (2, 1, 2, 5)
+
+
+def test_steps_are_counted_in_training_only_and_drive_schedules():
+    seen = []
+    vae = make_vae(objective=ELBO(beta=lambda step: seen.append(int(step)) or step))
+    x = binary(7, 4, 5)
+    outputs = [vae(x) for _ in range(3)]
+    vae.eval()(x)
+    assert seen == [0, 1, 2, 3]
+    assert int(vae.step) == 3
+    for out in outputs:  # a later step has not touched what this backward needs
+        out.loss.backward()
+
+
+def test_state_dict_round_trip():
+    vae = make_vae(likelihood="gaussian", learned=True, variance=0.5)
+    x = torch.randn(7, 4, 5).double()
+    vae(x)
+    other = make_vae(likelihood="gaussian", learned=True)
+    nn.init.zeros_(other.encoder.linear.weight)
+    other.load_state_dict(vae.state_dict())
+    for model in (vae, other):
+        torch.manual_seed(9)
+        model.result = (*model(x)[:6], model.sample(2))
+    for ours, theirs in zip(vae.result, other.result, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert int(other.step) == 2
+
+
+@pytest.mark.parametrize("likelihood", DATA)
+def test_compiles_to_one_graph(likelihood):
+    torch.compiler.reset()
+    options, draw, _ = DATA[likelihood]
+    vae = make_vae(likelihood=likelihood, objective=ELBO(lambda step: (step / 9).clamp(max=1)), **options)
+    compiled = torch.compile(vae, fullgraph=True, backend="aot_eager")
+    x = draw(31, 4, 5)
+    results = []
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for model in (compiled, vae, compiled, vae):
+            vae.step.fill_(4)
+            vae.zero_grad()
+            torch.manual_seed(2)
+            loss = model(x).loss
+            loss.backward()
+            results.append((loss.detach(), *[p.grad.clone() for p in vae.parameters()], vae.step.clone()))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+    assert int(vae.step) == 5
+
+
+@pytest.mark.parametrize("likelihood", DATA)
+def test_autocast_and_half_precision(likelihood):
+    options, draw, _ = DATA[likelihood]
+    vae = make_vae(likelihood=likelihood, **options).float()
+    x = draw(31, 4, 5).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = vae(x)
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32
+    half = vae.bfloat16()(x.bfloat16())
+    assert half.loss.dtype == torch.float32
+    assert vae.sample(2).dtype == torch.bfloat16
+    torch.testing.assert_close(half.kl, out.kl, rtol=0.05, atol=0)
+
+
+def test_data_outside_the_support_is_refused_where_it_can_be_looked_at():
+    x = binary(7, 4, 5)
+    vae = make_vae()
+    vae(x)
+    with pytest.raises(ValueError, match=r"^x: .*binomial.*gaussian"):
+        vae(x + 0.5)
+    compiled = torch.compile(vae, fullgraph=True, backend="aot_eager")
+    assert compiled(x + 0.5).loss.isfinite()  # the compiler does not look
+
+
+def test_likelihoods_and_priors_as_objects():
+    class Laplace(nn.Module):
+        def log_prob(self, x, output):
+            return dist.Laplace(output, 1.0).log_prob(x)
+
+        def mean(self, output):
+            return output
+
+        def check(self, x):
+            pass
+
+    vae = make_vae(likelihood=Laplace(), prior=StandardNormal(D))
+    x = torch.randn(7, 4, 5).double()
+    out = vae(x)
+    expected = -dist.Laplace(vae.decoder(out.z), 1.0).log_prob(x).flatten(1).sum(1).mean()
+    torch.testing.assert_close(out.nell, expected)
+
+
+def give(posterior):
+    return lambda x: posterior
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: VAE(None, nn.Identity()), TypeError, "encoder: "),
+        (lambda: VAE(nn.Identity(), 3), TypeError, "decoder: "),
+        (lambda: make_vae(likelihood="poisson"), ValueError, "likelihood: .*bernoulli"),
+        (lambda: make_vae(likelihood=Gaussian), TypeError, "likelihood: "),
+        (lambda: make_vae(likelihood="bernoulli", total_count=3), TypeError, ".*total_count"),
+        (lambda: make_vae(prior=StandardNormal), TypeError, "prior: "),
+        (lambda: make_vae(prior=3), TypeError, "prior: .*log_prob"),
+        (lambda: make_vae(objective=ELBO), TypeError, "objective: "),
+        (lambda: make_vae(objective=lambda *args: 0), TypeError, "objective: .*k, m"),
+        (lambda: make_vae()([1.0]), TypeError, "x: "),
+        (lambda: make_vae()(torch.zeros(2, 4, 5, dtype=torch.int64)), TypeError, "x: .*int64"),
+        (lambda: VAE(nn.Identity(), nn.Identity())(torch.zeros(2, D)), TypeError, "encoder: .*pair"),
+        (
+            lambda: VAE(give((torch.zeros(2, 3), torch.zeros(2, 4))), nn.Identity())(torch.zeros(2, 3)),
+            ValueError,
+            r"encoder: .*\[2, D\].*\(2, 3\) and \(2, 4\)",
+        ),
+        (
+            lambda: VAE(give((torch.zeros(3, 3), torch.zeros(3, 3))), nn.Identity())(torch.zeros(2, 3)),
+            ValueError,
+            r"encoder: .*\[2, D\]",
+        ),
+        (
+            lambda: VAE(Encoder(4), nn.Linear(D, 5))(torch.zeros(2, 4)),
+            ValueError,
+            r"decoder: .*\(4,\).*\(5,\)",
+        ),
+        (
+            lambda: VAE(Encoder(4), nn.Linear(D, 4))(torch.zeros(2, 1, 4)),
+            ValueError,
+            r"decoder: .*\(1, 4\).*\(4,\)",
+        ),
+    ],
+)
+def test_errors_name_the_argument(make, error, message):
+    with pytest.raises(error, match=rf"^{message}"):
+        make()
