@@ -102,11 +102,13 @@ private:
                 planes[d * 2 * W + W + l] = l < columns ? mu[(first + l) * D + d] : centre_[d];
             }
 
-        double sum_logvar[W] = {};
+        double sum_logvar[W] = {}, part[W] = {};
         IVec<T> large = {};
         for (int64_t d = 0; d < D; ++d) {
             T *a = planes + d * 2 * W, *b = a + W;
-            for (int l = 0; l < W; ++l) sum_logvar[l] += double(a[l]);
+            const bool fold = d % 16 == 15 || d == D - 1;  // in two levels, for doubles' sake
+            for (int l = 0; l < W; ++l) part[l] += double(a[l]);
+            for (int l = 0; l < W && fold; ++l) sum_logvar[l] += part[l], part[l] = 0;
             for (int l = 0; l < W; l += kLanes<T>) {
                 // finite for finite inputs, so that 0 a is 0 and infinity a is infinity
                 const Vec<T> va = min_<T>(splat(kLargest<T>),

@@ -10,6 +10,20 @@ namespace fastvae::FASTVAE_ISA {
 
 constexpr int kTileRows = 6;
 
+// Columns are taken a chunk at a time, whose panels stay in a share of the L2 cache while rows go through them.
+constexpr int64_t kMaxChunkColumns = 512, kChunkBytes = 256 << 10;
+
+FASTVAE_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
+    x = x < high ? x : high;
+    return x > low ? x : low;
+}
+FASTVAE_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+template <class T> FASTVAE_INLINE int64_t chunk_panels(int64_t D) {
+    constexpr int64_t W = kPanelWidth<T>, kMax = kMaxChunkColumns / W;
+    return clamp(kChunkBytes / ((D + 1) * 2 * W * int64_t(sizeof(T))), 1, kMax);
+}
+
 // Rows first .. first + 5 of z [S, D], centred, as [D][kTileRows]; rows past S are 0.
 template <class T>
 FASTVAE_INLINE void pack_rows(const T *z, int64_t first, int64_t S, int64_t D, const T *centre, T *packed) {

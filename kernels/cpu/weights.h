@@ -8,13 +8,6 @@ namespace fastvae::FASTVAE_ISA {
 
 constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942, kLog2Pi = 1.83787706640934548356;
 
-// What stands in place of the common column weight for one sample: at most the own and the next column.
-template <class T> struct Overrides {
-    int count = 0;
-    int64_t column[2];
-    T log2_w[2];
-};
-
 template <class T> struct Weights {
     const T *log_w;  // [N] or null
     double log_w_all;
@@ -28,20 +21,24 @@ template <class T> struct Weights {
 
     double log2_w(int64_t j) const { return (log_w ? double(log_w[j]) : log_w_all) * kLog2e; }
 
-    FASTVAE_INLINE Overrides<T> overrides(int64_t i) const {
-        Overrides<T> o;
-        if (!own || own[i] < 0 || own[i] >= N) return o;
+    // f(j, log2_w) for the columns, at most two, whose weight for sample i is not the common one.
+    template <class F> FASTVAE_INLINE void overrides(int64_t i, const F &f) const {
+        if (!own || own[i] < 0 || own[i] >= N) return;
         const int64_t next = own[i] + 1 < N ? own[i] + 1 : 0;
         const bool has_own = log_w_own == log_w_own, has_next = log_w_next == log_w_next;
-        if (has_own) add(o, own[i], log_w_own);
-        if (has_next && !(has_own && next == own[i])) add(o, next, log_w_next);
-        return o;
+        if (has_own) f(own[i], T(log_w_own * kLog2e));
+        if (has_next && !(has_own && next == own[i])) f(next, T(log_w_next * kLog2e));
     }
 
-private:
-    static FASTVAE_INLINE void add(Overrides<T> &o, int64_t column, double log_w) {
-        o.column[o.count] = column;
-        o.log2_w[o.count++] = T(log_w * kLog2e);
+    // Takes those pairs out of row i's sums of squares over columns [first, first + n): infinity stays behind,
+    // whose density is 0, and f(j - first, s) gets the term s = c_j + log2_w - squares.
+    template <class F>
+    FASTVAE_INLINE void take_overrides(int64_t i, int64_t first, int64_t n, const T *c, T *squares, const F &f) const {
+        overrides(i, [&](int64_t j, T log2_w) {
+            if (j < first || j >= first + n) return;
+            f(j - first, c[j] - squares[j - first] + log2_w);
+            squares[j - first] = kInf<T>;
+        });
     }
 };
 

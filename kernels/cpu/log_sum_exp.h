@@ -1,0 +1,45 @@
+// A streaming log2 sum_j 2^s_j: neutral element (-inf, 0), a chunk of terms at a time.
+#pragma once
+
+#include "elementary.h"
+#include "weights.h"
+
+namespace fastvae::FASTVAE_ISA {
+
+template <class T> struct LogSumExp {
+    T max = -kInf<T>;
+    Vec<T> sum = {};  // of 2^(s - shift()), per lane
+
+    // Infinite maxima are sums' own business: 2^-inf is 0, and 2^inf infinite.
+    T shift() const { return max - max == T(0) ? max : T(0); }
+
+    // terms(k) for k in [0, n), twice: once for the maximum, and once for the exponentials
+    template <class F> FASTVAE_INLINE void add(int64_t n, const F &terms) {
+        Vec<T> top[2] = {splat(max), splat(max)};
+        int64_t k = 0;
+        for (; k + 2 <= n; k += 2) {
+            top[0] = max_<T>(terms(k), top[0]);  // passes NaN over: the sum will have it
+            top[1] = max_<T>(terms(k + 1), top[1]);
+        }
+        if (k < n) top[0] = max_<T>(terms(k), top[0]);
+        const T before = max;
+        max = max_lanes<T>(max_<T>(top[0], top[1]));
+        const T m = shift();
+
+        Vec<T> part[2] = {sum * exp2_<T>(splat(before - m)), {}};
+        for (k = 0; k + 2 <= n; k += 2) {
+            part[0] += exp2_<T>(terms(k) - m);
+            part[1] += exp2_<T>(terms(k + 1) - m);
+        }
+        if (k < n) part[0] += exp2_<T>(terms(k) - m);
+        sum = part[0] + part[1];
+    }
+    FASTVAE_INLINE void add(Vec<T> terms) {
+        add(1, [&](int64_t) { return terms; });
+    }
+
+    // In nats. The sum is taken apart in T and put together in double.
+    double log() const { return double(shift()) * kLn2 + double(std::log(sum_lanes<T>(sum))); }
+};
+
+}  // namespace fastvae::FASTVAE_ISA
