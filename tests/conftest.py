@@ -6,12 +6,16 @@ import platform
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import fastvae
+# Before torch is imported: its idle threads must not spin while other processes need the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+import fastvae
 from fastvae import backends
 from fastvae.backends import native as native_backend
-from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "quick",
@@ -43,8 +47,8 @@ TARGETS = {**REFERENCE, **NATIVE}
 
 @contextlib.contextmanager
 def computing_on(target: Target) -> Iterator[Target]:
-    """Compute there, or skip the test where that cannot be; with FASTVAE_REQUIRE_NATIVE=1 a native library that
-    does not load is a failure."""
+    """Compute there, or skip the test where that cannot be; with FASTVAE_REQUIRE_NATIVE=1 a native library
+    that does not load is a failure."""
     available, why_not = backends.status(target.backend)[1:]
     if not available:
         required = target.backend == "native" and os.environ.get("FASTVAE_REQUIRE_NATIVE") == "1"

@@ -7,14 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import Target
-from fastvae.backends import backend_for
 from helpers import (
     DTYPES,
     HALVES,
     LAYOUTS,
     OPS,
     Expected,
-    accumulated,
     assert_accurate,
     assert_same,
     cast,
@@ -23,6 +21,8 @@ from helpers import (
     op_named,
 )
 from torch import Tensor
+
+from fastvae.backends import backend_for
 
 
 @pytest.fixture(params=OPS)
@@ -38,9 +38,7 @@ def test_gradcheck_with_gradients_for_any_inputs(backend: Target, name: str) -> 
             torch.autograd.gradcheck(lambda *x: op.fast(**dict(zip(op.inputs, x, strict=True))), inputs)
 
 
-def test_only_the_gradients_asked_for_are_computed(
-    backend: Target, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_gradients_asked_for_are_computed(backend: Target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = {"reparameterize": "sample_gauss", "agg_entropy": "agg_log_prob"}
     if name == "log_prob_gauss":
         pytest.skip("made of torch's own operations")
@@ -117,10 +115,7 @@ def test_mixed_dtypes_promote(backend: Target, name: str) -> None:
     for dtypes in itertools.islice(
         itertools.permutations((torch.bfloat16, torch.float32, torch.float64, torch.float16)), 12
     ):
-        mixed = {
-            key: x.detach().to(d).requires_grad_()
-            for (key, x), d in zip(op.inputs.items(), dtypes, strict=False)
-        }
+        mixed = {key: x.detach().to(d).requires_grad_() for (key, x), d in zip(op.inputs.items(), dtypes, strict=False)}
         widest = next(iter(mixed.values())).dtype
         for x in mixed.values():
             widest = torch.promote_types(widest, x.dtype)
