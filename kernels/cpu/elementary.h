@@ -18,6 +18,9 @@ template <> struct Elementary<float> {
     // (2^x - 1) / x on [-1/2, 1/2]: 8e-9
     static constexpr float kExp2[] = {6.931471880e-01f, 2.402265076e-01f, 5.550357114e-02f,
                                       9.618082557e-03f, 1.339086336e-03f, 1.545316295e-04f};
+    // 2^x there: 7e-8
+    static constexpr float kExp2Term[] = {1.000000072e+00f, 6.931469671e-01f, 2.402211972e-01f,
+                                          5.550713272e-02f, 9.675541343e-03f, 1.327647263e-03f};
     // (e^x - 1 - x) / x^2 on [-ln2/2, ln2/2]: 8e-9 of e^x
     static constexpr float kExp[] = {5.000000000e-01f, 1.666657667e-01f, 4.166655421e-02f, 8.363232884e-03f,
                                      1.392625083e-03f};
@@ -88,6 +91,34 @@ template <class T> FASTVAE_INLINE Vec<T> exp2_(Vec<T> x) {
     const Vec<T> n = (x + E::kRound) - E::kRound;
     const Vec<T> f = x - n;
     return scale_by_power<T>(polynomial<T>(f, E::kExp2) * f + T(1), n);
+}
+
+// 2^x as a term of a sum: within 3 half-ulp, 0 below 2^kMinExponent; for x < kMaxExponent - 1, infinite x included.
+template <class T> FASTVAE_INLINE Vec<T> exp2_term(Vec<T> x) {
+    using E = Elementary<T>;
+#if FASTVAE_VECTOR_BYTES == 64
+    constexpr int kNearest = 8;
+    if constexpr (sizeof(T) == 4) {
+        const __m512 f = _mm512_reduce_ps((__m512)x, kNearest);
+        const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(E::kMinExponent), _CMP_NLT_UQ);
+        const Vec<T> p = polynomial<T>((Vec<T>)f, E::kExp2Term);
+        return (Vec<T>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x - f);
+    } else {
+        const __m512d f = _mm512_reduce_pd((__m512d)x, kNearest);
+        const __mmask8 normal = _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(E::kMinExponent), _CMP_NLT_UQ);
+        const Vec<T> p = polynomial<T>((Vec<T>)f, E::kExp2) * (Vec<T>)f + T(1);
+        return (Vec<T>)_mm512_maskz_scalef_pd(normal, (__m512d)p, (__m512d)x - f);
+    }
+#else
+    const Vec<T> rounded = x + E::kRound, f = x - (rounded - E::kRound);
+    Vec<T> p;
+    if constexpr (sizeof(T) == 4)
+        p = polynomial<T>(f, E::kExp2Term);
+    else
+        p = polynomial<T>(f, E::kExp2) * f + T(1);
+    const Vec<T> r = (Vec<T>)((IVec<T>)p + ((IVec<T>)rounded << E::kMantissa));
+    return select<T>(x < E::kMinExponent, Vec<T>{}, r);
+#endif
 }
 
 // e^x

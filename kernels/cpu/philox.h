@@ -84,24 +84,6 @@ FASTVAE_INLINE void box_muller(IVec<T> radius, IVec<T> angle, Vec<T> &even, Vec<
     odd = r * (Vec<T>)((IVec<T>)select<T>(swap, cosine, sine) ^ sine_sign);
 }
 
-// a0 b0 a1 b1 ... in two vectors.
-template <class V> FASTVAE_INLINE void interleave(V a, V b, V &low, V &high) {
-    constexpr int n = sizeof(V) / sizeof(a[0]);
-    if constexpr (n == 16) {
-        low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    } else if constexpr (n == 8) {
-        low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-        high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-    } else if constexpr (n == 4) {
-        low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-        high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    } else {
-        low = __builtin_shufflevector(a, b, 0, 2);
-        high = __builtin_shufflevector(a, b, 1, 3);
-    }
-}
-
 // The normals of 4 kGroups elements, from element 4 `group`.
 template <class T> FASTVAE_INLINE void normals(uint64_t group, uint64_t seed, T *eps) {
     const Words g = (Words)lane_index<double>() + group;

@@ -170,6 +170,35 @@ template <class T, int n = kLanes<T> / 2> FASTVAE_INLINE T max_lanes(Vec<T> v) {
         return max_lanes<T, n / 2>(max_<T>(rotate<T, n>(v, std::make_integer_sequence<int, kLanes<T>>{}), v));
 }
 
+// a0 b0 a1 b1 ... in two vectors.
+template <class V> FASTVAE_INLINE void interleave(V a, V b, V &low, V &high) {
+    constexpr int n = sizeof(V) / sizeof(a[0]);
+    if constexpr (n == 16) {
+        low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    } else if constexpr (n == 8) {
+        low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+        high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+    } else if constexpr (n == 4) {
+        low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+        high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    } else {
+        low = __builtin_shufflevector(a, b, 0, 2);
+        high = __builtin_shufflevector(a, b, 1, 3);
+    }
+}
+
+// The horizontal sums of a whole set of vectors: lane i of the result is that of v[i].
+template <class T> FASTVAE_INLINE Vec<T> sum_lanes_of_each(Vec<T> (&v)[kLanes<T>]) {
+    for (int n = kLanes<T> / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) {
+            Vec<T> low, high;
+            interleave(v[i], v[i + n], low, high);
+            v[i] = low + high;
+        }
+    return v[0];
+}
+
 // sum_k coefficient[k] x^k by Horner; the compiler fuses where the instruction set can.
 template <class T, int K> FASTVAE_INLINE Vec<T> polynomial(Vec<T> x, const T (&coefficient)[K]) {
     Vec<T> p = splat(coefficient[K - 1]);
