@@ -107,34 +107,43 @@ def _run(kernel: Any, *arguments: Any) -> None:
         raise MemoryError("fastvae: no memory for the kernel's workspace")
 
 
-def _rows(x: Tensor | None, dtype: torch.dtype, n_rows: int) -> tuple[Tensor | None, int | None, int]:
-    """(tensor to keep alive, its pointer, its row stride) with contiguous rows; one row serves all as stride 0."""
-    if x is None:
-        return None, None, 0
-    x = x.to(dtype)
-    if (x.shape[1] > 1 and x.stride(1) != 1) or (x.shape[0] > 1 and x.stride(0) == 0):
-        x = x.contiguous()
-    return x, x.data_ptr(), 0 if x.shape[0] == 1 < n_rows else x.stride(0)
+# Small calls are mostly Python: what follows avoids torch calls that would change nothing.
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype).contiguous()
+    return None if x is None else _cast(x, dtype).contiguous()
 
 
 def _ptr(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def _rows(x: Tensor | None, dtype: torch.dtype, n_rows: int) -> tuple[Tensor | None, int | None, int]:
+    """(tensor to keep alive, its pointer, its row stride) with contiguous rows; one row serves all as stride 0."""
+    if x is None:
+        return None, None, 0
+    x = _cast(x, dtype)
+    (n, D), (row, column) = x.shape, x.stride()
+    if (column != 1 and D > 1) or (row == 0 and n > 1):
+        x = x.contiguous()
+        row = D
+    return x, x.data_ptr(), 0 if n == 1 < n_rows else row
+
+
 def _outputs(likes: Sequence[Tensor | None], dtype: torch.dtype, wanted: Sequence[bool]) -> list[Tensor | None]:
     return [
-        torch.empty(x.shape, dtype=dtype) if want and x is not None else None
+        torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) if want and x is not None else None
         for x, want in zip(likes, wanted, strict=True)
     ]
 
 
 def _asked(outputs: Sequence[Tensor | None], likes: Sequence[Tensor | None]) -> list[Tensor]:
     """The outputs that were asked for, each in the dtype of the tensor it belongs to."""
-    return [o.to(x.dtype) for o, x in zip(outputs, likes, strict=True) if o is not None and x is not None]
+    return [_cast(o, x.dtype) for o, x in zip(outputs, likes, strict=True) if o is not None and x is not None]
 
 
 _REDUCTION_CODE = {"none": 0, "sample": 1, "dim": 2}  # others: 3, a scalar
@@ -174,7 +183,7 @@ def kl_gauss_backward(
     likes = (mu, logvar, prior_mu, prior_logvar)
     inputs = [_rows(x, dtype, B) for x in likes]
     outputs = _outputs(likes, dtype, wanted)
-    grad = grad.to(dtype)
+    grad = _cast(grad, dtype)
     if reduction in ("none", "dim") and grad.stride(-1) not in (0, 1):
         grad = grad.contiguous()
     grad_row = grad.stride(0) if reduction in ("none", "sample") else 0
@@ -211,7 +220,7 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
         *map(_ptr, results),
     )
     if results[0] is not None:
-        results[0] = results[0].to(mu.dtype)
+        results[0] = _cast(results[0], mu.dtype)
     return [r for r in results if r is not None]
 
 
