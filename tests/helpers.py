@@ -319,9 +319,9 @@ def op_named(name: str, dtype: torch.dtype = torch.float64, S: int = 5, N: int =
         return Op(public, cross, pairs, ("z", "mu"))
     if name == "agg_entropy":
         inputs = samples(N, N, D, dtype)
-        weights = fastvae.estimator_weights("mss", N, 60, torch.arange(N))
+        weights = fastvae.estimator_weights("mss", N, 9 * N, torch.arange(N))
         return Op(
-            lambda **x: public(**x, estimator="mss", dataset_size=60),
+            lambda **x: public(**x, estimator="mss", dataset_size=9 * N),
             lambda **x: -aggregate(**x, weights=weights)[0].mean(),
             inputs,
             ("z", "mu"),

@@ -16,6 +16,7 @@ from helpers import (
     assert_accurate,
     assert_same,
     cast,
+    draw,
     evaluate,
     lay_out,
     op_named,
@@ -23,6 +24,7 @@ from helpers import (
 from torch import Tensor
 
 from fastvae.backends import backend_for
+from fastvae.backends.contract import REDUCTIONS
 
 
 @pytest.fixture(params=OPS)
@@ -158,6 +160,13 @@ def test_compile(backend: Target, name: str, dynamic: bool) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("name", ["kl_gauss", "log_prob_gauss", "agg_log_prob_marginals"])
+def test_compile_with_inductor(backend: Target, name: str) -> None:
+    op = op_named(name)
+    assert_accurate(torch.compile(op.fast, fullgraph=True), op.formula, op.inputs, op.centred)
+    torch._dynamo.reset()
+
+
 def test_inference_mode(backend: Target, name: str) -> None:
     op = op_named(name)
     plain = {key: x.detach() for key, x in op.inputs.items()}
@@ -167,6 +176,31 @@ def test_inference_mode(backend: Target, name: str) -> None:
         results = [output] if isinstance(output, Tensor) else list(output)
         assert all(r.is_inference() for r in results)
         assert_same(results, evaluate(op.fast, plain))
+
+
+def test_function_transforms(backend: Target, name: str) -> None:
+    op = op_named(name)
+    plain = {key: x.detach() for key, x in op.inputs.items()}
+
+    def loss(inputs: dict[str, Tensor]) -> Tensor:
+        output = op.fast(**inputs)
+        return output.sum() if isinstance(output, Tensor) else torch.stack([o.sum() for o in output]).sum()
+
+    gradients = evaluate(op.fast, op.inputs, upstream=torch.ones_like)[-len(plain) :]
+    assert_same(list(torch.func.grad(loss)(plain).values()), gradients)
+
+
+def test_meta_tensors_give_shapes(name: str) -> None:
+    op = op_named(name, torch.bfloat16)
+    there = {key: x.detach().to("meta") for key, x in op.inputs.items()}
+    with torch.device("meta"):
+        results = op.fast(**there)
+    for got, real in zip(
+        [results] if isinstance(results, Tensor) else results,
+        evaluate(op.fast, {key: x.detach() for key, x in op.inputs.items()}),
+        strict=True,
+    ):
+        assert (got.device.type, got.shape, got.dtype) == ("meta", real.shape, real.dtype)
 
 
 def test_autocast(backend: Target, name: str) -> None:
@@ -183,3 +217,57 @@ def test_autocast(backend: Target, name: str) -> None:
     assert weight.grad is not None
     assert weight.grad.isfinite().all()
     assert weight.grad.abs().sum() > 0
+
+
+# The declarations behind them.
+
+
+def arguments_of_ops() -> dict[str, list[tuple[object, ...]]]:
+    """Arguments for every op in torch.ops.fastvae."""
+    z, mu, logvar, prior = (draw(n, 3, seed=n).float() for n in (5, 4, 4, 1))
+    log_w, own, seed = draw(4, seed=6).float(), torch.arange(5) % 5 - 1, torch.tensor(7)
+    weights = (log_w, None, own, -0.5, 0.5)
+    joint, marginals = torch.ops.fastvae.agg_log_prob_marginals(z, mu, logvar, *weights)
+    unweighted = torch.ops.fastvae.agg_log_prob(z, mu, logvar, None, -1.5, None, None, None)
+    samples = torch.ops.fastvae.sample_gauss(mu, logvar, seed, 2, [True] * 4)
+    return {
+        "kl_gauss": [
+            *((mu, logvar, prior, None, reduction) for reduction in REDUCTIONS),
+            (mu, logvar, None, mu, "batchmean"),
+        ],
+        "kl_gauss_backward": [
+            (torch.ones(4), mu, logvar, prior, mu, "sample", [True] * 4),
+            (torch.ones(()), mu, logvar, None, prior, "batchmean", [False, True, False, True]),
+        ],
+        "sample_gauss": [
+            (mu, logvar, seed, 2, [True] * 4),
+            (mu.half(), logvar.half(), seed, 1, [True, False, True, False]),
+        ],
+        "sample_gauss_backward": [
+            (*samples, mu, logvar, seed, 2, [True, True]),
+            (samples[0], None, None, None, mu, logvar, seed, 2, [False, True]),
+        ],
+        "draw_seed": [(mu,)],
+        "snapshot": [(mu,), (torch.tensor(3),)],
+        "cross_log_prob": [(z, mu, logvar), (z.double(), mu.double(), logvar.double())],
+        "cross_log_prob_backward": [(torch.ones(5, 4), z, mu, logvar, [True, False, True])],
+        "agg_log_prob": [(z, mu, logvar, *weights), (z, mu, logvar, None, -1.5, None, None, None)],
+        "agg_log_prob_backward": [
+            (joint, joint, z, mu, logvar, *weights, [True] * 4),
+            (joint, unweighted, z, mu, logvar, None, -1.5, None, None, None, [True, False, False, False]),
+        ],
+        "agg_log_prob_marginals": [(z, mu, logvar, *weights)],
+        "agg_log_prob_marginals_backward": [
+            (joint, marginals, joint, marginals, z, mu, logvar, *weights, [True] * 4),
+            (None, marginals, joint, marginals, z, mu, logvar, *weights, [False, True, True, False]),
+        ],
+    }
+
+
+def test_opcheck(backend: Target) -> None:
+    arguments = arguments_of_ops()
+    registered = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastvae::")}
+    assert set(arguments) == registered
+    for op, calls in arguments.items():
+        for call in calls:
+            torch.library.opcheck(getattr(torch.ops.fastvae, op).default, call)
