@@ -1,5 +1,6 @@
 // joint_i = log sum_j w_ij q(z_i | x_j), never forming [S, N], and its gradients.
 
+#include "gradients.h"
 #include "kernels.h"
 #include "log_sum_exp.h"
 #include "tile.h"
@@ -101,9 +102,67 @@ int agg_log_prob(const void *z, const void *mu, const void *logvar, FASTVAE_WEIG
     return FASTVAE_OK;
 }
 
-template int agg_log_prob<float>(const void *, const void *, const void *, FASTVAE_WEIGHTS, int64_t, int64_t,
-                                 int64_t, void *, int);
-template int agg_log_prob<double>(const void *, const void *, const void *, FASTVAE_WEIGHTS, int64_t, int64_t,
-                                  int64_t, void *, int);
+template <class T>
+int agg_log_prob_backward(const void *d_joint, const void *joint, const void *z, const void *mu,
+                          const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D, void *d_z,
+                          void *d_mu, void *d_logvar, void *d_log_w, int threads) {
+    constexpr int64_t W = kPanelWidth<T>, L = kLanes<T>;
+    const Weights<T> weights(log_w, log_w_all, own, log_w_own, log_w_next, N);
+    const T *const samples = static_cast<const T *>(z);
+    Panels<T> panels(N, D);
+    Gradients<T> gradients(panels, samples, S, d_z, d_mu || d_logvar, threads);
+    if (!panels.allocated() || !gradients.allocated()) return FASTVAE_OUT_OF_MEMORY;
+    panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads,
+                [&](int64_t j) { return weights.log2_w(j); }, !all_moderate(samples, S * D));
+
+    // r_ij = g_i w_ij q(z_i | x_j) / sum_k w_ik q(z_i | x_k), 0 where that sum is empty
+    const auto weigh = [&](const Block &tile, const T *rows, T *r, T *shares) {
+        const int64_t columns = tile.count * W, first = tile.panel * W;
+        const T *const cw = panels.cw() + first;
+        for (int64_t p = 0; p < tile.count; ++p)
+            panels.direct ? square_sums<true>(rows, panels.planes(tile.panel + p), D, r + p * W, columns)
+                          : square_sums<false>(rows, panels.planes(tile.panel + p), D, r + p * W, columns);
+        T own_r[2 * kTileRows];
+        int64_t own_j[2 * kTileRows], owns = 0;
+        for (int64_t i = 0; i < kTileRows; ++i) {
+            T *const row = r + i * columns;
+            const bool inside = i < tile.rows;
+            const Share<T> share(inside ? static_cast<const T *>(joint)[tile.first + i] : -kInf<T>,
+                                 inside ? static_cast<const T *>(d_joint)[tile.first + i] : T(0));
+            if (inside)
+                weights.take_overrides(tile.first + i, first, columns, panels.c(), row, [&](int64_t j, T s) {
+                    own_r[owns] = share(splat(s))[0];
+                    own_j[owns++] = i * columns + j;
+                });
+            for (int64_t k = 0; k < columns; k += L)
+                store(row + k, share(load(cw + k) - load(row + k)));
+        }
+        for (int64_t p = 0; p < tile.count; ++p)
+            for (int64_t k = 0; k < W; k += L) {
+                const T *x = r + p * W + k;
+                const Vec<T> sum = ((load(x) + load(x + columns)) + (load(x + 2 * columns) + load(x + 3 * columns))) +
+                                   (load(x + 4 * columns) + load(x + 5 * columns));
+                store(shares + p * 2 * W + k, load(shares + p * 2 * W + k) + sum);
+            }
+        for (int64_t k = 0; k < owns; ++k) {
+            const int64_t j = own_j[k] % columns;
+            r[own_j[k]] = own_r[k];
+            shares[j / W * 2 * W + W + j % W] += own_r[k];
+        }
+    };
+    if (!gradients.run(weigh)) return FASTVAE_OUT_OF_MEMORY;
+    gradients.write(static_cast<T *>(d_z), static_cast<T *>(d_mu), static_cast<T *>(d_logvar),
+                    static_cast<T *>(d_log_w));
+    return FASTVAE_OK;
+}
+
+#define INSTANTIATE(T)                                                                                            \
+    template int agg_log_prob<T>(const void *, const void *, const void *, FASTVAE_WEIGHTS, int64_t, int64_t,     \
+                                 int64_t, void *, int);                                                           \
+    template int agg_log_prob_backward<T>(const void *, const void *, const void *, const void *, const void *,   \
+                                          FASTVAE_WEIGHTS, int64_t, int64_t, int64_t, void *, void *, void *,     \
+                                          void *, int);
+INSTANTIATE(float)
+INSTANTIATE(double)
 
 }  // namespace fastvae::FASTVAE_ISA

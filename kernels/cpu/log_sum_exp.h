@@ -26,12 +26,12 @@ template <class T> struct LogSumExp {
         max = max_lanes<T>(max_<T>(top[0], top[1]));
         const T m = shift();
 
-        Vec<T> part[2] = {sum * exp2_<T>(splat(before - m)), {}};
+        Vec<T> part[2] = {sum * exp2_term<T>(splat(before - m)), {}};
         for (k = 0; k + 2 <= n; k += 2) {
-            part[0] += exp2_<T>(terms(k) - m);
-            part[1] += exp2_<T>(terms(k + 1) - m);
+            part[0] += exp2_term<T>(terms(k) - m);
+            part[1] += exp2_term<T>(terms(k + 1) - m);
         }
-        if (k < n) part[0] += exp2_<T>(terms(k) - m);
+        if (k < n) part[0] += exp2_term<T>(terms(k) - m);
         sum = part[0] + part[1];
     }
     FASTVAE_INLINE void add(Vec<T> terms) {
@@ -40,6 +40,27 @@ template <class T> struct LogSumExp {
 
     // In nats. The sum is taken apart in T and put together in double.
     double log() const { return double(shift()) * kLn2 + double(std::log(sum_lanes<T>(sum))); }
+};
+
+// g 2^(s - log2 sum): a term's share in its sum, given in nats and rounded to T, times g; 0 where the sum is empty.
+//
+// That rounding is |log sum| eps / 2, which would be the share's relative error. A term that is all of its sum up to
+// this much counts as all of it, which keeps rows with one near posterior exact.
+template <class T> class Share {
+public:
+    Share(T log_sum, T g) : g_(log_sum == -kInf<T> ? T(0) : g) {
+        const double log2_sum = log_sum == -kInf<T> ? double(kInf<T>) : double(log_sum) * kLog2e;
+        high_ = T(log2_sum);
+        low_ = log_sum - log_sum == T(0) ? T(log2_sum - double(high_)) : T(0);
+        slack_ = T(-0.5) * Elementary<T>::kEpsilon * (high_ < T(0) ? -high_ : high_);
+    }
+    FASTVAE_INLINE Vec<T> operator()(Vec<T> s) const {
+        const Vec<T> x = (s - high_) - low_;
+        return g_ * exp2_term<T>(select<T>(x >= slack_, Vec<T>{}, x));
+    }
+
+private:
+    T g_, high_, low_, slack_;
 };
 
 }  // namespace fastvae::FASTVAE_ISA

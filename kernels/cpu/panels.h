@@ -5,8 +5,8 @@
 //     log2 q(z_i | x_j) = c_j - sum_d t_ijd^2.
 //
 // b costs |b| eps / 2 of t, no more than a half-ulp change of the centred mu would. Where some |b| passes
-// kMaxOffset, or an input is not finite, the panels are `direct`: b is mu itself, nothing is centred, and
-// t = (z - mu) a takes three operations and rounds as the broadcast formula does.
+// kMaxOffset, or a number is extreme or not finite, the panels are `direct`: b is mu itself, nothing is centred,
+// and t = (z - mu) a takes three operations and rounds as the broadcast formula does.
 #pragma once
 
 #include "buffer.h"
@@ -25,10 +25,21 @@ constexpr int kPanelVectors = 1;
 template <class T> constexpr int kPanelWidth = kPanelVectors * kLanes<T>;
 
 constexpr double kMaxOffset = 128;
+constexpr double kModerate = 0x1p60;  // a and z - centre within it cannot overflow together
 constexpr double kKappa = 0.84932180028801904272;   // sqrt(log2(e) / 2)
 constexpr double kInvKappa2 = 1.38629436111989061883;  // 1 / kappa^2 = 2 ln 2
 
 template <class T> constexpr T kLargest = sizeof(T) == 4 ? T(3.40282346638528859812e38) : T(1.7976931348623157e308);
+
+// Whether all of x [n] can be standardized without overflow. A backward needs it, where 0 * infinity would be NaN.
+template <class T> bool all_moderate(const T *x, int64_t n) {
+    IVec<T> outside = {};
+    for_each_vector<T>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+        const Vec<T> v = load_some(x + i, lanes);
+        outside |= ~((v <= T(kModerate / 2)) & (v >= T(-kModerate / 2)));
+    });
+    return !any_lane<T>(outside);
+}
 
 // A finite double stays finite as a T.
 template <class T> FASTVAE_INLINE T to_finite(double x) {
@@ -53,9 +64,10 @@ public:
     const T *centre() const { return centre_; }  // [D] what is to be subtracted from z; 0 where `direct`
 
     // log2_w(j) as a double. Padding columns have a = kappa, b = 0 and weight 0.
-    template <class F> void pack(const T *mu, const T *logvar, int threads, const F &log2_w) {
+    template <class F>
+    void pack(const T *mu, const T *logvar, int threads, const F &log2_w, bool force_direct = false) {
         constexpr int64_t kUnit = 8;  // panels
-        direct = !find_centre(mu);
+        direct = !find_centre(mu, force_direct);
         for (;;) {
             int offsets_small = 1;
             parallel_for((count + kUnit - 1) / kUnit, threads, [&](int64_t unit, int) {
@@ -69,15 +81,15 @@ public:
             for (int64_t d = 0; d < D; ++d) centre_[d] = T(0);
         }
     }
-    void pack(const T *mu, const T *logvar, int threads) {
-        pack(mu, logvar, threads, [](int64_t) { return 0.0; });
+    void pack(const T *mu, const T *logvar, int threads, bool force_direct = false) {
+        pack(mu, logvar, threads, [](int64_t) { return 0.0; }, force_direct);
     }
 
 private:
     // The mean of up to 256 columns spread evenly: any centre will do that makes most offsets small.
-    bool find_centre(const T *mu) {
-        const int64_t n = N < 256 ? N : 256;
-        bool finite = true;
+    bool find_centre(const T *mu, bool force_direct) {
+        const int64_t n = force_direct ? 0 : N < 256 ? N : 256;
+        bool moderate = !force_direct;
         for (int64_t d = 0; d < D; ++d) centre_[d] = T(0);
         for (int64_t k = 0; k < n; ++k) {
             const T *row = mu + (k * N / n) * D;
@@ -85,14 +97,13 @@ private:
         }
         for (int64_t d = 0; d < D; ++d) {
             centre_[d] /= T(n);
-            finite &= __builtin_fabs(double(centre_[d])) < 1e30;
+            moderate &= __builtin_fabs(double(centre_[d])) < kModerate / 2;
         }
-        if (!finite)
-            for (int64_t d = 0; d < D; ++d) centre_[d] = T(0);
-        return finite;
+        for (int64_t d = 0; d < D && !moderate; ++d) centre_[d] = T(0);
+        return moderate;
     }
 
-    // Whether every offset is small.
+    // Whether every offset is small and every a moderate.
     template <class F> bool pack_panel(int64_t p, const T *mu, const T *logvar, const F &log2_w) {
         T *planes = planes_ + p * D * 2 * W;
         const int64_t first = p * W, columns = N - first < W ? N - first : W;
@@ -109,14 +120,10 @@ private:
             const bool fold = d % 16 == 15 || d == D - 1;  // in two levels, for doubles' sake
             for (int l = 0; l < W; ++l) part[l] += double(a[l]);
             for (int l = 0; l < W && fold; ++l) sum_logvar[l] += part[l], part[l] = 0;
+            inverse_sigmas(a);
             for (int l = 0; l < W; l += kLanes<T>) {
-                // finite for finite inputs, so that 0 a is 0 and infinity a is infinity
-                const Vec<T> va = min_<T>(splat(kLargest<T>),
-                                          max_<T>(splat(Elementary<T>::kMinNormal),
-                                                  exp_<T>(load(a + l) * T(-0.5)) * T(kKappa)));
-                const Vec<T> vmu = load(b + l), vb = (vmu - centre_[d]) * va;
-                large |= ~((vb <= T(kMaxOffset)) & (vb >= T(-kMaxOffset)));
-                store(a + l, va);
+                const Vec<T> va = load(a + l), vmu = load(b + l), vb = (vmu - centre_[d]) * va;
+                large |= ~((vb <= T(kMaxOffset)) & (vb >= T(-kMaxOffset)) & (va <= T(kModerate)));
                 store(b + l, direct ? vmu : vb);
             }
         }
@@ -125,9 +132,22 @@ private:
             c_[first + l] = to_finite<T>(c);
             cw_[first + l] = l < columns ? to_finite<T>(c + log2_w(first + l)) : -kInf<T>;
         }
-        for (int l = 0; l < kLanes<T>; ++l)
-            if (large[l]) return false;
-        return true;
+        return !any_lane<T>(large);
+    }
+
+    // logvar [W] -> a [W], in double because its error counts twice in every t^2 of the column. Finite for finite
+    // inputs, so that 0 a is 0 and infinity a is infinity.
+    static FASTVAE_INLINE void inverse_sigmas(T *x) {
+        typedef T Some __attribute__((vector_size(kLanes<double> * sizeof(T))));
+        for (int l = 0; l < W; l += kLanes<double>) {
+            Some some;
+            __builtin_memcpy(&some, x + l, sizeof some);
+            const Vec<double> a = exp_<double>(__builtin_convertvector(some, Vec<double>) * -0.5) * kKappa;
+            some = __builtin_convertvector(min_<double>(splat(double(kLargest<T>)),
+                                                        max_<double>(splat(double(Elementary<T>::kMinNormal)), a)),
+                                           Some);
+            __builtin_memcpy(x + l, &some, sizeof some);
+        }
     }
 
     Buffer<T> planes_, c_, cw_, centre_;

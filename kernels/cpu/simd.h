@@ -156,6 +156,15 @@ template <class T, int n, int... i> FASTVAE_INLINE Vec<T> rotate(Vec<T> v, std::
     return __builtin_shufflevector(v, v, ((i + n) % kLanes<T>)...);
 }
 
+// Whether any bit is set.
+template <class T> FASTVAE_INLINE bool any_lane(IVec<T> v) {
+    typedef int64_t Words __attribute__((vector_size(FASTVAE_VECTOR_BYTES)));
+    const Words words = (Words)v;
+    int64_t any = 0;
+    for (int i = 0; i < FASTVAE_VECTOR_BYTES / 8; ++i) any |= words[i];
+    return any;
+}
+
 // Horizontal sum and maximum, lanes halved pairwise, so the order never depends on anything but the width.
 template <class T, int n = kLanes<T> / 2> FASTVAE_INLINE T sum_lanes(Vec<T> v) {
     if constexpr (n == 0)
