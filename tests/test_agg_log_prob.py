@@ -12,6 +12,7 @@ import torch
 from conftest import Target
 from helpers import (
     DTYPES,
+    LAYOUTS,
     SIZES,
     Expected,
     Named,
@@ -22,6 +23,7 @@ from helpers import (
     draw,
     evaluate,
     flattened,
+    lay_out,
     needing_gradients,
     samples,
 )
@@ -204,15 +206,25 @@ def test_agrees_with_torch_distributions(backend: Target) -> None:
     D=st.integers(1, 40),
     kind=st.sampled_from(list(WEIGHTS)),
     scale=st.sampled_from([0.0, 1.0, 30.0, 1e3]),
+    layout=st.sampled_from(list(LAYOUTS)),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**20),
 )
 def test_any_shape_weights_and_scale(
-    backend: Target, name: str, S: int, N: int, D: int, kind: str, scale: float, dtype: torch.dtype, seed: int
+    backend: Target,
+    name: str,
+    S: int,
+    N: int,
+    D: int,
+    kind: str,
+    scale: float,
+    layout: str,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     weights = WEIGHTS[kind](S, N)
     fast, formula = functions(name, weights)
-    inputs = weighted(samples(S, N, D, dtype, scale, seed), weights)
+    inputs = weighted(lay_out(samples(S, N, D, dtype, scale, seed), layout), weights)
     assert_accurate(fast, formula, inputs, ("z", "mu"))
 
 

@@ -6,7 +6,19 @@ import math
 import pytest
 import torch
 from conftest import Target
-from helpers import DTYPES, Expected, assert_accurate, cast, draw, evaluate, gaussians, kl, needing_gradients
+from helpers import (
+    DTYPES,
+    LAYOUTS,
+    Expected,
+    assert_accurate,
+    cast,
+    draw,
+    evaluate,
+    gaussians,
+    kl,
+    lay_out,
+    needing_gradients,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -134,6 +146,7 @@ widths = st.sampled_from([0.0, 1e-6, 1.0, 20.0, 60.0])
     width=widths,
     prior=st.sampled_from(list(PRIORS)),
     reduction=st.sampled_from(list(REDUCE)),
+    layout=st.sampled_from(list(LAYOUTS)),
     dtype=st.sampled_from((*DTYPES, torch.bfloat16)),
     seed=st.integers(0, 2**20),
 )
@@ -145,6 +158,7 @@ def test_never_negative_and_never_nan(
     width: float,
     prior: str,
     reduction: str,
+    layout: str,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -153,7 +167,7 @@ def test_never_negative_and_never_nan(
     for n, (name, x) in enumerate(inputs.items()):
         x = draw(*x.shape, seed=seed + n)
         inputs[name] = width * (x / 2).clamp(-1, 1) if "logvar" in name else scale * (x / 4).clamp(-1, 1)
-    inputs = needing_gradients(cast(inputs, dtype))
+    inputs = needing_gradients(lay_out(cast(inputs, dtype), layout))
     fast = functools.partial(fastvae.kl_gauss, reduction=reduction)
     results = evaluate(fast, inputs, upstream=torch.ones_like)  # of one sign: inf - inf is nobody's fault
     assert (results[0] >= 0).all()
