@@ -176,6 +176,14 @@ def test_never_negative_and_never_nan(
         assert_accurate(fast, functools.partial(formula, reduction), inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_never_negative_next_to_the_prior(backend: Target, dtype: torch.dtype) -> None:
+    """Where expm1(x) - x is all rounding error."""
+    logvar = torch.logspace(-9, 0, 20_000, dtype=torch.float64)
+    logvar = torch.cat((logvar, -logvar)).reshape(-1, 100).to(dtype)
+    assert (fastvae.kl_gauss(torch.zeros_like(logvar), logvar, reduction="none") >= 0).all()
+
+
 @given(
     B=st.integers(1, 20),
     D=st.integers(1, 20),
