@@ -23,8 +23,7 @@ int cross_log_prob(const void *z, const void *mu, const void *logvar, int64_t S,
         for (int64_t i = first; i < S && i < first + kRows; i += kTileRows) {
             pack_rows(static_cast<const T *>(z), i, S, D, panels.centre(), rows);
             for (int64_t p = begin; p < panels.count && p < begin + chunk; ++p) {
-                panels.direct ? square_sums<true>(rows, panels.planes(p), D, squares, W)
-                              : square_sums<false>(rows, panels.planes(p), D, squares, W);
+                square_sums(panels, rows, p, 1, squares);
                 const T *const c = panels.c() + p * W;
                 for (int64_t r = 0; r < kTileRows && i + r < S; ++r)
                     for_each_vector<T>(N - p * W < W ? N - p * W : W, [&](int64_t k, int64_t n) {

@@ -91,7 +91,7 @@ public:
     Gradients(const Panels<T> &panels, const T *z, int64_t S, bool want_rows, bool want_columns, int threads)
         : panels_(panels), z_(z), S_(S), D_(panels.D), want_rows_(want_rows), want_columns_(want_columns),
           threads_(threads), block_rows_(round_up(clamp(S / Rounds::kBlocks, kMinRows, kMaxRows), R)),
-          block_panels_(clamp(chunk_panels<T>(D_) / 2, 1, panels.count)), tiles_((S + R - 1) / R),
+          block_panels_(clamp(chunk_panels<T>(D_), 1, panels.count)), tiles_((S + R - 1) / R),
           tile_size_(round_up(R * D_, L)), panel_size_(D_ * 2 * W),
           rounds_((S + block_rows_ - 1) / block_rows_, (panels.count + block_panels_ - 1) / block_panels_),
           row_size_(want_rows ? tiles_ * tile_size_ : 0), column_size_(want_columns ? panels.count * panel_size_ : 0),

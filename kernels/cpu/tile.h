@@ -46,28 +46,44 @@ template <bool kDirect, class T> FASTVAE_INLINE Vec<T> standardized(T z, Vec<T> 
 template <bool kDirect, class T>
 __attribute__((noinline)) void square_sums(const T *rows, const T *planes, int64_t D, T *out, int64_t stride) {
     constexpr int V = kPanelVectors, R = kTileRows, L = kLanes<T>, W = kPanelWidth<T>;
-    Vec<T> sum[2][R][V] = {};
-    const auto add = [&](int set) __attribute__((always_inline)) {
+    constexpr int64_t kFold = 128;  // long sums are of two levels
+    for (int64_t begin = 0; begin == 0 || begin < D; begin += kFold) {
+        const int64_t end = D < begin + kFold ? D : begin + kFold;
+        Vec<T> sum[2][R][V] = {};
+        const auto add = [&](int set) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+                for (int v = 0; v < V; ++v) {
+                    const Vec<T> t = standardized<kDirect>(rows[r], load(planes + v * L), load(planes + W + v * L));
+                    sum[set][r][v] += t * t;
+                }
+            rows += R;
+            planes += 2 * W;
+        };
+        int64_t d = begin;
+        for (; d + 2 <= end; d += 2) {
+            add(0);
+            add(1);
+        }
+        if (d < end) add(0);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
             for (int v = 0; v < V; ++v) {
-                const Vec<T> t = standardized<kDirect>(rows[r], load(planes + v * L), load(planes + W + v * L));
-                sum[set][r][v] += t * t;
+                T *const to = out + r * stride + v * L;
+                const Vec<T> total = sum[0][r][v] + sum[1][r][v];
+                store(to, begin ? load(to) + total : total);
             }
-        rows += R;
-        planes += 2 * W;
-    };
-    int64_t d = 0;
-    for (; d + 2 <= D; d += 2) {
-        add(0);
-        add(1);
     }
-    if (d < D) add(0);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) store(out + r * stride + v * L, sum[0][r][v] + sum[1][r][v]);
+}
+
+// rows [D][kTileRows] against `count` panels from `first` on -> out [kTileRows][count W]
+template <class T>
+FASTVAE_INLINE void square_sums(const Panels<T> &panels, const T *rows, int64_t first, int64_t count, T *out) {
+    constexpr int64_t W = kPanelWidth<T>;
+    const auto tile = panels.direct ? &square_sums<true, T> : &square_sums<false, T>;
+    for (int64_t p = 0; p < count; ++p) tile(rows, panels.planes(first + p), panels.D, out + p * W, count * W);
 }
 
 }  // namespace fastvae::FASTVAE_ISA
