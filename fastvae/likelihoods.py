@@ -73,9 +73,7 @@ class Binomial(nn.Module):
         n = self.total_count
         x, logits = _accumulate(x, output)
         log_choose = math.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
-        return log_choose - n * F.binary_cross_entropy_with_logits(
-            logits, (x / n).expand_as(logits), reduction="none"
-        )
+        return log_choose - n * F.binary_cross_entropy_with_logits(logits, (x / n).expand_as(logits), reduction="none")
 
     def mean(self, output: Tensor) -> Tensor:
         return self.total_count * torch.sigmoid(output)

@@ -60,9 +60,7 @@ class StandardNormal(nn.Module):
         z = z.to(accumulation_dtype(z.dtype))
         return -0.5 * (z * z + math.log(2 * math.pi))
 
-    def kl(
-        self, mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", free_bits: float = 0.0
-    ) -> Tensor:
+    def kl(self, mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", free_bits: float = 0.0) -> Tensor:
         """KL(q(z|x) ‖ p(z)) in nats, by `kl_gauss`."""
         return kl_gauss(mu, logvar, reduction=reduction, free_bits=free_bits)
 

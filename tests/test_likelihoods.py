@@ -42,9 +42,7 @@ def test_gaussian_has_its_constant(learned):
     expected = D.Normal(mean, math.sqrt(0.3)).log_prob(x)
     torch.testing.assert_close(ours.log_prob(x, mean), expected, rtol=1e-6, atol=1e-6)
     at_its_mean = ours.log_prob(x, x)
-    torch.testing.assert_close(
-        at_its_mean, torch.full_like(x, -0.5 * math.log(2 * math.pi * 0.3)), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(at_its_mean, torch.full_like(x, -0.5 * math.log(2 * math.pi * 0.3)), rtol=1e-6, atol=0)
     assert (len(list(ours.parameters())) == 1) == learned
     assert "log_variance" in ours.state_dict()
 

@@ -83,9 +83,7 @@ def test_elbo_is_the_formula(likelihood, shape):
         (out.mu, mu),
         (out.logvar, logvar),
     ):
-        torch.testing.assert_close(
-            ours, expected, rtol=1e-6, atol=1e-6 if likelihood == "gaussian" else 1e-12
-        )
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6 if likelihood == "gaussian" else 1e-12)
     assert out.z.shape == mu.shape
 
 
