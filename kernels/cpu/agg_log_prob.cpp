@@ -23,7 +23,10 @@ struct ForwardGrid {
     }
 };
 
-template <class T> int64_t forward_scratch(int64_t rows, int64_t D) { return rows * D + kTileRows * kMaxChunkColumns; }
+template <class T> int64_t forward_scratch(int64_t rows, int64_t D) {
+    constexpr int64_t kSum = sizeof(LogSumExp<T>) / sizeof(T);
+    return rows * kSum + kTileRows * kMaxChunkColumns + round_up(rows * D, kLanes<T>);
+}
 
 // The log-sum over panels [begin, end) for rows [first, first + rows) of z -> out [S]. A chunk of columns stays in
 // the L2 cache while the rows go through it.
@@ -32,8 +35,10 @@ void log_sums(const Panels<T> &panels, const Weights<T> &weights, const T *z, in
               int64_t begin, int64_t end, T *scratch, double *out) {
     constexpr int64_t W = kPanelWidth<T>, L = kLanes<T>, R = kTileRows;
     const int64_t D = panels.D, chunk = chunk_panels<T>(D);
-    T *const packed = scratch, *const squares = scratch + rows * D;  // [rows / 6][D][6], [6][columns of a chunk]
-    LogSumExp<T> sums[ForwardGrid::kMaxRows];
+    auto *const sums = reinterpret_cast<LogSumExp<T> *>(scratch);           // [rows]
+    T *const squares = reinterpret_cast<T *>(sums + rows);                   // [6][columns of a chunk]
+    T *const packed = squares + R * kMaxChunkColumns;                        // [rows / 6][D][6]
+    for (int64_t i = 0; i < rows; ++i) sums[i] = {};
     for (int64_t i = 0; i < rows; i += R) pack_rows(z, first + i, S, D, panels.centre(), packed + i * D);
 
     for (int64_t p = begin; p < end; p += chunk) {
