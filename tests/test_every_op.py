@@ -147,6 +147,21 @@ def test_what_is_not_finite_propagates(backend: Target, name: str, dtype: torch.
         assert_accurate(op.fast, op.formula, inputs)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e30])
+@pytest.mark.parametrize("width", [0.0, 300.0, 1e4])
+def test_values_of_finite_inputs_are_never_nan(
+    backend: Target, name: str, scale: float, width: float, dtype: torch.dtype
+) -> None:
+    """However large they are, and whatever overflows; gradients are held to |mu| <= 1e6, |logvar| <= 60."""
+    op = op_named(name, torch.float64)
+    inputs = {key: x.detach() * (width if "logvar" in key else scale) for key, x in op.inputs.items()}
+    if "z" in inputs:
+        inputs["z"][1:3] = inputs["mu"][1:3]  # t = 0, times whatever 1 / sigma is
+    for result in evaluate(op.fast, cast(inputs, dtype)):
+        assert not result.isnan().any()
+
+
 # The compiler and the modes.
 
 
