@@ -11,6 +11,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef FASTVAE_ISA
@@ -163,6 +165,29 @@ template <class T> FASTVAE_INLINE bool any_lane(IVec<T> v) {
     int64_t any = 0;
     for (int i = 0; i < FASTVAE_VECTOR_BYTES / 8; ++i) any |= words[i];
     return any;
+}
+
+// c - a b, in one rounding wherever the instruction set can: so that it is the same number in every kernel, which
+// the compiler's own choice is not.
+template <class T> FASTVAE_INLINE Vec<T> minus_product(Vec<T> c, Vec<T> a, Vec<T> b) {
+#if FASTVAE_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+        return (Vec<T>)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    else
+        return (Vec<T>)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif FASTVAE_VECTOR_BYTES == 32 && defined(__FMA__)
+    if constexpr (sizeof(T) == 4)
+        return (Vec<T>)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    else
+        return (Vec<T>)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+    if constexpr (sizeof(T) == 4)
+        return (Vec<T>)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+    else
+        return (Vec<T>)vfmsq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+    return c - a * b;
+#endif
 }
 
 // Horizontal sum and maximum, lanes halved pairwise, so the order never depends on anything but the width.

@@ -1,0 +1,211 @@
+// The columns as the marginals see them, densities per dimension and weights per pair, and the sums over all of them
+// for a tile of rows. Everything in bits.
+//
+// Columns enter relative to the largest density that any has in that dimension, and to the largest weight, so that
+// 2^(c + log_w - t^2) does not pass 1 by much: no pass for the maximum is needed.
+#pragma once
+
+#include "log_sum_exp.h"
+#include "tile.h"
+
+namespace fastvae::FASTVAE_ISA {
+
+template <class T> struct MarginalColumns {
+    static constexpr int W = kPanelWidth<T>;
+    Panels<T> panels;
+    const Weights<T> &weights;
+    Buffer<T> c;         // [panel][D][W] log normalizer less its maximum over columns, `top`; padding: -inf
+    Buffer<double> top;  // [D]
+    Buffer<T> least;     // [D] the smallest logvar, whose column has it
+    Buffer<T> log_w;     // [count W] log weight less `reference`; padding: 0
+    double reference;
+    bool weighted;       // whether any of log_w is other than 0
+
+    MarginalColumns(const Weights<T> &weights, int64_t N, int64_t D)
+        : panels(N, D), weights(weights), c(panels.count * D * W), top(D), least(D), log_w(panels.count * W) {}
+    bool allocated() const { return panels.allocated() && c && top && least && log_w; }
+
+    void pack(const T *mu, const T *logvar, int threads, bool force_direct = false) {
+        const int64_t N = panels.N, D = panels.D;
+        panels.pack(mu, logvar, threads, [&](int64_t j) { return weights.log2_w(j); }, force_direct);
+        pack_weights();
+
+        for (int64_t d = 0; d < D; ++d) least[d] = kInf<T>;
+        for (int64_t j = 0; j < N; ++j)
+            for (int64_t d = 0; d < D; ++d) least[d] = logvar[j * D + d] < least[d] ? logvar[j * D + d] : least[d];
+        for (int64_t d = 0; d < D; ++d) top[d] = -0.5 * kLog2e * (double(least[d]) + kLog2Pi);
+        parallel_for(panels.count, threads, [&](int64_t p, int) {
+            for (int64_t l = 0; l < W; ++l)
+                for (int64_t d = 0; d < D; ++d)
+                    c[(p * D + d) * W + l] =
+                        p * W + l < N ? (least[d] - logvar[(p * W + l) * D + d]) * T(0.5 * kLog2e) : -kInf<T>;
+        });
+    }
+
+private:
+    void pack_weights() {
+        const int64_t N = panels.N;
+        double largest = -kInf<double>;
+        const auto see = [&](double log2_w) { largest = log2_w > largest && log2_w < kInf<double> ? log2_w : largest; };
+        for (int64_t j = 0; j < (weights.log_w ? N : 1); ++j) see(weights.log2_w(j));
+        const double common = N ? weights.log2_w(0) : 0;
+        if (weights.own) see(weights.log_w_own * kLog2e), see(weights.log_w_next * kLog2e);
+        // One weight for all but the overrides is divided out, unless far below those.
+        weighted = weights.log_w || !(largest - common < 60);
+        reference = !weighted ? common : largest > -kInf<double> ? largest : 0;
+        for (int64_t j = 0; j < panels.count * W; ++j)
+            log_w[j] = weighted && j < N ? T(weights.log2_w(j) - reference) : T(0);
+    }
+};
+
+// The pairs of a tile's rows whose weight is not the common one.
+template <class T> struct Overrides {
+    int count = 0, row[2 * kTileRows];
+    int64_t column[2 * kTileRows];
+    T log_w[2 * kTileRows];  // less the reference
+
+    Overrides(const MarginalColumns<T> &columns, int64_t first, int64_t S) {
+        for (int r = 0; r < kTileRows && first + r < S; ++r)
+            columns.weights.overrides(first + r, [&](int64_t j, T log2_w) {
+                row[count] = r, column[count] = j, log_w[count++] = T(double(log2_w) - columns.reference);
+            });
+    }
+    // f(row, lane, log weight) for those in panel p
+    template <class F> FASTVAE_INLINE void in_panel(int64_t p, const F &f) const {
+        for (int k = 0; k < count; ++k)
+            if (column[k] / kPanelWidth<T> == p) f(row[k], int(column[k] % kPanelWidth<T>), log_w[k]);
+    }
+    // The log weights of panel p: row r's at pointer + r * stride. Null where they are all 0.
+    const T *weights_of(const MarginalColumns<T> &columns, int64_t p, T *scratch, int64_t &stride) const {
+        constexpr int W = kPanelWidth<T>;
+        const T *common = columns.log_w + p * W;
+        bool any = false;
+        in_panel(p, [&](int, int, T) { any = true; });
+        stride = 0;
+        if (!any) return columns.weighted ? common : nullptr;
+        for (int r = 0; r < kTileRows; ++r) std::memcpy(scratch + r * W, common, W * sizeof(T));
+        in_panel(p, [&](int r, int lane, T w) { scratch[r * W + lane] = w; });
+        stride = W;
+        return scratch;
+    }
+};
+
+// rows [D][6] against one panel: adds 2^(c + log_w - t^2 + offset) to sums [D][6][lanes]; sums of t^2 -> squares.
+// log_w: row r's at r * log_w_stride; offsets [D][6].
+template <bool kDirect, bool kWeighted, bool kOffset, class T>
+__attribute__((noinline)) void add_densities(const T *rows, const T *planes, const T *c, const T *log_w,
+                                             int64_t log_w_stride, const T *offsets, int64_t D, T *sums, T *squares,
+                                             int64_t stride) {
+    constexpr int V = kPanelVectors, L = kLanes<T>, W = kPanelWidth<T>, R = kTileRows;
+    Vec<T> square[R][V] = {};
+    for (int64_t d = 0; d < D; ++d, rows += R, offsets += kOffset ? R : 0, planes += 2 * W, c += W, sums += R * L)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            Vec<T> sum = load(sums + r * L);
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) {
+                const Vec<T> t = standardized<kDirect>(rows[r], load(planes + v * L), load(planes + W + v * L));
+                Vec<T> log_p = load(c + v * L);
+                if (kWeighted) log_p += load(log_w + r * log_w_stride + v * L);
+                square[r][v] += t * t;
+                log_p = minus_product<T>(log_p, t, t);
+                sum += exp2_term<T>(kOffset ? log_p + offsets[r] : log_p);
+            }
+            store(sums + r * L, sum);
+        }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) store(squares + r * stride + v * L, square[r][v]);
+}
+
+// One marginal with its true maximum, which is the shift that makes its terms moderate.
+template <bool kDirect, class T>
+LogSumExp<T> exact_marginal(const MarginalColumns<T> &columns, const Overrides<T> &overrides, int row, int64_t d, T z) {
+    constexpr int L = kLanes<T>, W = kPanelWidth<T>;
+    const Panels<T> &panels = columns.panels;
+    LogSumExp<T> sum;
+    for (int64_t p = 0; p < panels.count; ++p) {
+        alignas(64) T scratch[kTileRows * W];
+        int64_t stride;
+        const T *log_w = overrides.weights_of(columns, p, scratch, stride);
+        const T *plane = panels.planes(p) + d * 2 * W, *c = columns.c + (p * panels.D + d) * W;
+        sum.add(W / L, [&](int64_t v) {
+            const Vec<T> t = standardized<kDirect>(z, load(plane + v * L), load(plane + W + v * L));
+            Vec<T> log_p = load(c + v * L);
+            if (log_w) log_p += load(log_w + row * stride + v * L);
+            return minus_product<T>(log_p, t, t);
+        });
+    }
+    return sum;
+}
+
+// The sums over all columns for one tile of rows, in memory that one worker uses again and again.
+template <class T> class TileSums {
+public:
+    static constexpr int W = kPanelWidth<T>, L = kLanes<T>, R = kTileRows;
+
+    LogSumExp<T> joint[R];
+    double *const marginals;  // [D][6]
+
+    // The memory for one worker.
+    static int64_t size(int64_t D) { return round_up(D * R, L) * L + R * (kMaxChunkColumns + W); }
+
+    TileSums(const MarginalColumns<T> &columns, T *memory, double *marginals)
+        : marginals(marginals), columns_(columns), panels_(columns.panels), sums_(memory),
+          squares_(sums_ + round_up(panels_.D * R, L) * L), log_w_(squares_ + R * kMaxChunkColumns) {}
+
+    // rows, offsets [D][6]; without offsets they are 0. The marginals only where asked for.
+    template <bool kDirect, bool kOffset>
+    void add_up(int64_t first, int64_t S, const T *rows, const T *offsets, const Overrides<T> &overrides,
+                bool with_marginals) {
+        const int64_t D = panels_.D, chunk = chunk_panels<T>(D);
+        for (int64_t k = 0; k < D * R; ++k) marginals[k] = 0;
+        for (int64_t k = 0; k < round_up(D * R, L) * L; ++k) sums_[k] = T(0);
+        for (int64_t p = 0, next = 0; p < panels_.count; p = next) {
+            next = p + chunk < panels_.count ? p + chunk : panels_.count;
+            const int64_t n = (next - p) * W;
+            for (int64_t k = p; k < next; ++k) {
+                T *squares = squares_ + (k - p) * W;
+                int64_t stride;
+                const T *log_w = overrides.weights_of(columns_, k, log_w_, stride);
+                if (with_marginals)
+                    (log_w ? add_densities<kDirect, true, kOffset, T> : add_densities<kDirect, false, kOffset, T>)(
+                        rows, panels_.planes(k), columns_.c + k * D * W, log_w, stride, offsets, D, sums_, squares, n);
+                if (!with_marginals || kOffset)  // the gradients' shares come from these, to the last bit
+                    square_sums<kDirect>(rows, panels_.planes(k), D, squares, n);
+            }
+            for (int r = 0; r < R && first + r < S; ++r) add_joint(joint[r], first + r, p, n, squares_ + r * n);
+            if (with_marginals && (next == panels_.count || next * W / kSpan > p * W / kSpan)) flush();
+        }
+    }
+
+private:
+    static constexpr int64_t kSpan = 4096;  // columns summed in T; their sums are added in double
+
+    void add_joint(LogSumExp<T> &sum, int64_t i, int64_t p, int64_t n, T *squares) const {
+        const T *cw = panels_.cw() + p * W;
+        Vec<T> extra = splat(-kInf<T>);
+        int extras = 0;
+        columns_.weights.take_overrides(i, p * W, n, panels_.c(), squares, [&](int64_t, T s) { extra[extras++] = s; });
+        sum.add(n / L, [&](int64_t k) { return load(cw + k * L) - load(squares + k * L); });
+        if (extras) sum.add(extra);
+    }
+
+    // sums [D][6][lanes] -> marginals, and from 0 again
+    void flush() {
+        for (int64_t k = 0; k < panels_.D * R; k += L) {
+            Vec<T> v[L];
+            for (int i = 0; i < L; ++i) v[i] = load(sums_ + (k + i) * L), store(sums_ + (k + i) * L, Vec<T>{});
+            T sum[L];
+            store(sum, sum_lanes_of_each<T>(v));
+            for (int64_t i = 0; i < L && k + i < panels_.D * R; ++i) marginals[k + i] += double(sum[i]);
+        }
+    }
+
+    const MarginalColumns<T> &columns_;
+    const Panels<T> &panels_;
+    T *const sums_, *const squares_, *const log_w_;  // [D][6][lanes], [6][columns of a chunk], [6][W]
+};
+
+}  // namespace fastvae::FASTVAE_ISA
