@@ -119,7 +119,9 @@ def _sample_weights(
     if not (isinstance(z, Tensor) and isinstance(mu, Tensor) and mu.ndim >= 2 and z.ndim >= 2):
         return None  # agg_log_prob names what is wrong
     N = mu.shape[-2]
+    if N == 0:
+        raise ValueError(f"mu: expected at least one posterior, got shape {tuple(mu.shape)}")
     if own is None and (z.ndim == mu.ndim + 1 or z.shape[-2] == N):
         n_samples = z.shape[0] if z.ndim == mu.ndim + 1 else 1
-        own = torch.arange(n_samples * N, device=z.device) % max(N, 1)
+        own = torch.arange(n_samples * N, device=z.device) % N
     return estimator_weights(estimator, N, dataset_size, own)

@@ -131,7 +131,7 @@ def _rows(x: Tensor | None, dtype: torch.dtype, n_rows: int) -> tuple[Tensor | N
     if (column != 1 and D > 1) or (row == 0 and n > 1):
         x = x.contiguous()
         row = D
-    return x, x.data_ptr(), 0 if n == 1 < n_rows else row
+    return x, x.data_ptr(), 0 if n == 1 != n_rows else row
 
 
 def _outputs(likes: Sequence[Tensor | None], dtype: torch.dtype, wanted: Sequence[bool]) -> list[Tensor | None]:

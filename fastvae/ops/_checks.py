@@ -1,4 +1,5 @@
-"""Checks of arguments, each raising an error that names the argument, what came, and what was expected."""
+"""Arguments: checks, each raising an error that names the argument, what came and what was expected, and common
+dtypes and shapes."""
 
 import math
 import numbers
@@ -67,3 +68,10 @@ def promote(*tensors: Tensor | None) -> list[Tensor | None]:
     for dtype in dtypes:
         common = torch.promote_types(common, dtype)
     return [None if x is None else x.to(common) for x in tensors]
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., D] as [B, D]; a vector is one row."""
+    if x.ndim == 2:
+        return x
+    return x[None] if x.ndim == 1 else x.flatten(0, -2)

@@ -208,7 +208,7 @@ def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     """
     z, mu, logvar, _, batch = _flatten(z, mu, logvar)
     results = [CrossLogProb.apply(z[g], mu[g], logvar[g]) for g in range(z.shape[0])]
-    return _batched(results, batch, z.new_empty(z.shape[1], mu.shape[1]))
+    return _batched(results, batch, (z.shape[1], mu.shape[1]), z, mu, logvar)
 
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeights | None = None) -> Tensor:
@@ -237,7 +237,7 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeight
     """
     z, mu, logvar, log_weights, batch = _flatten(z, mu, logvar, weights)
     results = [AggLogProb.apply(z[g], mu[g], logvar[g], *log_weights) for g in range(z.shape[0])]
-    return _batched(results, batch, z.new_empty(z.shape[1]))
+    return _batched(results, batch, z.shape[1:2], z, mu, logvar)
 
 
 def agg_log_prob_marginals(
@@ -264,16 +264,17 @@ def agg_log_prob_marginals(
     """
     z, mu, logvar, log_weights, batch = _flatten(z, mu, logvar, weights)
     results = [AggLogProbMarginals.apply(z[g], mu[g], logvar[g], *log_weights) for g in range(z.shape[0])]
-    joint = _batched([r[0] for r in results], batch, z.new_empty(z.shape[1]))
-    return joint, _batched([r[1] for r in results], batch, z.new_empty(z.shape[1:]))
+    joint = _batched([r[0] for r in results], batch, z.shape[1:2], z, mu, logvar)
+    return joint, _batched([r[1] for r in results], batch, z.shape[1:], z, mu, logvar)
 
 
-def _batched(results: list[Tensor], batch: torch.Size, like: Tensor) -> Tensor:
-    """The batches' results under the batch axes, which may be none or empty."""
+def _batched(results: list[Tensor], batch: torch.Size, shape: tuple[int, ...], *inputs: Tensor) -> Tensor:
+    """The batches' results, each of `shape`, under the batch axes, which may be none or empty."""
     if len(batch) == 0:
         return results[0]
-    empty = like.new_empty((0, *like.shape), dtype=accumulation_dtype(like.dtype))
-    return (torch.stack(results) if results else empty).reshape(*batch, *like.shape)
+    if not results:  # nothing, but connected to the graph
+        return torch.stack([x.to(accumulation_dtype(x.dtype)).sum() for x in inputs]).sum().expand(*batch, *shape)
+    return torch.stack(results).reshape(*batch, *shape)
 
 
 def _flatten(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends.contract import accumulation_dtype, kl_shape
-from ._checks import check_choice, check_device, check_number, check_posterior, check_tensor, promote
+from ._checks import as_rows, check_choice, check_device, check_number, check_posterior, check_tensor, promote
 from ._library import Function, declare, empty_gradients, spread
 
 PUBLIC_REDUCTIONS = ("none", "sample", "sum", "mean", "batchmean")
@@ -113,8 +113,8 @@ def kl_gauss(
     shape, D = mu.shape, mu.shape[-1]
     mu, logvar, prior_mu, prior_logvar = promote(mu, logvar, prior_mu, prior_logvar)  # type: ignore[assignment]
     arguments = (
-        mu.reshape(-1, D) if mu.ndim != 2 else mu,
-        logvar.reshape(-1, D) if logvar.ndim != 2 else logvar,
+        as_rows(mu),
+        as_rows(logvar),
         _prior_rows("prior_mu", prior_mu, shape),
         _prior_rows("prior_logvar", prior_logvar, shape),
     )
@@ -139,5 +139,5 @@ def _prior_rows(name: str, prior: Tensor | None, shape: torch.Size) -> Tensor | 
             f"{name}: expected a shape that broadcasts to mu's {tuple(shape)}, got {tuple(prior.shape)}"
         ) from None
     if all(n == 1 for n in prior.shape[:-1]):
-        return prior.reshape(1, -1).expand(1, shape[-1])
-    return full.reshape(-1, shape[-1])
+        return prior.reshape(1, prior.shape[-1] if prior.ndim else 1).expand(1, shape[-1])
+    return as_rows(full)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends.contract import accumulation_dtype
-from ._checks import check_choice, check_count, check_posterior, promote
+from ._checks import as_rows, check_choice, check_count, check_posterior, promote
 from ._library import Function, declare, declare_random, empty_gradients, spread
 
 OUTPUTS = ("z", "log_q", "log_p", "kl")
@@ -128,19 +128,19 @@ def sample_gauss(
     check_posterior(mu, logvar)
     if n_samples is not None:
         check_count("n_samples", n_samples)
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs: expected a tuple of names, got the string {outputs!r}")
+    if not isinstance(outputs, (tuple, list)):
+        raise TypeError(f"outputs: expected a tuple of names, got {outputs!r}")
     for name in outputs:
         check_choice("outputs", name, OUTPUTS)
 
-    shape, D = mu.shape, mu.shape[-1]
+    shape = mu.shape
     mu, logvar = promote(mu, logvar)  # type: ignore[assignment]
     asked = tuple(name in outputs for name in OUTPUTS)
     if not any(asked):
         return GaussianSample(None, None, None, None)
     results = SampleGauss.apply(
-        mu.reshape(-1, D) if mu.ndim != 2 else mu,
-        logvar.reshape(-1, D) if logvar.ndim != 2 else logvar,
+        as_rows(mu),
+        as_rows(logvar),
         _seed(mu, seed, generator),
         1 if n_samples is None else n_samples,
         asked,
@@ -193,7 +193,8 @@ def _seed(like: Tensor, seed: int | None, generator: torch.Generator | None) -> 
             raise ValueError(f"generator: expected one on the device of mu, {like.device}, got {generator.device}")
         return torch.empty((), dtype=torch.int64, device=like.device).random_(generator=generator)
     if seed is None:
-        return _draw_seed(like)
+        # The compiler merges equal calls, random or not, but no empty tensors: so each call gets one of its own.
+        return _draw_seed(torch.empty(0, device=like.device) if torch.compiler.is_compiling() else like)
     check_count("seed", seed, least=-(2**63))
     if seed >= 2**64:
         raise ValueError(f"seed: expected less than 2**64, got {seed}")
