@@ -8,7 +8,8 @@ namespace fastvae::FASTVAE_ISA {
 
 template <class T> struct LogSumExp {
     T max = -kInf<T>;
-    Vec<T> sum = {};  // of 2^(s - shift()), per lane
+    Vec<T> sum = {};    // of 2^(s - shift()), per lane
+    Vec<T> carry = {};  // what sum has too much, after Kahan: chunks may be thousands
 
     // Infinite maxima are sums' own business: 2^-inf is 0, and 2^inf infinite.
     T shift() const { return max - max == T(0) ? max : T(0); }
@@ -26,13 +27,16 @@ template <class T> struct LogSumExp {
         max = max_lanes<T>(max_<T>(top[0], top[1]));
         const T m = shift();
 
-        Vec<T> part[2] = {sum * exp2_term<T>(splat(before - m)), {}};
+        Vec<T> part[2] = {};
         for (k = 0; k + 2 <= n; k += 2) {
             part[0] += exp2_term<T>(terms(k) - m);
             part[1] += exp2_term<T>(terms(k + 1) - m);
         }
         if (k < n) part[0] += exp2_term<T>(terms(k) - m);
-        sum = part[0] + part[1];
+        const Vec<T> rescale = exp2_<T>(splat(before - m));  // exactly 1 while the maximum stays
+        const Vec<T> old = sum * rescale, term = (part[0] + part[1]) - carry * rescale;
+        sum = old + term;
+        carry = (sum - old) - term;
     }
     FASTVAE_INLINE void add(Vec<T> terms) {
         add(1, [&](int64_t) { return terms; });
@@ -56,7 +60,7 @@ public:
     }
     FASTVAE_INLINE Vec<T> operator()(Vec<T> s) const {
         const Vec<T> x = (s - high_) - low_;
-        return g_ * exp2_term<T>(select<T>(x >= slack_, Vec<T>{}, x));
+        return g_ * exp2_<T>(select<T>(x >= slack_, Vec<T>{}, x));
     }
 
 private:
