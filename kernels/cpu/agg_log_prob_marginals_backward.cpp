@@ -72,8 +72,8 @@ template <class T> struct Grid {
     int64_t panels, units, wave;  // panels in a unit; rows in a wave
 
     Grid(int64_t S, int64_t count, int64_t D) {
-        panels = (count + kUnits - 1) / kUnits;
-        units = (count + panels - 1) / panels;
+        panels = count > 0 ? (count + kUnits - 1) / kUnits : 1;
+        units = count > 0 ? (count + panels - 1) / panels : 1;
         const int64_t affordable = kBudget / (units * (D + 1) * int64_t(sizeof(T))) / kTileRows * kTileRows;
         wave = clamp(round_up(S, kTileRows), kTileRows, clamp(affordable, 4 * kTileRows, kMaxWave));
     }

@@ -32,13 +32,11 @@ template <class T>
 int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_t logvar_stride,
                  const uint64_t *seed_, int64_t L, int64_t B, int64_t D, void *z_, void *log_q_, void *log_p_,
                  void *kl_, int threads) {
-    if (L == 0 && kl_)  // the closed form needs no samples
-        return kl_gauss<T>(mu_, mu_stride, logvar_, logvar_stride, nullptr, 0, nullptr, 0, B, D, FASTVAE_SAMPLE, 1.0,
-                           kl_, threads);
     const T *mu = static_cast<const T *>(mu_), *logvar = static_cast<const T *>(logvar_);    // [B, D]
     T *z = static_cast<T *>(z_);                                                             // [L, B, D]
     T *log_q = static_cast<T *>(log_q_), *log_p = static_cast<T *>(log_p_), *kl = static_cast<T *>(kl_);
     const uint64_t seed = *seed_;
+    if (L == 0) L = 1, z = log_q = log_p = nullptr;  // the KL is still asked for
     const bool sums = log_q || log_p || kl, dense = mu_stride == D && logvar_stride == D;
     const int64_t unit_rows = rows_in(kUnit, D), blocks = (B + unit_rows - 1) / unit_rows;
 
