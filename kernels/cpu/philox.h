@@ -22,6 +22,8 @@ FASTVAE_INLINE Words multiply(Words w, uint32_t m) {
     return (Words)_mm256_mul_epu32((__m256i)w, _mm256_set1_epi64x(m));
 #elif defined(__SSE2__)
     return (Words)_mm_mul_epu32((__m128i)w, _mm_set1_epi64x(m));
+#elif defined(__aarch64__)
+    return (Words)vmull_u32(vmovn_u64((uint64x2_t)w), vdup_n_u32(m));
 #else
     return (w & 0xffffffff) * m;
 #endif
