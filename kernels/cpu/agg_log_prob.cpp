@@ -28,11 +28,11 @@ template <class T> int64_t forward_scratch(int64_t rows, int64_t D) {
     return rows * kSum + kTileRows * kMaxChunkColumns + round_up(rows * D, kLanes<T>);
 }
 
-// The log-sum over panels [begin, end) for rows [first, first + rows) of z -> out [S]. A chunk of columns stays in
+// The sum over panels [begin, end) for rows [first, first + rows) of z -> out [S]. A chunk of columns stays in
 // the L2 cache while the rows go through it.
 template <class T>
 void log_sums(const Panels<T> &panels, const Weights<T> &weights, const T *z, int64_t S, int64_t first, int64_t rows,
-              int64_t begin, int64_t end, T *scratch, double *out) {
+              int64_t begin, int64_t end, T *scratch, typename LogSumExp<T>::Total *out) {
     constexpr int64_t W = kPanelWidth<T>, L = kLanes<T>, R = kTileRows;
     const int64_t D = panels.D, chunk = chunk_panels<T>(D);
     auto *const sums = reinterpret_cast<LogSumExp<T> *>(scratch);           // [rows]
@@ -58,15 +58,53 @@ void log_sums(const Panels<T> &panels, const Weights<T> &weights, const T *z, in
             }
         }
     }
-    for (int64_t r = 0; r < rows && first + r < S; ++r) out[first + r] = sums[r].log();
+    for (int64_t r = 0; r < rows && first + r < S; ++r) out[first + r] = sums[r].total();
 }
+
+// The sums of all rows, in blocks of rows and ranges of columns, which are put together in order.
+template <class T> class Totals {
+    using Total = typename LogSumExp<T>::Total;
+
+public:
+    Totals(const Panels<T> &panels, const Weights<T> &weights, const T *z, int64_t S, int threads)
+        : panels_(panels), weights_(weights), z_(z), S_(S), threads_(threads), grid_(S, panels.N),
+          scratch_size_(forward_scratch<T>(grid_.rows, panels.D)), scratch_(scratch_size_ * threads),
+          parts_(grid_.ranges * S) {}
+
+    bool allocated() const { return scratch_ && parts_; }
+    const Total &operator[](int64_t i) const { return parts_[i]; }
+    const Total *data() const { return parts_; }
+
+    void run() {
+        parallel_for(grid_.blocks * grid_.ranges, threads_, [&](int64_t unit, int worker) {
+            const int64_t block = unit / grid_.ranges, range = unit % grid_.ranges;
+            log_sums(panels_, weights_, z_, S_, block * grid_.rows, grid_.rows, panels_.count * range / grid_.ranges,
+                     panels_.count * (range + 1) / grid_.ranges, scratch_ + worker * scratch_size_,
+                     parts_ + range * S_);
+        });
+        for (int64_t range = 1; range < grid_.ranges; ++range)
+            for (int64_t i = 0; i < S_; ++i) parts_[i].add(parts_[range * S_ + i]);
+    }
+
+private:
+    const Panels<T> &panels_;
+    const Weights<T> &weights_;
+    const T *z_;  // [S, D]
+    const int64_t S_;
+    const int threads_;
+    const ForwardGrid grid_;
+    const int64_t scratch_size_;
+    Buffer<T> scratch_;
+    Buffer<Total> parts_;  // [ranges][S]
+};
 
 // r_ij = g_i w_ij q(z_i | x_j) / sum_k w_ik q(z_i | x_k), 0 where that sum is empty
 template <class T> struct Responsibilities {
     static constexpr int64_t W = kPanelWidth<T>, L = kLanes<T>, R = kTileRows;
     const Panels<T> &panels;
     const Weights<T> &weights;
-    const T *d_joint, *joint;  // [S]
+    const T *d_joint;                              // [S]
+    const typename LogSumExp<T>::Total *totals;  // [S]
 
     // see Gradients::run
     void operator()(const Block &tile, const T *rows, T *r, T *shares) const {
@@ -82,7 +120,7 @@ template <class T> struct Responsibilities {
         __builtin_memset(r + tile.rows * columns, 0, uint64_t((R - tile.rows) * columns) * sizeof(T));
         for (int64_t i = 0; i < tile.rows; ++i) {
             T *const row = r + i * columns;
-            const Share<T> share(joint[tile.first + i], d_joint[tile.first + i]);
+            const Share<T> share(totals[tile.first + i], d_joint[tile.first + i]);
             const int before = n_replaced;
             weights.take_overrides(tile.first + i, first, columns, panels.c(), row, [&](int64_t j, T s) {
                 replaced[n_replaced++] = {i, j, share(splat(s))[0]};
@@ -111,49 +149,32 @@ template <class T>
 int agg_log_prob(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N,
                  int64_t D, void *joint, int threads) {
     const Weights<T> weights(log_w, log_w_all, own, log_w_own, log_w_next, N);
-    const ForwardGrid grid(S, N);
-    const int64_t scratch_size = forward_scratch<T>(grid.rows, D);
     Panels<T> panels(N, D);
-    Buffer<T> scratch(scratch_size * threads);
-    Buffer<double> parts(grid.ranges * S);
-    if (!panels.allocated() || !scratch || !parts) return FASTVAE_OUT_OF_MEMORY;
+    Totals<T> totals(panels, weights, static_cast<const T *>(z), S, threads);
+    if (!panels.allocated() || !totals.allocated()) return FASTVAE_OUT_OF_MEMORY;
 
     panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads,
                 [&](int64_t j) { return weights.log2_w(j); });
-    parallel_for(grid.blocks * grid.ranges, threads, [&](int64_t unit, int worker) {
-        const int64_t block = unit / grid.ranges, range = unit % grid.ranges;
-        log_sums(panels, weights, static_cast<const T *>(z), S, block * grid.rows, grid.rows,
-                 panels.count * range / grid.ranges, panels.count * (range + 1) / grid.ranges,
-                 scratch + worker * scratch_size, parts + range * S);
-    });
-
-    for (int64_t i = 0; i < S; ++i) {
-        double log_sum = parts[i];
-        if (grid.ranges > 1) {
-            double max = log_sum, sum = 0;
-            for (int64_t k = 1; k < grid.ranges; ++k) max = parts[k * S + i] > max ? parts[k * S + i] : max;
-            if (max - max != 0) max = 0;
-            for (int64_t k = 0; k < grid.ranges; ++k) sum += std::exp(parts[k * S + i] - max);
-            log_sum = max + std::log(sum);
-        }
-        static_cast<T *>(joint)[i] = T(log_sum);
-    }
+    totals.run();
+    for (int64_t i = 0; i < S; ++i) static_cast<T *>(joint)[i] = T(totals[i].log());
     return FASTVAE_OK;
 }
 
 template <class T>
-int agg_log_prob_backward(const void *d_joint, const void *joint, const void *z, const void *mu,
-                          const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D, void *d_z,
+int agg_log_prob_backward(const void *d_joint, const void *, const void *z, const void *mu, const void *logvar,
+                          FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D, void *d_z,
                           void *d_mu, void *d_logvar, void *d_log_w, int threads) {
     const Weights<T> weights(log_w, log_w_all, own, log_w_own, log_w_next, N);
     const T *const samples = static_cast<const T *>(z);
     Panels<T> panels(N, D);
+    Totals<T> totals(panels, weights, samples, S, threads);
     Gradients<T> gradients(panels, samples, S, d_z, d_mu || d_logvar, threads);
-    if (!panels.allocated() || !gradients.allocated()) return FASTVAE_OUT_OF_MEMORY;
+    if (!panels.allocated() || !totals.allocated() || !gradients.allocated()) return FASTVAE_OUT_OF_MEMORY;
 
     panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads,
                 [&](int64_t j) { return weights.log2_w(j); }, !all_moderate(samples, S * D));
-    const Responsibilities<T> weigh{panels, weights, static_cast<const T *>(d_joint), static_cast<const T *>(joint)};
+    totals.run();  // again, because the joint is these rounded
+    const Responsibilities<T> weigh{panels, weights, static_cast<const T *>(d_joint), totals.data()};
     if (!gradients.run(weigh)) return FASTVAE_OUT_OF_MEMORY;
     gradients.write(static_cast<T *>(d_z), static_cast<T *>(d_mu), static_cast<T *>(d_logvar),
                     static_cast<T *>(d_log_w));

@@ -27,7 +27,7 @@ template <class T> struct Forward {
         pack_rows(z, first, S, D, columns.panels.centre(), rows);
         sums.template add_up<kDirect, false>(first, S, rows, nullptr, overrides, marginals);
         for (int r = 0; r < R && first + r < S; ++r) {
-            if (joint) joint[first + r] = T(sums.joint[r].log());
+            if (joint) joint[first + r] = T(sums.joint[r].total().log());
             if (!marginals) continue;
             T *out = marginals + (first + r) * D;
             for (int64_t d = 0; d < D; ++d) out[d] = T(sums.marginals[d * R + r]);
@@ -38,7 +38,7 @@ template <class T> struct Forward {
                 const double sum = sums.marginals[d * R + r];
                 const bool lost = sum <= kLost * double(columns.panels.N) || sum >= kHuge;
                 const double log =
-                    lost ? exact_marginal<kDirect>(columns, overrides, r, d, rows[d * R + r]).log() : double(out[d]);
+                    lost ? exact_marginal<kDirect>(columns, overrides, r, d, rows[d * R + r]).total().log() : double(out[d]);
                 out[d] = T(log + (columns.top[d] + columns.reference) * kLn2);
             }
         }

@@ -82,8 +82,9 @@ template <class T> struct Grid {
 template <class T> class Backward {
 public:
     static constexpr int W = kPanelWidth<T>, L = kLanes<T>, R = kTileRows;
-    static constexpr double kScale = 1 / (kKappa * kKappa);
-    static constexpr double kRounded = 8;  // nats: a larger result's own rounding would be felt in its gradient
+    static constexpr double kScale = kInvKappa2;
+    // nats: a larger result's own rounding would be felt in its gradient; in double even a small one is not wanted
+    static constexpr double kRounded = sizeof(T) == 4 ? 4 : 0;
 
     Backward(const MarginalColumns<T> &columns, const T *z, int64_t S, bool has_joint, bool wants_log_w, int threads)
         : columns(columns), panels(columns.panels), z(z), S(S), D(panels.D), has_joint(has_joint),

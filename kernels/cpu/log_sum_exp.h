@@ -42,29 +42,30 @@ template <class T> struct LogSumExp {
         add(1, [&](int64_t) { return terms; });
     }
 
-    // In nats. The sum is taken apart in T and put together in double.
-    double log() const { return double(shift()) * kLn2 + double(std::log(sum_lanes<T>(sum))); }
+    struct Total {  // 2^shift sum; the shift is a T
+        double shift, sum;
+
+        double log() const { return shift * kLn2 + std::log(sum); }  // in nats
+        void add(const Total &other) {
+            if (other.sum == 0) return;
+            const double top = sum == 0 || other.shift > shift ? other.shift : shift;
+            sum = (sum == 0 ? 0 : sum * std::exp2(shift - top)) + other.sum * std::exp2(other.shift - top);
+            shift = top;
+        }
+    };
+    Total total() const { return {double(shift()), double(sum_lanes<T>(sum))}; }
 };
 
-// g 2^(s - log2 sum): a term's share in its sum, given in nats and rounded to T, times g; 0 where the sum is empty.
-//
-// That rounding is |log sum| eps / 2, which would be the share's relative error. A term that is all of its sum up to
-// this much counts as all of it, which keeps rows with one near posterior exact.
+// g 2^s / total: a term's share in its sum times g, 0 where the sum is empty. Shares of one row add up to g as the
+// terms, seen again to the last bit, add up to the total; from the rounded log of the sum they would not.
 template <class T> class Share {
 public:
-    Share(T log_sum, T g) : g_(log_sum == -kInf<T> ? T(0) : g) {
-        const double log2_sum = log_sum == -kInf<T> ? double(kInf<T>) : double(log_sum) * kLog2e;
-        high_ = T(log2_sum);
-        low_ = log_sum - log_sum == T(0) ? T(log2_sum - double(high_)) : T(0);
-        slack_ = T(-0.5) * Elementary<T>::kEpsilon * (high_ < T(0) ? -high_ : high_);
-    }
-    FASTVAE_INLINE Vec<T> operator()(Vec<T> s) const {
-        const Vec<T> x = (s - high_) - low_;
-        return g_ * exp2_<T>(select<T>(x >= slack_, Vec<T>{}, x));
-    }
+    Share(const typename LogSumExp<T>::Total &total, T g)
+        : shift_(T(total.shift)), factor_(total.sum == 0 ? T(0) : T(double(g) / total.sum)) {}
+    FASTVAE_INLINE Vec<T> operator()(Vec<T> s) const { return factor_ * exp2_term<T>(s - shift_); }
 
 private:
-    T g_, high_, low_, slack_;
+    T shift_, factor_;
 };
 
 }  // namespace fastvae::FASTVAE_ISA

@@ -24,10 +24,15 @@ constexpr int kPanelVectors = 1;
 #endif
 template <class T> constexpr int kPanelWidth = kPanelVectors * kLanes<T>;
 
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;  // without FMA the direct form takes no more operations, and rounds less
+#endif
 constexpr double kMaxOffset = 128;
 constexpr double kModerate = 0x1p60;  // a and z - centre within it cannot overflow together
 constexpr double kKappa = 0.84932180028801904272;   // sqrt(log2(e) / 2)
-constexpr double kInvKappa2 = 1.38629436111989061883;  // 1 / kappa^2 = 2 ln 2
+constexpr double kInvKappa2 = double(1 / ((long double)kKappa * kKappa));  // 2 ln 2, but for kKappa's own rounding
 
 template <class T> constexpr T kLargest = sizeof(T) == 4 ? T(3.40282346638528859812e38) : T(1.7976931348623157e308);
 
@@ -67,7 +72,7 @@ public:
     template <class F>
     void pack(const T *mu, const T *logvar, int threads, const F &log2_w, bool force_direct = false) {
         constexpr int64_t kUnit = 8;  // panels
-        direct = !find_centre(mu, force_direct);
+        direct = !find_centre(mu, force_direct || !kFused);
         for (;;) {
             int offsets_small = 1;
             parallel_for((count + kUnit - 1) / kUnit, threads, [&](int64_t unit, int) {
@@ -135,14 +140,19 @@ private:
         return !any_lane<T>(large);
     }
 
-    // logvar [W] -> a [W], in double because its error counts twice in every t^2 of the column. Finite for finite
-    // inputs, so that 0 a is 0 and infinity a is infinity.
+    // logvar [W] -> a [W], in double because its error counts twice in every t^2 of the column; for double by the C
+    // library, which rounds better. Finite for finite inputs, so that 0 a is 0 and infinity a is infinity.
     static FASTVAE_INLINE void inverse_sigmas(T *x) {
         typedef T Some __attribute__((vector_size(kLanes<double> * sizeof(T))));
         for (int l = 0; l < W; l += kLanes<double>) {
             Some some;
             __builtin_memcpy(&some, x + l, sizeof some);
-            const Vec<double> a = exp_<double>(__builtin_convertvector(some, Vec<double>) * -0.5) * kKappa;
+            Vec<double> a = __builtin_convertvector(some, Vec<double>) * -0.5;
+            if constexpr (sizeof(T) == 4)
+                a = exp_<double>(a);
+            else
+                for (int i = 0; i < kLanes<double>; ++i) a[i] = std::exp(a[i]);
+            a *= kKappa;
             some = __builtin_convertvector(min_<double>(splat(double(kLargest<T>)),
                                                         max_<double>(splat(double(Elementary<T>::kMinNormal)), a)),
                                            Some);
