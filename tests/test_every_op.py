@@ -141,6 +141,8 @@ def test_zero_sizes(backend: Target, name: str, sizes: tuple[int, int, int]) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_propagates(backend: Target, name: str, dtype: torch.dtype, value: float) -> None:
     for key in op_named(name).inputs:
+        if key == "log_w" and value != -math.inf:
+            continue  # a log-weight is a number or -inf, as ColumnWeights says
         op = op_named(name, dtype)
         inputs = {k: x.detach() for k, x in op.inputs.items()}
         inputs[key].view(-1)[1] = value

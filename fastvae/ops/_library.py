@@ -4,6 +4,7 @@ The autograd Functions stand outside and call these ops, which is faster than gi
 of their own.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,6 +77,33 @@ class Function(torch.autograd.Function):
         if _transformed():
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("fastvae offers first derivatives only: a gradient of its gradients was asked for")
+
+
+def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """For a Function's backward that has no derivative of its own: asking for one raises. torch's decorator of this
+    name stays silent, and gives zero, where the upstream gradient is a constant."""
+
+    @functools.wraps(backward)
+    def first_order(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        given = [g.detach().requires_grad_() for g in gradients if g is not None]
+        refusing = iter(_FirstOrderOnly.apply(*given) if given else ())
+        return tuple(None if g is None else next(refusing) for g in gradients)
+
+    return first_order
 
 
 def empty_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor]:

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.contract import LogWeights, accumulation_dtype
 from ._checks import check_device, check_number, check_posterior, check_tensor, promote
-from ._library import Function, declare, empty_gradients, spread
+from ._library import Function, declare, empty_gradients, once_differentiable, spread
 
 
 class ColumnWeights(NamedTuple):
@@ -29,6 +28,8 @@ class ColumnWeights(NamedTuple):
         log_w_own: a number that replaces `log_w` at column own(i); None keeps `log_w` there.
         log_w_next: a number that replaces `log_w` at column (own(i) + 1) mod N, for the `mss` estimator; where
             that is the own column, `log_w_own` wins.
+
+    A log-weight is a number or −inf. NaN or +inf in `log_w` may spread to rows that replace it.
     """
 
     log_w: float | Tensor
@@ -181,8 +182,9 @@ def log_prob_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     except RuntimeError:
         shapes = ", ".join(str(tuple(x.shape)) for x in (z, mu, logvar))
         raise ValueError(f"z, mu, logvar: expected shapes that broadcast, got {shapes}") from None
-    z, mu, logvar = (x.to(accumulation_dtype(x.dtype)) for x in (z, mu, logvar))
-    t = (z - mu) * torch.exp(-0.5 * logvar)
+    z, mu, logvar = (x.to(accumulation_dtype(x.dtype)) for x in promote(z, mu, logvar) if x is not None)
+    inv_sigma = torch.exp(-0.5 * logvar).clamp(max=torch.finfo(logvar.dtype).max)  # finite, so that 0 · it is 0
+    t = (z - mu) * inv_sigma
     return -0.5 * (t * t + logvar + math.log(2 * math.pi)).sum(-1)
 
 

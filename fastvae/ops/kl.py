@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.contract import accumulation_dtype, kl_shape
 from ._checks import as_rows, check_choice, check_device, check_number, check_posterior, check_tensor, promote
-from ._library import Function, declare, empty_gradients, spread
+from ._library import Function, declare, empty_gradients, once_differentiable, spread
 
 PUBLIC_REDUCTIONS = ("none", "sample", "sum", "mean", "batchmean")
 

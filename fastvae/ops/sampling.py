@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends.contract import accumulation_dtype
 from ._checks import as_rows, check_choice, check_count, check_posterior, promote
-from ._library import Function, declare, declare_random, empty_gradients, spread
+from ._library import Function, declare, declare_random, empty_gradients, once_differentiable, spread
 
 OUTPUTS = ("z", "log_q", "log_p", "kl")
 
