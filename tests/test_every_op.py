@@ -74,7 +74,7 @@ def test_second_derivatives_are_refused(backend: Target, name: str, loss: Callab
     output = op.fast(**op.inputs)
     total = sum(loss(o) for o in ([output] if isinstance(output, Tensor) else output))
     gradient = torch.autograd.grad(total, op.inputs["mu"], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         ((gradient**2).sum() + op.inputs["mu"].sum()).backward()
 
 

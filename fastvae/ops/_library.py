@@ -95,7 +95,7 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
 
     @functools.wraps(backward)
     def first_order(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or _transformed():
             return backward(ctx, *upstream)
         with torch.no_grad():
             gradients = backward(ctx, *upstream)

@@ -112,7 +112,7 @@ template <class T> FASTVAE_INLINE Vec<T> exp2_term(Vec<T> x) {
 #else
     const Vec<T> rounded = x + E::kRound, f = x - (rounded - E::kRound);
     Vec<T> p;
-    if constexpr (sizeof(T) == 4)
+    if constexpr (sizeof(T) == 4 && kFused)
         p = polynomial<T>(f, E::kExp2Term);
     else
         p = polynomial<T>(f, E::kExp2) * f + T(1);

@@ -24,11 +24,6 @@ constexpr int kPanelVectors = 1;
 #endif
 template <class T> constexpr int kPanelWidth = kPanelVectors * kLanes<T>;
 
-#if defined(__FMA__) || defined(__aarch64__)
-constexpr bool kFused = true;
-#else
-constexpr bool kFused = false;  // without FMA the direct form takes no more operations, and rounds less
-#endif
 constexpr double kMaxOffset = 128;
 constexpr double kModerate = 0x1p60;  // a and z - centre within it cannot overflow together
 constexpr double kKappa = 0.84932180028801904272;   // sqrt(log2(e) / 2)
@@ -72,6 +67,7 @@ public:
     template <class F>
     void pack(const T *mu, const T *logvar, int threads, const F &log2_w, bool force_direct = false) {
         constexpr int64_t kUnit = 8;  // panels
+        // Without FMA the direct form takes no more operations, and rounds less.
         direct = !find_centre(mu, force_direct || !kFused);
         for (;;) {
             int offsets_small = 1;

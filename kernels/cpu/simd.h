@@ -45,6 +45,13 @@ template <class T> using Vec = typename VecTypes<T>::Float;
 template <class T> using IVec = typename VecTypes<T>::Int;
 template <class T> constexpr int kLanes = FASTVAE_VECTOR_BYTES / int(sizeof(T));
 
+// Whether a * b + c is one operation, rounded once.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
 template <class T> constexpr T kInf = T(__builtin_inf());
 template <class T> constexpr T kNaN = T(__builtin_nan(""));
 
