@@ -25,7 +25,7 @@ template <class T> struct Forward {
         const int64_t D = columns.panels.D;
         const Overrides<T> overrides(columns, first, S);
         pack_rows(z, first, S, D, columns.panels.centre(), rows);
-        sums.template add_up<kDirect, false>(first, S, rows, nullptr, overrides, marginals);
+        sums.template add_up<kDirect>(first, S, rows, overrides, marginals != nullptr);
         for (int r = 0; r < R && first + r < S; ++r) {
             if (joint) joint[first + r] = T(sums.joint[r].total().log());
             if (!marginals) continue;
@@ -37,8 +37,8 @@ template <class T> struct Forward {
             for (int64_t d = 0; d < D; ++d) {
                 const double sum = sums.marginals[d * R + r];
                 const bool lost = sum <= kLost * double(columns.panels.N) || sum >= kHuge;
-                const double log =
-                    lost ? exact_marginal<kDirect>(columns, overrides, r, d, rows[d * R + r]).total().log() : double(out[d]);
+                double log = double(out[d]);
+                if (lost) log = exact_marginal<kDirect>(columns, overrides, r, d, rows[d * R + r]).total().log();
                 out[d] = T(log + (columns.top[d] + columns.reference) * kLn2);
             }
         }

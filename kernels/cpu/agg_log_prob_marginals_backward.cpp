@@ -2,7 +2,9 @@
 //
 // With r_ijd = d_joint_i p_ij + d_marginal_id p_ijd, the shares of column j in the sums times what comes from above,
 // and t in units of kappa (panels.h):
-//     d_z_id = -sum_j r t a / kappa^2,   d_mu_jd = a sum_i r t / kappa^2,   d_logvar_jd = sum_i r (t^2 / kappa^2 - 1) / 2.
+//     d_z_id      = -sum_j r t a / kappa^2
+//     d_mu_jd     = a sum_i r t / kappa^2
+//     d_logvar_jd = sum_i r (t^2 / kappa^2 - 1) / 2
 // A unit of work owns a range of columns and takes all rows of a wave through it: its sums over rows are its own, its
 // sums over columns [rows of the wave, D] are added up over units afterwards. Waves bound that memory, and keep sums
 // over many rows accurate.
@@ -34,7 +36,7 @@ __attribute__((noinline)) void add_gradients(const TileRows<T> &rows, const T *j
     constexpr int V = kPanelVectors, R = kTileRows, L = kLanes<T>, W = kPanelWidth<T>;
     Vec<T> share[V] = {}, span[V] = {};  // over all dimensions, and over the last few
     const T *z = rows.z, *grad = rows.grad, *offset = rows.offset;
-    for (int64_t d = 0; d < D; ++d, z += R, grad += R, offset += R, planes += 2 * W, c += W, d_z += R * L, columns += 2 * W) {
+    for (int64_t d = 0; d < D; ++d, z += R, grad += R, offset += R, d_z += R * L) {
         Vec<T> sum_t[V] = {}, sum_t2[V] = {}, sum[V] = {};
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -61,6 +63,7 @@ __attribute__((noinline)) void add_gradients(const TileRows<T> &rows, const T *j
             store(columns + W + v * L, load(columns + W + v * L) + (sum_t2[v] - sum[v] * T(kKappa * kKappa)));
             if (kWeighted && (d % 16 == 15 || d + 1 == D)) share[v] += span[v], span[v] = Vec<T>{};
         }
+        planes += 2 * W, c += W, columns += 2 * W;
     }
     if (kWeighted)
         for (int v = 0; v < V; ++v) store(d_log_w + v * L, load(d_log_w + v * L) + share[v]);
@@ -91,17 +94,18 @@ public:
           wants_log_w(wants_log_w), threads(threads), grid(S, panels.count, D), tiles((S + R - 1) / R),
           z_rows(tiles * R * D), grads(tiles * R * D), offsets(tiles * R * D), joint_grads(tiles * R),
           joint_offsets(tiles * R), column_sums(panels.count * column_size()), parts(grid.units * grid.wave * D),
-          totals(R * D * threads), scratch(scratch_size() * threads) {}
+          totals(R * D * threads), wanted(D * threads), scratch(scratch_size() * threads) {}
 
     bool allocated() const {
-        return z_rows && grads && offsets && joint_grads && joint_offsets && column_sums && parts && totals && scratch;
+        return z_rows && grads && offsets && joint_grads && joint_offsets && column_sums && parts && totals && wanted &&
+               scratch;
     }
 
     void pack(const T *d_joint, const T *d_marginals, const T *marginals) {
         parallel_for(tiles, threads, [&](int64_t tile, int worker) {
             const TileSums<T> sums(columns, scratch + worker * scratch_size(), totals + worker * R * D);
-            panels.direct ? pack_tile<true>(tile, sums, d_joint, d_marginals, marginals)
-                          : pack_tile<false>(tile, sums, d_joint, d_marginals, marginals);
+            panels.direct ? pack_tile<true>(tile, sums, wanted + worker * D, d_joint, d_marginals, marginals)
+                          : pack_tile<false>(tile, sums, wanted + worker * D, d_joint, d_marginals, marginals);
         });
     }
 
@@ -135,16 +139,19 @@ public:
 private:
     int64_t column_size() const { return (D * 2 + 1) * W; }  // of a panel's sums: [D][2][W] and [W]
     int64_t scratch_size() const {
-        const int64_t unit = grid.panels * column_size() + (D * R + L) * L + 3 * R * W + W, packing = TileSums<T>::size(D);
+        const int64_t unit = grid.panels * column_size() + (D * R + L) * L + 3 * R * W + W;
+        const int64_t packing = TileSums<T>::size(D);
         return round_up(unit > packing ? unit : packing, L);
     }
 
     // Everything of a tile that does not depend on the column: the shares are grad 2^(log_p + offset).
     template <bool kDirect>
-    void pack_tile(int64_t tile, TileSums<T> sums, const T *d_joint, const T *d_marginals, const T *marginals) {
+    void pack_tile(int64_t tile, TileSums<T> sums, bool *large, const T *d_joint, const T *d_marginals,
+                   const T *marginals) {
         const int64_t first = tile * R, at = first * D;
         T *grad = grads + at, *offset = offsets + at;
-        bool large = false;
+        bool any_large = false;
+        for (int64_t d = 0; d < D; ++d) large[d] = false;
         pack_rows(z, first, S, D, panels.centre(), z_rows + at);
         for (int r = 0; r < R; ++r)
             for (int64_t d = 0; d < D; ++d) {
@@ -153,17 +160,19 @@ private:
                 const double exact = any ? columns.top[d] + columns.reference - double(marginals[i]) * kLog2e : 0;
                 offset[k] = T(exact);
                 grad[k] = any ? T(double(d_marginals[i]) * (1 + (exact - double(offset[k])) * kLn2)) : T(0);
-                large |= any && !(__builtin_fabs(double(marginals[i])) < kRounded);
+                large[d] |= any && !(__builtin_fabs(double(marginals[i])) < kRounded);
+                any_large |= large[d];
             }
-        if (!large && !has_joint) return;
+        if (!any_large && !has_joint) return;
 
         const Overrides<T> overrides(columns, first, S);
-        sums.template add_up<kDirect, true>(first, S, z_rows + at, offset, overrides, large);
+        sums.template add_up<kDirect>(first, S, z_rows + at, overrides, offset, large);
         for (int r = 0; r < R && first + r < S; ++r) {
             const T sum = sum_lanes<T>(sums.joint[r].sum);
             joint_offsets[first + r] = -sums.joint[r].shift();
             joint_grads[first + r] = has_joint && sum != T(0) ? d_joint[first + r] / sum : T(0);
-            for (int64_t d = 0; d < D && large; ++d) {
+            for (int64_t d = 0; d < D; ++d) {
+                if (!large[d]) continue;
                 const int64_t k = d * R + r;
                 double sum = sums.marginals[k];
                 if (!(sum > 0.5 && sum < 2)) {
@@ -180,7 +189,8 @@ private:
 
     // Tiles [first, first + n) through the panels of unit k.
     template <bool kDirect> void unit(int64_t first, int64_t n, int64_t k, T *scratch) {
-        const int64_t begin = k * grid.panels, end = begin + grid.panels < panels.count ? begin + grid.panels : panels.count;
+        const int64_t begin = k * grid.panels, last = begin + grid.panels;
+        const int64_t end = last < panels.count ? last : panels.count;
         T *sums = scratch, *to_z = sums + grid.panels * column_size(), *joint = to_z + (D * R + L) * L;
         T *log_w = joint + R * W, *keep = log_w + R * W, *ones = keep + R * W;
         for (int64_t i = 0; i < (end - begin) * column_size(); ++i) sums[i] = T(0);
@@ -271,6 +281,7 @@ private:
     Buffer<T> column_sums;                 // [panel]{[D][2][W] of r t and r (t^2 - kappa^2), [W] of d_log_w}
     Buffer<T> parts;                       // [units][wave / 6][D][6]
     Buffer<double> totals;                 // [threads][D][6]
+    Buffer<bool> wanted;                   // [threads][D]
     Buffer<T> scratch;
 };
 
@@ -291,7 +302,8 @@ int agg_log_prob_marginals_backward(const void *d_joint, const void *d_marginals
 
     columns.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads,
                  !all_moderate(static_cast<const T *>(z), S * D));
-    backward.pack(static_cast<const T *>(d_joint), static_cast<const T *>(d_marginals), static_cast<const T *>(marginals));
+    backward.pack(static_cast<const T *>(d_joint), static_cast<const T *>(d_marginals),
+                  static_cast<const T *>(marginals));
     backward.run(static_cast<T *>(d_z));
     backward.write_columns(static_cast<T *>(d_mu), static_cast<T *>(d_logvar), static_cast<T *>(d_log_w));
     return FASTVAE_OK;

@@ -90,7 +90,8 @@ template <class T> struct Overrides {
     }
 };
 
-// rows [D][6] against one panel: adds 2^(c + log_w - t^2 + offset) to sums [D][6][lanes]; sums of t^2 -> squares.
+// rows [D][6] against one panel: adds 2^(c + log_w - t^2) to sums [D][6][lanes]; sums of t^2 -> squares. Or, for the
+// gradients, adds 2^(c + log_w - t^2 + offset), and that is all.
 // log_w: row r's at r * log_w_stride; offsets [D][6].
 template <bool kDirect, bool kWeighted, bool kOffset, class T>
 __attribute__((noinline)) void add_densities(const T *rows, const T *planes, const T *c, const T *log_w,
@@ -107,14 +108,14 @@ __attribute__((noinline)) void add_densities(const T *rows, const T *planes, con
                 const Vec<T> t = standardized<kDirect>(rows[r], load(planes + v * L), load(planes + W + v * L));
                 Vec<T> log_p = load(c + v * L);
                 if (kWeighted) log_p += load(log_w + r * log_w_stride + v * L);
-                square[r][v] += t * t;
+                if (!kOffset) square[r][v] += t * t;
                 log_p = minus_product<T>(log_p, t, t);
                 sum += exp2_term<T>(kOffset ? log_p + offsets[r] : log_p);
             }
             store(sums + r * L, sum);
         }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R && !kOffset; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) store(squares + r * stride + v * L, square[r][v]);
 }
@@ -155,10 +156,45 @@ public:
         : marginals(marginals), columns_(columns), panels_(columns.panels), sums_(memory),
           squares_(sums_ + round_up(panels_.D * R, L) * L), log_w_(squares_ + R * kMaxChunkColumns) {}
 
-    // rows, offsets [D][6]; without offsets they are 0. The marginals only where asked for.
+    // The joint, and the marginals of all dimensions or none. rows: [D][6]
+    template <bool kDirect>
+    void add_up(int64_t first, int64_t S, const T *rows, const Overrides<T> &overrides, bool with_marginals) {
+        add_panels(first, S, overrides, [&](int64_t p, const T *log_w, int64_t stride, T *squares, int64_t n) {
+            if (with_marginals)
+                add_span<kDirect, false>(p, 0, panels_.D, rows, log_w, stride, nullptr, squares, n);
+            else
+                square_sums<kDirect>(rows, panels_.planes(p), panels_.D, squares, n);
+        });
+    }
+
+    // The joint, and the marginals of the dimensions wanted, each term times 2^offset. offsets: [D][6]
+    template <bool kDirect>
+    void add_up(int64_t first, int64_t S, const T *rows, const Overrides<T> &overrides, const T *offsets,
+                const bool *wanted) {
+        add_panels(first, S, overrides, [&](int64_t p, const T *log_w, int64_t stride, T *squares, int64_t n) {
+            square_sums<kDirect>(rows, panels_.planes(p), panels_.D, squares, n);  // as the gradients', to the last bit
+            for (int64_t d = 0, end; d < panels_.D; d = end + 1) {
+                for (end = d; end < panels_.D && wanted[end];) ++end;
+                if (d < end) add_span<kDirect, true>(p, d, end - d, rows, log_w, stride, offsets, nullptr, 0);
+            }
+        });
+    }
+
+private:
+    static constexpr int64_t kSpan = 4096;  // columns summed in T; their sums are added in double
+
+    // Dimensions [d, d + n) of one panel
     template <bool kDirect, bool kOffset>
-    void add_up(int64_t first, int64_t S, const T *rows, const T *offsets, const Overrides<T> &overrides,
-                bool with_marginals) {
+    void add_span(int64_t p, int64_t d, int64_t n, const T *rows, const T *log_w, int64_t log_w_stride,
+                  const T *offsets, T *squares, int64_t stride) const {
+        (log_w ? add_densities<kDirect, true, kOffset, T> : add_densities<kDirect, false, kOffset, T>)(
+            rows + d * R, panels_.planes(p) + d * 2 * W, columns_.c + (p * panels_.D + d) * W, log_w, log_w_stride,
+            kOffset ? offsets + d * R : nullptr, n, sums_ + d * R * L, squares, stride);
+    }
+
+    // add(panel, log weights, their stride, sums of squares, their stride) for every panel
+    template <class F>
+    void add_panels(int64_t first, int64_t S, const Overrides<T> &overrides, const F &add) {
         const int64_t D = panels_.D, chunk = chunk_panels<T>(D);
         for (int64_t k = 0; k < D * R; ++k) marginals[k] = 0;
         for (int64_t k = 0; k < round_up(D * R, L) * L; ++k) sums_[k] = T(0);
@@ -166,22 +202,14 @@ public:
             next = p + chunk < panels_.count ? p + chunk : panels_.count;
             const int64_t n = (next - p) * W;
             for (int64_t k = p; k < next; ++k) {
-                T *squares = squares_ + (k - p) * W;
                 int64_t stride;
                 const T *log_w = overrides.weights_of(columns_, k, log_w_, stride);
-                if (with_marginals)
-                    (log_w ? add_densities<kDirect, true, kOffset, T> : add_densities<kDirect, false, kOffset, T>)(
-                        rows, panels_.planes(k), columns_.c + k * D * W, log_w, stride, offsets, D, sums_, squares, n);
-                if (!with_marginals || kOffset)  // the gradients' shares come from these, to the last bit
-                    square_sums<kDirect>(rows, panels_.planes(k), D, squares, n);
+                add(k, log_w, stride, squares_ + (k - p) * W, n);
             }
             for (int r = 0; r < R && first + r < S; ++r) add_joint(joint[r], first + r, p, n, squares_ + r * n);
-            if (with_marginals && (next == panels_.count || next * W / kSpan > p * W / kSpan)) flush();
+            if (next == panels_.count || next * W / kSpan > p * W / kSpan) flush();
         }
     }
-
-private:
-    static constexpr int64_t kSpan = 4096;  // columns summed in T; their sums are added in double
 
     void add_joint(LogSumExp<T> &sum, int64_t i, int64_t p, int64_t n, T *squares) const {
         const T *cw = panels_.cw() + p * W;
