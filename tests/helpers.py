@@ -168,8 +168,9 @@ class Expected:
 
     Design, section 5: at most twice the error of the broadcast formula in the same dtype, plus the change that
     moving each centred z and mu by half an ulp makes, plus 4 eps max(1, |result|); errors are max norms. The
-    error of the formula is the largest of four in float32, in proportion to eps (no dtype is wide enough to
+    error of the formula is the largest of eight in float32, in proportion to eps (no dtype is wide enough to
     find float64's own; the exact values are no better either, hence three times instead of twice there).
+    Eight draws miss the largest error now and then: a random search over cases, which finds that, takes a margin.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class Expected:
         inputs: Named,
         centred: Sequence[str] = (),
         upstream: Callable[[Tensor], Tensor] | None = None,
+        margin: float = 1.0,
     ):
         wide, single = cast(inputs, torch.float64), cast(inputs, torch.float32)
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs.values()) else torch.float32
@@ -188,7 +190,7 @@ class Expected:
 
         self.exact = evaluate(formula, wide, upstream)
         errors, changes = [], [[0.0] * len(self.exact)]
-        for seed in range(4):
+        for seed in range(8):
             again = _jittered(single, seed)
             exactly = evaluate(formula, cast(again, torch.float64), upstream)
             errors.append(difference(evaluate(formula, again, upstream), exactly))
@@ -196,7 +198,7 @@ class Expected:
                 nudged = evaluate(formula, _nudged(wide, centred, eps, seed), upstream)
                 changes.append(difference(nudged, self.exact))
         self.tolerance = [
-            max(error) * (2 * eps + eps64) / eps32 + max(change) + 4 * eps * exact.abs().clamp(min=1)
+            margin * (max(error) * (2 * eps + eps64) / eps32 + max(change)) + 4 * eps * exact.abs().clamp(min=1)
             for exact, error, change in zip(
                 self.exact, zip(*errors, strict=True), zip(*changes, strict=True), strict=True
             )
@@ -226,9 +228,13 @@ def assert_accurate(
     inputs: Named,
     centred: Sequence[str] = (),
     upstream: Callable[[Tensor], Tensor] | None = None,
+    margin: float = 1.0,
 ) -> None:
     """`fast` gives what `formula` gives by the tolerance rule, gradients too."""
-    Expected(formula, inputs, centred, upstream).check(evaluate(fast, inputs, upstream))
+    Expected(formula, inputs, centred, upstream, margin).check(evaluate(fast, inputs, upstream))
+
+
+SEARCH_MARGIN = 2.0  # for cases that hypothesis makes up
 
 
 def assert_same(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:

@@ -86,8 +86,6 @@ template <class T> class Backward {
 public:
     static constexpr int W = kPanelWidth<T>, L = kLanes<T>, R = kTileRows;
     static constexpr double kScale = kInvKappa2;
-    // nats: a larger result's own rounding would be felt in its gradient; in double even a small one is not wanted
-    static constexpr double kRounded = sizeof(T) == 4 ? 4 : 0;
 
     Backward(const MarginalColumns<T> &columns, const T *z, int64_t S, bool has_joint, bool wants_log_w, int threads)
         : columns(columns), panels(columns.panels), z(z), S(S), D(panels.D), has_joint(has_joint),
@@ -160,7 +158,7 @@ private:
                 const double exact = any ? columns.top[d] + columns.reference - double(marginals[i]) * kLog2e : 0;
                 offset[k] = T(exact);
                 grad[k] = any ? T(double(d_marginals[i]) * (1 + (exact - double(offset[k])) * kLn2)) : T(0);
-                large[d] |= any && !(__builtin_fabs(double(marginals[i])) < kRounded);
+                large[d] |= any;
                 any_large |= large[d];
             }
         if (!any_large && !has_joint) return;

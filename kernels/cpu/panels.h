@@ -26,8 +26,9 @@ template <class T> constexpr int kPanelWidth = kPanelVectors * kLanes<T>;
 
 constexpr double kMaxOffset = 128;
 constexpr double kModerate = 0x1p60;  // a and z - centre within it cannot overflow together
-constexpr double kKappa = 0.84932180028801904272;   // sqrt(log2(e) / 2)
-constexpr double kInvKappa2 = double(1 / ((long double)kKappa * kKappa));  // 2 ln 2, but for kKappa's own rounding
+constexpr long double kLongKappa = 0.84932180028801904272L;  // sqrt(log2(e) / 2)
+constexpr double kKappa = double(kLongKappa);
+constexpr double kInvKappa2 = 1.38629436111989061883;  // 1 / kappa^2 = 2 ln 2
 
 template <class T> constexpr T kLargest = sizeof(T) == 4 ? T(3.40282346638528859812e38) : T(1.7976931348623157e308);
 
@@ -136,8 +137,8 @@ private:
         return !any_lane<T>(large);
     }
 
-    // logvar [W] -> a [W], in double because its error counts twice in every t^2 of the column; for double by the C
-    // library, which rounds better. Finite for finite inputs, so that 0 a is 0 and infinity a is infinity.
+    // logvar [W] -> a [W], a step wider than T because its error counts twice in every t^2 of the column. Finite for
+    // finite inputs, so that 0 a is 0 and infinity a is infinity.
     static FASTVAE_INLINE void inverse_sigmas(T *x) {
         typedef T Some __attribute__((vector_size(kLanes<double> * sizeof(T))));
         for (int l = 0; l < W; l += kLanes<double>) {
@@ -145,10 +146,9 @@ private:
             __builtin_memcpy(&some, x + l, sizeof some);
             Vec<double> a = __builtin_convertvector(some, Vec<double>) * -0.5;
             if constexpr (sizeof(T) == 4)
-                a = exp_<double>(a);
+                a = exp_<double>(a) * kKappa;
             else
-                for (int i = 0; i < kLanes<double>; ++i) a[i] = std::exp(a[i]);
-            a *= kKappa;
+                for (int i = 0; i < kLanes<double>; ++i) a[i] = double(__builtin_expl(a[i]) * kLongKappa);
             some = __builtin_convertvector(min_<double>(splat(double(kLargest<T>)),
                                                         max_<double>(splat(double(Elementary<T>::kMinNormal)), a)),
                                            Some);
