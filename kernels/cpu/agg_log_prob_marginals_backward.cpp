@@ -144,33 +144,32 @@ private:
 
     // Everything of a tile that does not depend on the column: the shares are grad 2^(log_p + offset).
     template <bool kDirect>
-    void pack_tile(int64_t tile, TileSums<T> sums, bool *large, const T *d_joint, const T *d_marginals,
+    void pack_tile(int64_t tile, TileSums<T> sums, bool *wanted, const T *d_joint, const T *d_marginals,
                    const T *marginals) {
         const int64_t first = tile * R, at = first * D;
         T *grad = grads + at, *offset = offsets + at;
-        bool any_large = false;
-        for (int64_t d = 0; d < D; ++d) large[d] = false;
+        bool any_wanted = false;
+        for (int64_t d = 0; d < D; ++d) wanted[d] = false;
         pack_rows(z, first, S, D, panels.centre(), z_rows + at);
         for (int r = 0; r < R; ++r)
             for (int64_t d = 0; d < D; ++d) {
                 const int64_t k = d * R + r, i = (first + r) * D + d;
                 const bool any = d_marginals && first + r < S && marginals[i] != -kInf<T>;
-                const double exact = any ? columns.top[d] + columns.reference - double(marginals[i]) * kLog2e : 0;
-                offset[k] = T(exact);
-                grad[k] = any ? T(double(d_marginals[i]) * (1 + (exact - double(offset[k])) * kLn2)) : T(0);
-                large[d] |= any;
-                any_large |= large[d];
+                offset[k] = any ? T(columns.top[d] + columns.reference - double(marginals[i]) * kLog2e) : T(0);
+                grad[k] = T(0);
+                wanted[d] |= any;
+                any_wanted |= any;
             }
-        if (!any_large && !has_joint) return;
+        if (!any_wanted && !has_joint) return;
 
         const Overrides<T> overrides(columns, first, S);
-        sums.template add_up<kDirect>(first, S, z_rows + at, overrides, offset, large);
+        sums.template add_up<kDirect>(first, S, z_rows + at, overrides, offset, wanted);
         for (int r = 0; r < R && first + r < S; ++r) {
             const T sum = sum_lanes<T>(sums.joint[r].sum);
             joint_offsets[first + r] = -sums.joint[r].shift();
             joint_grads[first + r] = has_joint && sum != T(0) ? d_joint[first + r] / sum : T(0);
             for (int64_t d = 0; d < D; ++d) {
-                if (!large[d]) continue;
+                if (!wanted[d]) continue;
                 const int64_t k = d * R + r;
                 double sum = sums.marginals[k];
                 if (!(sum > 0.5 && sum < 2)) {
