@@ -1,7 +1,7 @@
 """Fused kernels for variational autoencoders."""
 
 from .backends import use_backend
-from .estimators import agg_entropy, estimator_weights
+from .estimators import KLDecomposition, agg_entropy, estimator_weights, kl_decomposition
 from .objectives import ELBO
 from .ops.aggregate import (
     ColumnWeights,
@@ -22,6 +22,7 @@ __all__ = [
     "VAE",
     "ColumnWeights",
     "GaussianSample",
+    "KLDecomposition",
     "StandardNormal",
     "VAEOutput",
     "agg_entropy",
@@ -29,6 +30,7 @@ __all__ = [
     "agg_log_prob_marginals",
     "cross_log_prob",
     "estimator_weights",
+    "kl_decomposition",
     "kl_gauss",
     "log_prob_gauss",
     "reparameterize",
