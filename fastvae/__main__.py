@@ -11,7 +11,7 @@ import torch
 from . import __version__, backends
 from .backends import native
 
-PLANNED = ("triton", "cuda")  # named in the documentation, not part of this version
+PLANNED = ("cuda",)  # named in the documentation, not part of this version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,6 +11,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
+# Before Triton is imported: where there is no GPU, its kernels run in its interpreter, on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, settings
 
 import fastvae
@@ -42,7 +47,8 @@ class Target(NamedTuple):
 _SETS = {"x86_64": ("avx512", "avx2", "sse4"), "aarch64": ("neon",)}.get(platform.machine(), ("generic",))
 REFERENCE = {"reference": Target("reference")}
 NATIVE = {f"native-{isa}": Target("native", isa) for isa in _SETS}
-TARGETS = {**REFERENCE, **NATIVE}
+TRITON = {"triton-cuda": Target("triton", device="cuda")} if torch.cuda.is_available() else {"triton": Target("triton")}
+TARGETS = {**REFERENCE, **NATIVE, **TRITON}
 
 
 @contextlib.contextmanager

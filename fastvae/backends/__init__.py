@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-# Best first, by device type. `reference` runs everywhere.
-CANDIDATES = {"cpu": ("native", "reference"), "cuda": ("reference",)}
-NAMES = ("native", "reference")
+# Best first, by device type. `reference` runs everywhere, so what stands after it is used only by name: Triton's
+# interpreter on the CPU.
+CANDIDATES = {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
+NAMES = ("native", "triton", "reference")
 
 _forced: str | None = os.environ.get("FASTVAE_BACKEND") or None
 
@@ -54,7 +55,7 @@ class use_backend:
     thread's, because autograd runs backward functions on threads of its own.
 
     Args:
-        name: "native", "reference", or None.
+        name: "native", "triton", "reference", or None.
 
     Raises:
         ValueError: `name` is not a backend's.

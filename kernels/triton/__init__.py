@@ -1,0 +1,15 @@
+"""The GPU kernels in Triton, for NVIDIA and AMD; README.md beside this file says how they are built and measured.
+
+One module per operation, named as the operation is. It holds the kernels (`@triton.jit`, names with a leading
+underscore) and the functions that launch them, `op` and `op_backward`, which are the kernel contract of
+`fastvae/backends/contract.py` word for word: detached tensors of one device in, new tensors out.
+`fastvae/backends/triton.py` finds them by name and calls them with that device current. So a launcher
+
+- launches with plain `kernel[grid](...)`, on whatever stream is current, with a launch configuration fixed by the
+  sizes (`_launch.py`);
+- never reads a tensor's values (no host synchronization, capturable in a CUDA graph), and so also runs on meta
+  tensors: the ahead-of-time suite, tests/test_triton_compile.py, compiles what such a call would launch;
+- reads its inputs in the dtype they have and converts in registers; rows may be strided (`_launch.rows`);
+- addresses with 64 bits (`.to(tl.int64)` on anything that is multiplied by a stride);
+- gives the same bits every time: no atomics, partial sums added up by a second kernel in a fixed order.
+"""
