@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.contract import accumulation_dtype, kl_shape
+from ..backends.contract import REDUCTIONS, accumulation_dtype, kl_shape
 from ._checks import as_rows, check_choice, check_device, check_number, check_posterior, check_tensor, promote
 from ._library import Function, declare, empty_gradients, once_differentiable, spread
-
-PUBLIC_REDUCTIONS = ("none", "sample", "sum", "mean", "batchmean")
 
 
 def _fake(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str) -> Tensor:
@@ -80,8 +78,9 @@ def kl_gauss(
         logvar: log sigma², the shape of `mu`.
         prior_mu: the prior's means, anything that broadcasts to `mu` (`[D]`, `[B, D]`); None for 0.
         prior_logvar: the prior's log sigma², likewise.
-        reduction: `"none"` `[..., D]`; `"sample"` `[...]`, summed over D; `"sum"`; `"mean"`, over all
-            elements; `"batchmean"`, the sum over D and the mean over all other axes: the ELBO's KL term.
+        reduction: `"none"` `[..., D]`; `"sample"` `[...]`, summed over D; `"dim"` `[D]`, the mean over all
+            other axes, each dimension's share of the KL; `"sum"`; `"mean"`, over all elements; `"batchmean"`,
+            the sum over D and the mean over all other axes: the ELBO's KL term.
         free_bits: lambda, nats per dimension (Kingma et al. 2016): a dimension whose batch-mean KL is below it
             counts as lambda and gets no gradient.
 
@@ -98,7 +97,7 @@ def kl_gauss(
         >>> loss = nell + fastvae.kl_gauss(mu, logvar)
     """
     check_posterior(mu, logvar)
-    check_choice("reduction", reduction, PUBLIC_REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
     check_number("free_bits", free_bits, least=0.0)
     if free_bits and reduction in ("none", "sample"):
         raise ValueError(
@@ -119,8 +118,10 @@ def kl_gauss(
     )
     if free_bits:
         n_rows = arguments[0].shape[0]
-        total = KLGauss.apply(*arguments, "dim").clamp(min=free_bits).sum()
-        return total * {"sum": n_rows, "mean": 1 / max(D, 1), "batchmean": 1}[reduction]
+        dims = KLGauss.apply(*arguments, "dim").clamp(min=free_bits)
+        if reduction == "dim":
+            return dims
+        return dims.sum() * {"sum": n_rows, "mean": 1 / max(D, 1), "batchmean": 1}[reduction]
     kl = KLGauss.apply(*arguments, reduction)
     if len(shape) != 2 and reduction in ("none", "sample"):
         kl = kl.reshape(shape if reduction == "none" else shape[:-1])
