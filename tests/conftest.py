@@ -14,7 +14,7 @@ import torch
 
 # Before Triton is imported: where there is no GPU, its kernels run in its interpreter, on the CPU.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from hypothesis import HealthCheck, settings
 
@@ -48,6 +48,10 @@ _SETS = {"x86_64": ("avx512", "avx2", "sse4"), "aarch64": ("neon",)}.get(platfor
 REFERENCE = {"reference": Target("reference")}
 NATIVE = {f"native-{isa}": Target("native", isa) for isa in _SETS}
 TRITON = {"triton-cuda": Target("triton", device="cuda")} if torch.cuda.is_available() else {"triton": Target("triton")}
+if "triton" in TRITON and backends.status("triton").available:
+    import interpreter
+
+    interpreter.adjust()
 TARGETS = {**REFERENCE, **NATIVE, **TRITON}
 
 

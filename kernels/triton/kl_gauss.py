@@ -1,0 +1,235 @@
+"""KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)) and its gradients, each in one pass over the inputs.
+
+With x = logvar - prior_logvar and u = (mu - prior_mu) e^(-prior_logvar / 2): KL = ((e^x - 1 - x) + u^2) / 2.
+Programs walk over tiles [BLOCK_B, BLOCK_D]; a prior that is one row has row stride 0, one that is not given is 0.
+Sums over tiles are kept element by element of a tile and meet at the end: in a row, in the columns that a program
+stays in, or altogether. Sums of several programs become partials in float64, which a second launch adds up.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvae.backends.contract import accumulation_dtype, kl_scale, kl_shape
+
+from ._launch import Config, accumulator, add_up, empty_like, fastest, row_blocks, rows, same_layout, tile
+from .elementary import exp, exp_tail, expm1, times
+
+ELEMENTS = tl.constexpr(0)  # what is summed over: nothing,
+ROWS = tl.constexpr(1)  # each row,
+COLUMNS = tl.constexpr(2)  # each column,
+ALL = tl.constexpr(3)  # everything
+_SUMS_OVER = {"none": ELEMENTS.value, "sample": ROWS.value, "dim": COLUMNS.value}
+
+MAX_PROGRAMS = 2048  # that leave partial sums: enough to fill any GPU, few enough to add up in microseconds
+ONE_PROGRAM = 16384  # elements that one program sums in less time than a second launch takes
+
+
+@triton.jit
+def _load(x, stride, row, column, inside, ACC: tl.constexpr):
+    return tl.load(x + row[:, None] * stride + column[None, :], inside, other=0.0).to(ACC)
+
+
+@triton.jit
+def _terms(
+    mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
+    row, column, inside, ACC: tl.constexpr,
+):  # fmt: skip
+    """x, e^x, u / 2 and 1 / prior_sigma of a tile; the halves keep differences of finite numbers finite. Outside of
+    the tensors all inputs are 0, and so is the KL."""
+    half_x = 0.5 * _load(logvar, logvar_stride, row, column, inside, ACC)
+    half_u = 0.5 * _load(mu, mu_stride, row, column, inside, ACC)
+    inverse_sigma = tl.full(half_u.shape, 1.0, ACC)
+    if prior_mu is not None:
+        half_u -= 0.5 * _load(prior_mu, prior_mu_stride, row, column, inside, ACC)
+    if prior_logvar is not None:
+        half_prior = 0.5 * _load(prior_logvar, prior_logvar_stride, row, column, inside, ACC)
+        half_x -= half_prior
+        LARGEST: tl.constexpr = 1.7976931348623157e308 if ACC.is_fp64() else 3.4028234663852886e38
+        inverse_sigma = tl.clamp(exp(-half_prior, ACC), 0.0, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        half_u *= inverse_sigma
+    x = half_x + half_x
+    return x, exp(x, ACC), half_u, inverse_sigma
+
+
+@triton.jit
+def _kl_gauss(
+    mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
+    out, B, D, scale: tl.float64, column_blocks,
+    OVER: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Out: [B, D], [B], partials [programs / column_blocks, D] or partials [programs], by OVER."""
+    program = tl.program_id(0)
+    if OVER == ROWS:
+        first, last, step = program * column_blocks, (program + 1) * column_blocks, 1
+    else:  # the number of programs is a multiple of column_blocks where OVER is COLUMNS
+        first, last, step = program, tl.cdiv(B, BLOCK_B) * column_blocks, tl.num_programs(0)
+    row, column = tl.arange(0, BLOCK_B).to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
+    total = tl.zeros([BLOCK_B, BLOCK_D], ACC)
+    for i in range(first, last, step):
+        row = (i // column_blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+        column = (i % column_blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = (row < B)[:, None] & (column < D)[None, :]
+        x, e_x, half_u, _ = _terms(
+            mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
+            row, column, inside, ACC,
+        )  # fmt: skip
+        kl = tl.fma(2 * half_u, half_u, 0.5 * exp_tail(x, e_x, ACC))
+        if OVER == ELEMENTS:
+            tl.store(out + row[:, None] * D + column[None, :], kl, inside)
+        else:
+            total += kl
+    if OVER == ROWS:
+        row = program.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+        tl.store(out + row, tl.sum(total, 1), row < B)
+    elif OVER == COLUMNS:
+        column = (program % column_blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+        partial = (program // column_blocks).to(tl.int64) * D
+        result = tl.sum(total, 0).to(tl.float64) * tl.full([BLOCK_D], scale, tl.float64)
+        tl.store(out + partial + column, result.to(out.dtype.element_ty), column < D)
+    elif OVER == ALL:
+        result = tl.sum(total).to(tl.float64) * tl.full((), scale, tl.float64)
+        tl.store(out + program, result.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _kl_gauss_backward(
+    mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
+    grad, grad_row, grad_column, d_mu, d_logvar, d_prior_mu, d_prior_logvar, mu_partials, logvar_partials,
+    B, D, scale: tl.float64, column_blocks,
+    OVER: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients [B, D], those not wanted None; partials [programs / column_blocks, D] of priors that are one row."""
+    program, step = tl.program_id(0), tl.num_programs(0)
+    factor = tl.full((), scale, ACC)
+    d_mu_total = tl.zeros([BLOCK_B, BLOCK_D], ACC)
+    d_logvar_total = tl.zeros([BLOCK_B, BLOCK_D], ACC)
+    for i in range(program, tl.cdiv(B, BLOCK_B) * column_blocks, step):
+        row = (i // column_blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+        column = (i % column_blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = (row < B)[:, None] & (column < D)[None, :]
+        if OVER == ELEMENTS:
+            g = tl.load(grad + row[:, None] * grad_row + column[None, :] * grad_column, inside, other=0.0)
+        elif OVER == ROWS:
+            g = tl.load(grad + row * grad_row, row < B, other=0.0)[:, None]
+        elif OVER == COLUMNS:
+            g = tl.load(grad + column * grad_column, column < D, other=0.0)[None, :]
+        else:
+            g = tl.load(grad)
+        g = g.to(ACC) * factor
+        x, e_x, half_u, inverse_sigma = _terms(
+            mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
+            row, column, inside, ACC,
+        )  # fmt: skip
+        out = row[:, None] * D + column[None, :]
+        by_mu = times(g, 2 * half_u * inverse_sigma)
+        by_logvar = 0.5 * expm1(x, e_x, ACC)
+        if d_mu is not None:
+            tl.store(d_mu + out, by_mu, inside)
+        if d_logvar is not None:
+            tl.store(d_logvar + out, times(g, by_logvar), inside)
+        if d_prior_mu is not None:
+            tl.store(d_prior_mu + out, -by_mu, inside)
+        if mu_partials is not None:
+            d_mu_total -= tl.where(inside, by_mu, 0.0)
+        by_prior = times(g, -tl.fma(2 * half_u, half_u, by_logvar))
+        if d_prior_logvar is not None:
+            tl.store(d_prior_logvar + out, by_prior, inside)
+        if logvar_partials is not None:
+            d_logvar_total += tl.where(inside, by_prior, 0.0)
+    column = (program % column_blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    partial = (program // column_blocks).to(tl.int64) * D + column
+    if mu_partials is not None:
+        tl.store(mu_partials + partial, tl.sum(d_mu_total, 0).to(tl.float64), column < D)
+    if logvar_partials is not None:
+        tl.store(logvar_partials + partial, tl.sum(d_logvar_total, 0).to(tl.float64), column < D)
+
+
+def _configs(B: int, D: int, over: int) -> list[Config]:
+    """A fixed tile, and others to try where there is enough work for the choice to matter."""
+    if B * D <= ONE_PROGRAM and over in (COLUMNS.value, ALL.value):
+        return [tile(B, D, 8192, 8)]
+    return [tile(B, D), *(tile(B, D, *other) for other in ((1024, 4), (4096, 8)) if B * D >= 1 << 20)]
+
+
+def _programs(B: int, D: int, over: int, config: Config) -> int:
+    """How many programs, of which a multiple of column_blocks where they keep to their columns."""
+    blocks, tiles = config["column_blocks"], row_blocks(B, config) * config["column_blocks"]
+    if over == ROWS.value:
+        return row_blocks(B, config)
+    if over == ELEMENTS.value:
+        return tiles
+    if B * D <= ONE_PROGRAM:
+        return blocks if over == COLUMNS.value else 1
+    return max(1, min(tiles, MAX_PROGRAMS) // blocks) * blocks if over == COLUMNS.value else min(tiles, MAX_PROGRAMS)
+
+
+def kl_gauss(
+    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
+) -> Tensor:
+    B, D = mu.shape
+    over, scale = _SUMS_OVER.get(reduction, ALL.value), kl_scale(reduction, B, D)
+    out = torch.empty(kl_shape(reduction, B, D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
+    inputs = [a for x in (mu, logvar, prior_mu, prior_logvar) for a in rows(x, B)]
+    if over in (ELEMENTS.value, ALL.value) and same_layout(B, mu, logvar, prior_mu, prior_logvar):
+        B, D = 1, B * D
+
+    def run(config: Config) -> Tensor:
+        meta = {**config, "OVER": over, "ACC": accumulator(mu.dtype), "enable_fp_fusion": False}
+        programs = _programs(B, D, over, config)
+        P = programs // config["column_blocks"] if over == COLUMNS.value else programs  # partial sums of each result
+        if over in (ELEMENTS.value, ROWS.value) or P == 1:
+            _kl_gauss[(programs,)](*inputs, out, B, D, scale, **meta)
+        else:
+            partials = torch.empty((1, P, out.numel()), dtype=torch.float64, device=mu.device)
+            _kl_gauss[(programs,)](*inputs, partials, B, D, 1.0, **meta)
+            add_up(partials, [out], scale)
+        return out
+
+    return fastest(run, _configs(B, D, over), "kl_gauss", mu.dtype, over, B, D)
+
+
+def kl_gauss_backward(
+    grad: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    reduction: str,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    B, D = mu.shape
+    over, scale = _SUMS_OVER.get(reduction, ALL.value), kl_scale(reduction, B, D)
+    likes = (mu, logvar, prior_mu, prior_logvar)
+    gradients = [empty_like(x) if x is not None and want else None for x, want in zip(likes, wanted, strict=True)]
+    # A prior that is one row for many has the sum of their gradients.
+    summed = [g is not None and g.shape[0] == 1 != B for g in gradients]
+    sums = [g for g, is_sum in zip(gradients, summed, strict=True) if is_sum and g is not None]
+    inputs = [a for x in likes for a in rows(x, B)]
+    grad_row = grad.stride(0) if over in (ELEMENTS.value, ROWS.value) else 0
+    grad_column = grad.stride(-1) if over in (ELEMENTS.value, COLUMNS.value) else 0
+    if not sums and same_layout(B, *likes) and (over == ALL.value or (over == ELEMENTS.value and grad.is_contiguous())):
+        B, D = 1, B * D
+
+    def run(config: Config) -> list[Tensor]:
+        programs = _programs(B, D, COLUMNS.value if sums else ELEMENTS.value, config)
+        partials = torch.empty(
+            (len(sums), programs // config["column_blocks"], D), dtype=torch.float64, device=mu.device
+        )
+        remaining = iter(partials)
+        elementwise = [None if is_sum else g for g, is_sum in zip(gradients, summed, strict=True)]
+        _kl_gauss_backward[(programs,)](
+            *(*inputs, grad, grad_row, grad_column, *elementwise),
+            *(next(remaining) if is_sum else None for is_sum in summed[2:]),
+            *(B, D, scale),
+            **(config | {"OVER": over, "ACC": accumulator(mu.dtype), "enable_fp_fusion": False}),
+        )
+        if sums:
+            add_up(partials, sums)
+        return [g for g in gradients if g is not None]
+
+    configs = _configs(B, D, COLUMNS.value if sums else ELEMENTS.value)
+    return fastest(run, configs, "kl_gauss_backward", mu.dtype, over, len(sums), B, D)
