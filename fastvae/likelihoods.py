@@ -1,12 +1,13 @@
 """Likelihoods p(x|z): what the decoder's output means, and the log-probability of the data under it.
 
-A likelihood has `log_prob(x, output)`, elementwise, in nats; `mean(output)`, E[x|z] in the units of x; and
-`check(x)`, which refuses data that it gives no probability to. Each is complete, constants included, so that
+A likelihood has `log_prob(x, output)`, elementwise, in nats; `mean(output)`, E[x|z] in the units of x;
+`check(x)`, which refuses data that it gives no probability to; `sample(output)`, an x drawn from p(x|z); and
+`discrete`, whether `log_prob` is of a probability or of a density. Each is complete, constants included, so that
 an ELBO is a bound on log p(x) and not on something proportional to it.
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ from .ops._checks import check_choice, check_count, check_number
 
 
 class Likelihood(Protocol):
-    """What `VAE` asks of a likelihood. `output` is the decoder's; `x` broadcasts against it."""
+    """What `VAE` and its evaluation ask of a likelihood. `output` is the decoder's; `x` broadcasts against it."""
+
+    discrete: ClassVar[bool]
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         """log p(x|z) of each element, in float32 (float64 for float64 outputs)."""
@@ -28,6 +31,9 @@ class Likelihood(Protocol):
     def check(self, x: Tensor) -> None:
         """Raise a ValueError where x lies outside the likelihood's support."""
 
+    def sample(self, output: Tensor) -> Tensor:
+        """x drawn from p(x|z) by torch's generator, the shape of `output`, in the dtype of `log_prob`."""
+
 
 class Bernoulli(nn.Module):
     """Binary data, x in {0, 1}; the decoder gives logits.
@@ -37,12 +43,17 @@ class Bernoulli(nn.Module):
     Not for grey values in [0, 1]: their cross-entropy is no likelihood, and the ELBO no bound.
     """
 
+    discrete: ClassVar[bool] = True
+
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         x, logits = _accumulate(x, output)
         return -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
 
     def mean(self, output: Tensor) -> Tensor:
         return torch.sigmoid(output)
+
+    def sample(self, output: Tensor) -> Tensor:
+        return torch.bernoulli(torch.sigmoid(_wide(output)))
 
     def check(self, x: Tensor) -> None:
         if not ((x == 0) | (x == 1)).all():
@@ -64,6 +75,8 @@ class Binomial(nn.Module):
         total_count: n: 16 for scikit-learn's digits, 255 for 8-bit images.
     """
 
+    discrete: ClassVar[bool] = True
+
     def __init__(self, total_count: int):
         super().__init__()
         check_count("total_count", total_count, least=1)
@@ -77,6 +90,10 @@ class Binomial(nn.Module):
 
     def mean(self, output: Tensor) -> Tensor:
         return self.total_count * torch.sigmoid(output)
+
+    def sample(self, output: Tensor) -> Tensor:
+        p = torch.sigmoid(_wide(output))
+        return torch.binomial(torch.full_like(p, self.total_count), p)
 
     def check(self, x: Tensor) -> None:
         n = self.total_count
@@ -102,6 +119,8 @@ class Gaussian(nn.Module):
         learned: learn log s² with the other parameters (as `log_variance`).
     """
 
+    discrete: ClassVar[bool] = False
+
     def __init__(self, variance: float = 1.0, *, learned: bool = False):
         super().__init__()
         check_number("variance", variance, least=0.0)
@@ -121,6 +140,10 @@ class Gaussian(nn.Module):
 
     def mean(self, output: Tensor) -> Tensor:
         return output
+
+    def sample(self, output: Tensor) -> Tensor:
+        mean = _wide(output)
+        return mean + torch.exp(0.5 * self.log_variance.to(mean.dtype)) * torch.randn_like(mean)
 
     def check(self, x: Tensor) -> None:
         """Any real number will do."""
@@ -146,5 +169,9 @@ def make_likelihood(likelihood: Any, **options: Any) -> Any:
 
 def _accumulate(x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype that sums are done in: never in half precision."""
-    dtype = accumulation_dtype(output.dtype)
-    return x.to(dtype), output.to(dtype)
+    output = _wide(output)
+    return x.to(output.dtype), output
+
+
+def _wide(output: Tensor) -> Tensor:
+    return output.to(accumulation_dtype(output.dtype))

@@ -62,12 +62,35 @@ def test_a_learned_variance_finds_the_datas():
     assert ours.log_variance.exp().item() == pytest.approx((x * x).mean().item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Binomial(16), Gaussian(0.3)])
+def test_samples_have_the_mean_and_the_entropy(likelihood):
+    """To five standard errors, by torch's generator."""
+    output, n = torch.tensor([-3.0, 0.2, 1.5]), 40_000
+    torch.manual_seed(0)
+    x = likelihood.sample(output.expand(n, 3))
+    torch.manual_seed(0)
+    assert torch.equal(x, likelihood.sample(output.expand(n, 3)))
+    likelihood.check(x)
+    assert x.shape == (n, 3)
+    error = 5 * x.std(0) / math.sqrt(n)
+    assert ((x.mean(0) - likelihood.mean(output)).abs() < error).all()
+    if likelihood.discrete:
+        values = torch.arange(1.0 + getattr(likelihood, "total_count", 1))[:, None]
+        log_p = likelihood.log_prob(values, output)
+        entropy = -(log_p.exp() * log_p).sum(0)
+    else:
+        entropy = torch.full((3,), 0.5 * math.log(2 * math.pi * math.e * 0.3))
+    log_p = likelihood.log_prob(x, output)
+    assert ((log_p.mean(0) + entropy).abs() < 5 * log_p.std(0) / math.sqrt(n)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Binomial(2), Gaussian()])
 def test_half_precision_accumulates_in_float32(likelihood, dtype):
     x, output = torch.ones(SHAPE), torch.randn(SHAPE).to(dtype)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert likelihood.log_prob(x, output).dtype == expected
+    assert likelihood.sample(output).dtype == expected
 
 
 @pytest.mark.parametrize("bad", [0.5, -1.0, 2.0, math.nan, math.inf])
