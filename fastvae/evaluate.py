@@ -1,0 +1,259 @@
+"""Evaluation on a whole data set: the terms of the KL, mutual information and its bounds, active units.
+
+These functions belong to the host: they look at values, and warn (`UserWarning`) where a number cannot mean what its
+name says. Nothing here is differentiable; `kl_decomposition` is, on a batch.
+"""
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends.contract import accumulation_dtype
+from .estimators import KLDecomposition, decompose
+from .ops._checks import check_choice, check_count, check_number, check_tensor
+from .ops.aggregate import ColumnWeights, agg_log_prob_marginals, log_prob_gauss
+from .ops.sampling import reparameterize
+from .priors import Prior
+from .streams import open_posteriors, shown
+from .vae import VAE
+
+
+class DecoderMI(NamedTuple):
+    """I_dec(x; z) by Monte Carlo, in nats.
+
+    Attributes:
+        mi: the estimate, a scalar.
+        standard_error: of the mean over the drawn x, a scalar; the bias of log p(x) is not in it.
+        ess: the effective sample size of each log p(x), `[n]`.
+    """
+
+    mi: Tensor
+    standard_error: Tensor
+    ess: Tensor
+
+
+@torch.no_grad()
+def kl_decomposition_dataset(
+    posteriors: Any,
+    encoder: Any = None,
+    *,
+    n_samples: int = 1,
+    rows: int | Tensor | None = None,
+    prior: Prior | None = None,
+    analytic_conditional: bool = False,
+    chunk_size: int = 4096,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> KLDecomposition:
+    """`kl_decomposition` with the whole data set for columns: the exact inner sum over all N posteriors, streamed.
+
+    Takes O(S·N·D) time and O((S + chunk_size)·D) memory, S being the number of samples, however many posteriors
+    there are. Samples are `reparameterize(mu[rows], logvar[rows], n_samples, seed=seed)`.
+
+    Args:
+        posteriors: mu and logvar, `[N, D]` each, as a pair of tensors or of NumPy arrays, memory-mapped ones too; or
+            an iterable of such pairs, batch by batch; or with an encoder an iterable of its inputs, such as a
+            DataLoader, or one tensor of them. Of a batch that is a tuple or a list, (x, labels), x is taken.
+            Batches are gone through once, so that shuffling does no harm, and their posteriors written to
+            temporary files: N·D·8 bytes in `tempfile.gettempdir()`, in float32.
+        encoder: from x to (mu, logvar), such as `vae.encode`; put the module in eval mode before.
+        n_samples: L, samples of each posterior that is sampled.
+        rows: the posteriors to sample: None for all of them, so that S = L·N; an int for as many, drawn without
+            replacement; or an int64 tensor of row numbers. Columns are all N in any case.
+        prior: p(z), as in `kl_decomposition`, on `device`; None for N(0, I).
+        analytic_conditional: as in `kl_decomposition`.
+        chunk_size: columns per pass over the samples.
+        device: where to encode and compute; None for where the posteriors are.
+        seed: of the rows and the samples.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        KLDecomposition in float64, by the `uniform` estimator, which is exact here but for the sampling of z:
+        mi is that of the N examples, in [0, log N] up to Monte Carlo error.
+
+    Raises:
+        TypeError: `posteriors` is neither a pair nor iterable, or something is not of floating point.
+        ValueError: shapes do not match, no posteriors, or `rows` past their number.
+
+    Warns:
+        UserWarning: mi is within log 2 of log N. It then says how many examples there are, and little of the encoder:
+            of the distribution that they come from it is an underestimate.
+
+    Source: Zheng, eq. 17-24.
+
+    Example:
+        >>> terms = fastvae.kl_decomposition_dataset(DataLoader(data, 256), vae.eval().encode, rows=1000)
+        >>> print(f"I(x; z) = {terms.mi:.2f}, TC = {terms.tc:.2f} nats")
+    """
+    check_count("n_samples", n_samples, least=1)
+    check_count("chunk_size", chunk_size, least=1)
+    stream = open_posteriors(posteriors, encoder, chunk_size=chunk_size, device=device, progress=progress)
+    N = len(stream.mu)
+    mu, logvar = stream.read(stream.choose(rows, seed))  # [R, D]
+    z = reparameterize(mu, logvar, n_samples, seed=seed)  # [L, R, D]
+    if analytic_conditional:
+        conditional = -0.5 * (logvar + (math.log(2 * math.pi) + 1)).sum(-1).mean()
+    else:
+        conditional = log_prob_gauss(z, mu, logvar).flatten()
+    z = z.flatten(0, 1)  # [S, D]
+    joint = torch.full(z.shape[:1], -math.inf, dtype=torch.float64, device=z.device)
+    marginals = torch.full(z.shape, -math.inf, dtype=torch.float64, device=z.device)
+    weights = ColumnWeights(-math.log(N))
+    for first in shown(range(0, N, chunk_size), "columns", progress):
+        columns = stream.read(slice(first, first + chunk_size))
+        for total, part in zip((joint, marginals), agg_log_prob_marginals(z, *columns, weights=weights), strict=True):
+            torch.logaddexp(total, part.double(), out=total)
+    result = decompose(z, conditional, joint, marginals, prior, "uniform", N)
+    if result.saturation > 0.5:
+        warnings.warn(
+            f"mi: {result.mi:.2f} nats is at the ceiling of log {N} = {math.log(N):.2f} that {N} examples set; of the"
+            " distribution they come from it is an underestimate, and tc and agg_kl rest on the same log q(z)",
+            stacklevel=3,
+        )
+    return result
+
+
+def mi_bounds(
+    nell: float | Tensor,
+    div: float | Tensor,
+    *,
+    h_data: float | Tensor | None = None,
+    dataset_size: int | None = None,
+    likelihood: Any = "discrete",
+) -> tuple[float | Tensor, float | Tensor]:
+    """(lower, upper) of H_data − Nell ≤ I_enc(x; z) ≤ Div, in nats.
+
+    Args:
+        nell: mean −log p(x|z), summed over the elements of x.
+        div: mean KL(q(z|x) ‖ p(z)).
+        h_data: the entropy of the data; the differential entropy where p(x|z) is a density.
+        dataset_size: N, for H_data = log N where `h_data` is not given: right for N distinct examples of discrete
+            data, which are then the whole population.
+        likelihood: `"discrete"`, `"density"`, or a likelihood such as `vae.likelihood`, which says so itself.
+
+    Raises:
+        TypeError: an argument is not a number or a tensor of one element, or not a likelihood.
+        ValueError: neither `h_data` nor `dataset_size`; a density without `h_data`, since the entropy of N points is
+            no differential entropy.
+
+    Warns:
+        UserWarning: lower > upper. Beyond Monte Carlo error that cannot be: nell or div is a mean over something
+            else than examples, or of other data than h_data.
+
+    Source: Zheng, eq. 30-35; Alemi et al. 2018.
+
+    Example:
+        >>> out = vae(x)
+        >>> lower, upper = fastvae.mi_bounds(out.nell, out.kl, dataset_size=60_000, likelihood=vae.likelihood)
+    """
+    for name, value in (("nell", nell), ("div", div), ("h_data", h_data)):
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise TypeError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
+        elif value is not None or name != "h_data":
+            check_number(name, value)
+    if isinstance(likelihood, str):
+        check_choice("likelihood", likelihood, ("discrete", "density"))
+    elif not isinstance(getattr(likelihood, "discrete", None), bool):
+        raise TypeError(f"likelihood: expected 'discrete', 'density' or a likelihood, got {type(likelihood).__name__}")
+    if h_data is None:
+        if likelihood == "density" or not getattr(likelihood, "discrete", True):
+            raise ValueError("h_data: expected the differential entropy of the data, as p(x|z) is a density, got None")
+        if dataset_size is None:
+            raise ValueError(
+                "h_data: expected the entropy of the data, or dataset_size for distinct examples, got None"
+            )
+        check_count("dataset_size", dataset_size, least=1)
+        h_data = math.log(dataset_size)
+    lower, upper = h_data - nell, div
+    if lower > upper:
+        warnings.warn(
+            f"the bounds of I(x; z) cross: H_data - Nell = {float(lower):.4g} is above Div = {float(upper):.4g};"
+            " but for Monte Carlo error, nell, div and h_data cannot be of the same data, in nats per example",
+            stacklevel=2,
+        )
+    return lower, upper
+
+
+def active_units(mu: Tensor, threshold: float = 0.01) -> Tensor:
+    """Which latent dimensions are active: the posterior's mean varies over the data by more than `threshold`.
+
+    Args:
+        mu: means of the posteriors of the data, `[N, D]`.
+        threshold: on the variance of each dimension's mean, as it is usually set.
+
+    Returns:
+        `[D]` bool; `.sum()` counts the active units.
+
+    Raises:
+        TypeError: `mu` is not a floating-point tensor, or `threshold` not a number.
+        ValueError: fewer than two posteriors, or a negative threshold.
+
+    Source: Burda et al. 2016, section 5.2.
+
+    Example:
+        >>> active = fastvae.active_units(mu)
+        >>> print(f"{active.sum()} of {len(active)} units are active")
+    """
+    check_tensor("mu", mu)
+    check_number("threshold", threshold, least=0.0)
+    if mu.ndim != 2 or len(mu) < 2:
+        raise ValueError(f"mu: expected [N, D] with at least 2 posteriors, got shape {tuple(mu.shape)}")
+    return mu.detach().to(accumulation_dtype(mu.dtype)).var(0) > threshold
+
+
+@torch.no_grad()
+def decoder_mutual_information(
+    vae: VAE, n: int = 256, n_samples: int = 1024, *, proposal: str = "posterior", batch_size: int = 4096, seed: int = 0
+) -> DecoderMI:
+    """I_dec(x; z) = E log p(x|z) / p(x) over the model's own samples, z ~ p(z) and x ~ p(x|z), in nats.
+
+    log p(x) is importance-sampled by `vae.log_likelihood`, which in expectation is too low: so is mi too high, until
+    `n_samples` are enough. Takes n·n_samples passes of an example through the decoder.
+
+    Args:
+        vae: whose likelihood has `sample`; put it in eval mode before.
+        n: how many x are drawn.
+        n_samples: importance samples of each.
+        proposal, batch_size: as in `vae.log_likelihood`. The encoder may know the model's samples less well than
+            the data; `"prior"` leaves it out.
+        seed: of all draws; torch's generators are left as they were.
+
+    Raises:
+        TypeError: the likelihood has no `sample`, or a number is not an integer.
+        ValueError: `n` below 2, or as in `vae.log_likelihood`.
+
+    Warns:
+        UserWarning: the effective sample size of log p(x) is below 5 (harmonic mean), so that mi is too high by an
+            amount that cannot be told.
+
+    Source: Zheng, eq. 3-6.
+
+    Example:
+        >>> mi, error, _ = fastvae.decoder_mutual_information(vae.eval())
+        >>> print(f"I_dec(x; z) = {mi:.2f} ± {error:.2f} nats")
+    """
+    check_count("n", n, least=2)
+    if not hasattr(vae.likelihood, "sample"):
+        raise TypeError(f"vae: expected a likelihood with sample, got {type(vae.likelihood).__name__}")
+    like = next((p for p in vae.parameters() if p.is_floating_point()), torch.empty(0))
+    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        torch.manual_seed(seed)
+        z = vae.prior.sample(n).to(like)
+        x = torch.cat([vae.likelihood.sample(vae.decoder(part)) for part in z.split(batch_size)])
+        log_px, ess = vae.log_likelihood(x, n_samples, proposal=proposal, batch_size=batch_size)
+        parts = zip(x.split(batch_size), z.split(batch_size), strict=True)
+        log_px_z = torch.cat([vae.log_px_z(*part) for part in parts])
+    mi = (log_px_z - log_px).double()
+    typical = 1 / ess.reciprocal().mean()
+    if typical < 5:
+        warnings.warn(
+            f"mi: log p(x) rests on an effective sample size of {typical:.1f} of {n_samples}, so it is too low and mi"
+            " too high; take more n_samples, or another proposal",
+            stacklevel=3,
+        )
+    return DecoderMI(mi.mean(), mi.std() / math.sqrt(n), ess)
