@@ -177,6 +177,14 @@ def test_compile(backend: Target, name: str, dynamic: bool) -> None:
     torch._dynamo.reset()
 
 
+def test_compile_where_nothing_wants_a_gradient(backend: Target, name: str) -> None:
+    op = op_named(name)
+    inputs = {key: x.detach() for key, x in op.inputs.items()}
+    compiled = torch.compile(op.fast, fullgraph=True, backend="aot_eager")
+    assert_same(evaluate(compiled, inputs), evaluate(op.fast, inputs))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", ["kl_gauss", "log_prob_gauss", "agg_log_prob_marginals"])
 def test_compile_with_inductor(backend: Target, name: str) -> None:
     op = op_named(name)

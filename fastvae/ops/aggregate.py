@@ -106,8 +106,17 @@ class AggLogProb(Function):
     """z [S, D], mu and logvar [N, D], then the fields of LogWeights; to [S]."""
 
     @staticmethod
-    def forward(z: Tensor, mu: Tensor, logvar: Tensor, *weights: Any) -> Tensor:
-        return _agg_log_prob(z, mu, logvar, *weights)
+    def forward(
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        log_w: Tensor | None,
+        log_w_all: float | None,
+        own: Tensor | None,
+        log_w_own: float | None,
+        log_w_next: float | None,
+    ) -> Tensor:  # no *weights: the compiler counts parameters, to know that there is no ctx among them
+        return _agg_log_prob(z, mu, logvar, log_w, log_w_all, own, log_w_own, log_w_next)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -124,8 +133,17 @@ class AggLogProbMarginals(Function):
     """z [S, D], mu and logvar [N, D], then the fields of LogWeights; to the joint [S] and marginals [S, D]."""
 
     @staticmethod
-    def forward(z: Tensor, mu: Tensor, logvar: Tensor, *weights: Any) -> tuple[Tensor, Tensor]:
-        return _agg_log_prob_marginals(z, mu, logvar, *weights)
+    def forward(
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        log_w: Tensor | None,
+        log_w_all: float | None,
+        own: Tensor | None,
+        log_w_own: float | None,
+        log_w_next: float | None,
+    ) -> tuple[Tensor, Tensor]:  # no *weights: the compiler counts parameters, to know that there is no ctx among them
+        return _agg_log_prob_marginals(z, mu, logvar, log_w, log_w_all, own, log_w_own, log_w_next)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
