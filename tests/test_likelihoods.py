@@ -76,7 +76,7 @@ def test_samples_have_the_mean_and_the_entropy(likelihood):
     assert ((x.mean(0) - likelihood.mean(output)).abs() < error).all()
     if likelihood.discrete:
         values = torch.arange(1.0 + getattr(likelihood, "total_count", 1))[:, None]
-        log_p = likelihood.log_prob(values, output)
+        log_p = likelihood.log_prob(values, output.expand(len(values), 3))
         entropy = -(log_p.exp() * log_p).sum(0)
     else:
         entropy = torch.full((3,), 0.5 * math.log(2 * math.pi * math.e * 0.3))
