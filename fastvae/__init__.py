@@ -2,7 +2,15 @@
 
 from .backends import use_backend
 from .estimators import KLDecomposition, agg_entropy, estimator_weights, kl_decomposition
-from .objectives import ELBO
+from .evaluate import (
+    DecoderMI,
+    active_units,
+    decoder_mutual_information,
+    kl_decomposition_dataset,
+    mi_bounds,
+)
+from .importance import effective_sample_size, elbo, iw_elbo, mc_iw_elbo
+from .objectives import ELBO, IWAE, BetaTCVAE, InfoVAE
 from .ops.aggregate import (
     ColumnWeights,
     agg_log_prob,
@@ -13,26 +21,39 @@ from .ops.aggregate import (
 from .ops.kl import kl_gauss
 from .ops.sampling import GaussianSample, reparameterize, sample_gauss
 from .priors import StandardNormal
-from .vae import VAE, VAEOutput
+from .vae import VAE, LogLikelihood, VAEOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ELBO",
+    "IWAE",
     "VAE",
+    "BetaTCVAE",
     "ColumnWeights",
+    "DecoderMI",
     "GaussianSample",
+    "InfoVAE",
     "KLDecomposition",
+    "LogLikelihood",
     "StandardNormal",
     "VAEOutput",
+    "active_units",
     "agg_entropy",
     "agg_log_prob",
     "agg_log_prob_marginals",
     "cross_log_prob",
+    "decoder_mutual_information",
+    "effective_sample_size",
+    "elbo",
     "estimator_weights",
+    "iw_elbo",
     "kl_decomposition",
+    "kl_decomposition_dataset",
     "kl_gauss",
     "log_prob_gauss",
+    "mc_iw_elbo",
+    "mi_bounds",
     "reparameterize",
     "sample_gauss",
     "use_backend",

@@ -4,16 +4,30 @@ An objective says how many samples it wants, `k` outside the logarithm and `m` i
 log-densities `[k, m, B]`, and returns the loss and a dict of named terms, "nell" and "kl" among them. One
 that stops gradients in log q(z|x), or bounds the KL of each dimension, takes what it needs from z, mu, logvar
 and the prior.
+
+A weight is a number, or a schedule: a function of the training step. The step comes as a 0-dim tensor: a schedule
+written with tensor operations compiles, and does not make a GPU wait. The defaults of each objective are the bound
+on log p(x) itself.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
-from .ops._checks import check_number
+from .backends.contract import accumulation_dtype
+from .estimators import agg_entropy, estimator_weights, kl_decomposition
+from .importance import GRADIENTS, effective_sample_size, mc_iw_elbo
+from .ops._checks import check_choice, check_count, check_device, check_number, check_tensor
+from .ops.aggregate import agg_log_prob, log_prob_gauss
 from .priors import Prior
+
+Weight = float | Callable[[Tensor], float | Tensor]
+
+DIVERGENCES = ("mmd", "agg_kl")
 
 
 class Objective(Protocol):
@@ -46,29 +60,47 @@ class ELBO:
     KL is in closed form where the prior has one, else mean log q(z|x) − log p(z).
 
     Args:
-        beta: weight of the KL: a number >= 0 (beta-VAE, Higgins et al. 2017; 1 is the bound), or a schedule,
-            a function of the training step. The step comes as a 0-dim tensor: a schedule written with tensor
-            operations compiles, and does not make a GPU wait.
+        beta: weight of the KL, a number >= 0 or a schedule (beta-VAE, Higgins et al. 2017; 1 is the bound).
+        free_bits: lambda, nats (Kingma et al. 2016): in the loss, a dimension whose batch-mean KL is below it
+            counts as lambda and gets no gradient, which keeps it from collapsing. Needs a prior with a closed form.
+        groups: the sizes of groups of neighbouring dimensions that have lambda nats together, such as `(4, 4, 8)`
+            for D = 16; None for each dimension on its own.
+        capacity: C, nats, a number >= 0 or a schedule that lets it rise (Burgess et al. 2018): the loss is
+            Nell + beta · |KL − C|, which holds the KL at C where beta is large.
 
-    Terms: `nell`, `kl`, and `elbo` (the bound itself, whatever beta is).
+    Terms: `nell`, `kl`, and `elbo` (KL and the bound themselves, whatever the arguments are).
 
     Raises:
-        TypeError, ValueError: `beta` is neither a number >= 0 nor callable.
+        TypeError, ValueError: an argument is not as above; when called, `groups` do not add up to D, or there are
+            free bits and the prior has no closed form.
 
     Source: Kingma & Welling 2014; Zheng, eq. 14 and 15.
 
     Example:
-        >>> warm_up = fastvae.ELBO(beta=lambda step: (step / 1000).clamp(max=1))
+        >>> warm_up = fastvae.ELBO(beta=lambda step: (step / 1000).clamp(max=1), free_bits=0.1)
         >>> vae = fastvae.VAE(encoder, decoder, objective=warm_up)
+        >>> controlled = fastvae.ELBO(beta=100, capacity=lambda step: 25 * (step / 10_000).clamp(max=1))
     """
 
-    beta: float | Callable[[Tensor], float | Tensor] = 1.0
+    beta: Weight = 1.0
+    free_bits: float = 0.0
+    groups: tuple[int, ...] | None = None
+    capacity: Weight | None = None
     k: ClassVar[int] = 1
     m: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if not callable(self.beta):
-            check_number("beta", self.beta, least=0.0)
+        _check_weight("beta", self.beta)
+        check_number("free_bits", self.free_bits, least=0.0)
+        if self.capacity is not None:
+            _check_weight("capacity", self.capacity)
+        if self.groups is not None:
+            if not isinstance(self.groups, tuple | list):
+                raise TypeError(f"groups: expected a tuple of sizes, got {self.groups!r}")
+            for size in self.groups:
+                check_count("groups", size, least=1)
+            if not self.free_bits:
+                raise ValueError(f"free_bits: expected a number > 0 where groups are given, got {self.free_bits}")
 
     def __call__(
         self,
@@ -83,6 +115,297 @@ class ELBO:
         step: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nell = -log_px_z.mean()
-        kl = prior.kl(mu, logvar) if hasattr(prior, "kl") else (log_qz_x - log_pz).mean()
-        beta = self.beta(step) if callable(self.beta) else self.beta
-        return nell + beta * kl, {"nell": nell, "kl": kl, "elbo": -(nell + kl)}
+        if self.free_bits:
+            if not hasattr(prior, "kl"):
+                raise ValueError(f"free_bits: expected a prior with a closed form, kl(), got {type(prior).__name__}")
+            dims = prior.kl(mu, logvar, reduction="dim")
+            kl, penalty = dims.sum(), self._groups(dims).clamp(min=self.free_bits).sum()
+        else:
+            kl = penalty = _kl(log_pz, log_qz_x, mu, logvar, prior)
+        if self.capacity is not None:
+            penalty = (penalty - _now(self.capacity, step)).abs()
+        return nell + _now(self.beta, step) * penalty, _terms(nell, kl)
+
+    def _groups(self, dims: Tensor) -> Tensor:
+        """The KL of each group from that of each dimension, `[D]`."""
+        if self.groups is None:
+            return dims
+        if sum(self.groups) != len(dims):
+            raise ValueError(f"groups: expected sizes that add up to the {len(dims)} dimensions, got {self.groups}")
+        return torch.stack([group.sum() for group in dims.split(list(self.groups))])
+
+
+@dataclass(frozen=True)
+class IWAE:
+    """The importance-weighted bound, negated (Burda et al. 2016), in nats per example; k of them averaged.
+
+        loss = −mean_B mean_k log 1/m sum_m w,    w = p(x|z) p(z) / q(z|x)
+
+    Args:
+        m: samples inside the logarithm: the bound's tightness. 1 is the ELBO by Monte Carlo.
+        k: samples of the bound, which lower the variance and leave the bound as it is.
+        gradient: `"iwae"`, `"stl"` or `"dreg"`: the gradient of the same loss by another estimator, as
+            `fastvae.importance` describes them. For m > 1 the encoder learns best by `"dreg"`; `"stl"` is biased
+            there. The two go through z: where z is rounded to half precision, so is what they see of the noise,
+            and it is better to have an encoder whose result is float32.
+
+    Terms, values without gradient: `iw_elbo` (the bound), `nell` and `kl` = mean log q(z|x) − log p(z) over all
+    samples, `elbo` = −(nell + kl), and `ess`, the mean effective sample size of the m weights.
+
+    Raises:
+        TypeError, ValueError: `m` or `k` is not an integer >= 1, or an unknown `gradient`.
+
+    Source: Zheng, eq. 38 to 40; Roeder et al. 2017; Tucker et al. 2019.
+
+    Example:
+        >>> vae = fastvae.VAE(encoder, decoder, objective=fastvae.IWAE(m=64, gradient="dreg"))
+    """
+
+    m: int
+    k: int = 1
+    gradient: str = "iwae"
+
+    def __post_init__(self) -> None:
+        check_count("m", self.m, least=1)
+        check_count("k", self.k, least=1)
+        check_choice("gradient", self.gradient, GRADIENTS)
+
+    def __call__(
+        self,
+        log_px_z: Tensor,
+        log_pz: Tensor,
+        log_qz_x: Tensor,
+        *,
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        prior: Any,
+        step: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.gradient != "iwae":
+            stopped = log_prob_gauss(z, mu.detach(), logvar.detach())
+            log_qz_x = stopped + (log_qz_x - stopped).detach()  # the value from before z was rounded
+        bound = mc_iw_elbo(log_px_z, log_pz, log_qz_x, z=z, gradient=self.gradient).mean()
+        log_px_z, log_pz, log_qz_x = log_px_z.detach(), log_pz.detach(), log_qz_x.detach()
+        terms = _terms(-log_px_z.mean(), (log_qz_x - log_pz).mean())
+        ess = effective_sample_size(log_px_z + log_pz - log_qz_x, dim=1).mean()
+        return -bound, {**terms, "iw_elbo": bound.detach(), "ess": ess}
+
+
+@dataclass(frozen=True)
+class BetaTCVAE:
+    """The ELBO with a weight for each term of its KL (Chen et al. 2018), in nats per example.
+
+        loss = Nell + alpha · MI + beta · TC + gamma · (sum_d KL_d − prior factorization)
+
+    of the mutual information of x and z, the total correlation of the aggregate posterior, and the KL of each of its
+    marginals from the prior's; the prior factorization is 0 for a prior that is a product over dimensions. The terms
+    are those of `kl_decomposition`, at one sample of each posterior.
+
+    Args:
+        alpha, beta, gamma: numbers >= 0 or schedules; all 1 is the ELBO by Monte Carlo, and Chen et al. raise beta.
+        dataset_size: N, the number of examples in the data set that the batches are from.
+        estimator: of the aggregate posterior; None for `"stratified"`, or `"uniform"` without `dataset_size`, which
+            takes each batch for the whole data set: its MI cannot exceed log B.
+
+    Terms: `nell`, `kl` = mean log q(z|x) − log p(z), `elbo` = −(nell + kl), `mi`, `tc`, `dim_kl` `[D]`,
+    `prior_factorization`, and `saturation` = exp(mi) / B.
+
+    Raises:
+        TypeError, ValueError: a weight is neither a number >= 0 nor callable; `dataset_size` and `estimator` as in
+            `estimator_weights`.
+
+    Source: Chen et al. 2018; Zheng, eq. 17 to 21.
+
+    Example:
+        >>> vae = fastvae.VAE(encoder, decoder, objective=fastvae.BetaTCVAE(beta=6, dataset_size=60_000))
+    """
+
+    alpha: Weight = 1.0
+    beta: Weight = 1.0
+    gamma: Weight = 1.0
+    dataset_size: int | None = None
+    estimator: str | None = None
+    k: ClassVar[int] = 1
+    m: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "gamma"):
+            _check_weight(name, getattr(self, name))
+        _check_estimator(self.estimator, self.dataset_size)
+
+    def __call__(
+        self,
+        log_px_z: Tensor,
+        log_pz: Tensor,
+        log_qz_x: Tensor,
+        *,
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        prior: Any,
+        step: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        nell = -log_px_z.mean()
+        of_kl = kl_decomposition(
+            z[0, 0], mu, logvar, dataset_size=self.dataset_size, estimator=self.estimator, prior=prior
+        )
+        alpha, beta, gamma = (_now(weight, step) for weight in (self.alpha, self.beta, self.gamma))
+        loss = nell + alpha * of_kl.mi + beta * of_kl.tc + gamma * (of_kl.dim_kl.sum() - of_kl.prior_factorization)
+        shown = ("mi", "tc", "dim_kl", "prior_factorization", "saturation")
+        return loss, {**_terms(nell, of_kl.kl), **{name: getattr(of_kl, name) for name in shown}}
+
+
+@dataclass(frozen=True)
+class InfoVAE:
+    """The ELBO with weights for the mutual information and the aggregate posterior (Zhao et al. 2019), in nats.
+
+        loss = Nell + (1 − alpha) · KL + (alpha + lambda − 1) · D(q(z) ‖ p(z))
+             = Nell + (1 − alpha) · MI + lambda · D(q(z) ‖ p(z))          where D is the KL divergence
+
+    alpha = 0 and lambda = 1 is the ELBO; alpha = 1 with "mmd" is the MMD-VAE.
+
+    Args:
+        alpha: a number <= 1, or a schedule. Above 0 information about x costs less than in the ELBO.
+        lambda_: a number >= 0, or a schedule.
+        divergence: D of the aggregate posterior q(z) from the prior: `"mmd"`, by samples of both (see `mmd`; the
+            gradient reaches a learned prior only where `prior.sample` has one), or `"agg_kl"`, their KL divergence
+            by an estimator of log q(z).
+        bandwidth: of the kernel of `"mmd"`; None for sqrt(D).
+        dataset_size, estimator: of `"agg_kl"`, as in `BetaTCVAE`.
+
+    Terms: `nell`, `kl`, `elbo` = −(nell + kl), and `mmd` or `agg_kl`. KL is in closed form where the prior has one.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or belongs to the other divergence.
+
+    Source: Zhao et al. 2019.
+
+    Example:
+        >>> vae = fastvae.VAE(encoder, decoder, objective=fastvae.InfoVAE(alpha=1, lambda_=100))
+    """
+
+    alpha: Weight = 0.0
+    lambda_: Weight = 1.0
+    divergence: str = "mmd"
+    bandwidth: float | None = None
+    dataset_size: int | None = None
+    estimator: str | None = None
+    k: ClassVar[int] = 1
+    m: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        _check_weight("alpha", self.alpha, least=-math.inf)
+        if not callable(self.alpha) and self.alpha > 1:
+            raise ValueError(f"alpha: expected a number <= 1, got {self.alpha}")
+        _check_weight("lambda_", self.lambda_)
+        check_choice("divergence", self.divergence, DIVERGENCES)
+        others = ("dataset_size", "estimator") if self.divergence == "mmd" else ("bandwidth",)
+        for name in others:
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: expected None for divergence={self.divergence!r}, got {getattr(self, name)}")
+        _check_bandwidth(self.bandwidth)
+        if self.divergence == "agg_kl":
+            _check_estimator(self.estimator, self.dataset_size)
+
+    def __call__(
+        self,
+        log_px_z: Tensor,
+        log_pz: Tensor,
+        log_qz_x: Tensor,
+        *,
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        prior: Any,
+        step: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        nell, kl = -log_px_z.mean(), _kl(log_pz, log_qz_x, mu, logvar, prior)
+        samples = z[0, 0]  # [B, D]
+        if self.divergence == "mmd":
+            divergence = mmd(samples, prior.sample(len(samples)).to(samples).view_as(samples), self.bandwidth)
+        else:
+            entropy = agg_entropy(samples, mu, logvar, dataset_size=self.dataset_size, estimator=self.estimator)
+            divergence = -entropy - log_pz.mean()
+        alpha, lambda_ = _now(self.alpha, step), _now(self.lambda_, step)
+        loss = nell + (1 - alpha) * kl + (alpha + lambda_ - 1) * divergence
+        return loss, {**_terms(nell, kl), self.divergence: divergence}
+
+
+def mmd(z: Tensor, y: Tensor, bandwidth: float | None = None) -> Tensor:
+    """The squared maximum mean discrepancy of the distributions that z and y are samples of, unbiased.
+
+        mean_{i≠j} k(z_i, z_j) − 2 mean_ij k(z_i, y_j) + mean_{i≠j} k(y_i, y_j),   k(a, b) = exp(−|a − b|² / 2h²)
+
+    0 in expectation where the distributions are the same, so that it may be negative. No matrix is formed: the mean
+    of k over j is `agg_log_prob` of posteriors of one width. Differentiable.
+
+    Args:
+        z: samples `[n, D]`.
+        y: samples `[m, D]` of the other distribution.
+        bandwidth: h > 0; None for sqrt(D): two samples of N(0, I) are about sqrt(2D) apart, where k is then 1/e.
+
+    Returns:
+        A scalar in float32 (float64 for float64 inputs), a pure number.
+
+    Raises:
+        TypeError: z or y is not a floating-point tensor.
+        ValueError: fewer than two samples, shapes or devices that do not match, or a `bandwidth` not above 0.
+
+    Source: Gretton et al. 2012, eq. 3.
+
+    Example:
+        >>> fastvae.objectives.mmd(z, prior.sample(len(z)))
+    """
+    for name, x in (("z", z), ("y", y)):
+        check_tensor(name, x)
+        check_device(name, x, "z", z)
+        if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] != z.shape[-1]:
+            raise ValueError(f"{name}: expected [n, {z.shape[-1]}] with n >= 2, got shape {tuple(x.shape)}")
+    _check_bandwidth(bandwidth)
+    D = z.shape[1]
+    h = math.sqrt(D) if bandwidth is None else bandwidth
+    scale = 1 / (h * math.sqrt(2 * math.pi))  # k(a, b) is then N(a; b, I / 2 pi), whose constant is 1
+    z, y = (x.to(accumulation_dtype(x.dtype)) * scale for x in (z, y))
+    return _mean_kernel(z, z) - 2 * _mean_kernel(z, y) + _mean_kernel(y, y)
+
+
+def _mean_kernel(z: Tensor, y: Tensor) -> Tensor:
+    """mean_ij exp(−pi |z_i − y_j|²), over i ≠ j where y is z."""
+    weights = None
+    if z is y:
+        weights = estimator_weights("loo", len(z), own=torch.arange(len(z), device=z.device))
+    logvar = torch.full_like(y, -math.log(2 * math.pi))
+    return agg_log_prob(z, y, logvar, weights=weights).exp().mean()
+
+
+def _kl(log_pz: Tensor, log_qz_x: Tensor, mu: Tensor, logvar: Tensor, prior: Any) -> Tensor:
+    """mean KL(q(z|x) ‖ p(z)), in closed form where the prior has one."""
+    return prior.kl(mu, logvar) if hasattr(prior, "kl") else (log_qz_x - log_pz).mean()
+
+
+def _terms(nell: Tensor, kl: Tensor) -> dict[str, Tensor]:
+    return {"nell": nell, "kl": kl, "elbo": -(nell + kl)}
+
+
+def _now(weight: Weight, step: Tensor) -> float | Tensor:
+    return weight(step) if callable(weight) else weight
+
+
+def _check_weight(name: str, weight: Any, least: float = 0.0) -> None:
+    if not callable(weight):
+        check_number(name, weight, least=least)
+
+
+def _check_bandwidth(bandwidth: Any) -> None:
+    if bandwidth is not None:
+        check_number("bandwidth", bandwidth)
+        if not 0 < bandwidth < math.inf:
+            raise ValueError(f"bandwidth: expected a finite number > 0, got {bandwidth}")
+
+
+def _check_estimator(estimator: Any, dataset_size: Any) -> None:
+    """Raise what `estimator_weights` will when it has seen a batch."""
+    if dataset_size is not None:
+        check_count("dataset_size", dataset_size, least=1)
+    estimator_weights(estimator, dataset_size or 2, dataset_size, own=torch.empty(0, dtype=torch.int64))

@@ -72,6 +72,6 @@ class StandardNormal(nn.Module):
         """
         check_count("n", n)
         dim = int(self.dim)
-        if dim == 0:
+        if not torch.compiler.is_compiling() and dim == 0:
             raise ValueError("dim: not known before the VAE has seen data; give it as StandardNormal(dim)")
         return torch.randn(n, dim, device=self.dim.device)
