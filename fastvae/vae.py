@@ -229,7 +229,7 @@ class VAE(nn.Module):
     def _log_w(self, x: Tensor, posterior: tuple[Tensor, Tensor] | None, n: int) -> Tensor:
         """n log importance weights of each example, `[n, B]`, for z drawn from its posterior, or from the prior."""
         if posterior is None:
-            return self.log_px_z(x, self._sample_prior(n)[:, None])
+            return self.log_px_z(x, self._sample_prior(n, x)[:, None])
         z, log_q, _, _ = sample_gauss(*posterior, n, outputs=("z", "log_q"))
         assert z is not None
         assert log_q is not None
@@ -239,10 +239,10 @@ class VAE(nn.Module):
         """log p(z), z `[..., D]` to `[...]`."""
         return self.prior.log_prob(z.flatten(0, -2)).view(z.shape[:-1])
 
-    def _sample_prior(self, n: int) -> Tensor:
-        """`[n, D]` from p(z), in the dtype of the parameters."""
+    def _sample_prior(self, n: int, like: Tensor | None = None) -> Tensor:
+        """`[n, D]` from p(z), in the dtype of the parameters, or of `like` where there are none."""
         z = self.prior.sample(n)
-        return z.to(next((p for p in self.parameters() if p.is_floating_point()), z))
+        return z.to(next((p for p in self.parameters() if p.is_floating_point()), z if like is None else like))
 
     def _decoder_output(self, z: Tensor) -> Tensor:
         """The decoder's logits or means, z `[..., D]` to `[..., *x's]`; it sees all of them as one batch."""
