@@ -9,6 +9,7 @@ shape [S, N] is formed but by `cross_log_prob`, whose answer it is.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -226,9 +227,8 @@ def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
         >>> log_q = fastvae.cross_log_prob(z, mu, logvar)
         >>> responsibilities = log_q.softmax(1)
     """
-    z, mu, logvar, _, batch = _flatten(z, mu, logvar)
-    results = [CrossLogProb.apply(z[g], mu[g], logvar[g]) for g in range(z.shape[0])]
-    return _batched(results, batch, (z.shape[1], mu.shape[1]), z, mu, logvar)
+    z, mu, logvar, _ = _checked(z, mu, logvar)
+    return _over_batches(CrossLogProb.apply, z, mu, logvar)
 
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeights | None = None) -> Tensor:
@@ -255,9 +255,8 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeight
     Example:
         >>> entropy = -fastvae.agg_log_prob(z, mu, logvar).mean()
     """
-    z, mu, logvar, log_weights, batch = _flatten(z, mu, logvar, weights)
-    results = [AggLogProb.apply(z[g], mu[g], logvar[g], *log_weights) for g in range(z.shape[0])]
-    return _batched(results, batch, z.shape[1:2], z, mu, logvar)
+    z, mu, logvar, log_weights = _checked(z, mu, logvar, weights)
+    return _over_batches(AggLogProb.apply, z, mu, logvar, *log_weights)
 
 
 def agg_log_prob_marginals(
@@ -282,25 +281,32 @@ def agg_log_prob_marginals(
         >>> joint, marginals = fastvae.agg_log_prob_marginals(z, mu, logvar)
         >>> total_correlation = (joint - marginals.sum(-1)).mean()
     """
-    z, mu, logvar, log_weights, batch = _flatten(z, mu, logvar, weights)
-    results = [AggLogProbMarginals.apply(z[g], mu[g], logvar[g], *log_weights) for g in range(z.shape[0])]
-    joint = _batched([r[0] for r in results], batch, z.shape[1:2], z, mu, logvar)
-    return joint, _batched([r[1] for r in results], batch, z.shape[1:], z, mu, logvar)
+    z, mu, logvar, log_weights = _checked(z, mu, logvar, weights)
+    return _over_batches(AggLogProbMarginals.apply, z, mu, logvar, *log_weights)
 
 
-def _batched(results: list[Tensor], batch: torch.Size, shape: tuple[int, ...], *inputs: Tensor) -> Tensor:
-    """The batches' results, each of `shape`, under the batch axes, which may be none or empty."""
-    if len(batch) == 0:
-        return results[0]
-    if not results:  # nothing, but connected to the graph
-        return torch.stack([x.to(accumulation_dtype(x.dtype)).sum() for x in inputs]).sum().expand(*batch, *shape)
-    return torch.stack(results).reshape(*batch, *shape)
+def _over_batches(function: Callable[..., Any], z: Tensor, mu: Tensor, logvar: Tensor, *weights: Any) -> Any:
+    """`function` of z [S, D], mu and logvar [N, D], for each index of the batch axes before them."""
+    batch = z.shape[:-2]
+    if not batch:
+        return function(z, mu, logvar, *weights)
+    flat = [x.flatten(0, -3) for x in (z, mu, logvar)]
+    # Without any, one of zeros gives the shapes and the place in the graph, and is left out.
+    groups = list(zip(*flat, strict=True)) or [[x.sum(0) for x in flat]]
+    results = [function(*group, *weights) for group in groups]
+
+    def together(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack(parts)[: len(flat[0])].reshape(*batch, *parts[0].shape)
+
+    if isinstance(results[0], Tensor):
+        return together(results)
+    return tuple(map(together, zip(*results, strict=True)))
 
 
-def _flatten(
+def _checked(
     z: Tensor, mu: Tensor, logvar: Tensor, weights: ColumnWeights | None = None
-) -> tuple[Tensor, Tensor, Tensor, LogWeights, torch.Size]:
-    """Checked inputs as z [G, S, D], mu and logvar [G, N, D], the weights, and the batch axes that G stands for."""
+) -> tuple[Tensor, Tensor, Tensor, LogWeights]:
+    """z [*batch, S, D], mu and logvar [*batch, N, D], all of one dtype, and the weights."""
     check_posterior(mu, logvar, min_ndim=2)
     check_tensor("z", z, min_ndim=2)
     check_device("z", z, "mu", mu)
@@ -314,10 +320,7 @@ def _flatten(
         )
     log_weights = _log_weights(weights, z, mu)
     z, mu, logvar, log_w = promote(z, mu, logvar, log_weights.log_w)  # type: ignore[assignment]
-    batch = z.shape[:-2]
-    if len(batch) != 1:
-        z, mu, logvar = (x.reshape(-1, *x.shape[-2:]) if batch else x[None] for x in (z, mu, logvar))
-    return z, mu, logvar, log_weights._replace(log_w=log_w), batch
+    return z, mu, logvar, log_weights._replace(log_w=log_w)
 
 
 def _log_weights(weights: ColumnWeights | None, z: Tensor, mu: Tensor) -> LogWeights:
