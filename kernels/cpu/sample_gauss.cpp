@@ -88,6 +88,7 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
     T *d_mu = static_cast<T *>(d_mu_), *d_logvar = static_cast<T *>(d_logvar_);            // [B, D]
     const uint64_t seed = *seed_;
     const bool flat = !d_log_q && !d_log_p && !d_kl && mu_stride == D && logvar_stride == D;
+    const bool from_eps = L > 0 && (d_z || d_log_p), from_rest = d_log_q || d_kl || !from_eps;
     const int64_t unit_rows = rows_in(kUnit, D), blocks = (B + unit_rows - 1) / unit_rows;
 
     parallel_for(blocks, threads, [=](int64_t unit, int) {
@@ -97,7 +98,7 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
             if (flat) n *= rows, rows = 1;
 
             // What does not depend on eps starts the sums off.
-            for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t r = 0; r < rows && from_rest; ++r) {
                 const T *mu_row = mu + (b + r) * mu_stride + d, *logvar_row = logvar + (b + r) * logvar_stride + d;
                 const T g_kl = d_kl ? d_kl[b + r] : T(0);
                 double g_q = 0;
@@ -114,9 +115,8 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
                     if (d_logvar) store_some(d_logvar + e + r * n + i, vd_logvar, m);
                 });
             }
-            if (!d_z && !d_log_p) return;
-
-            for (int64_t l = 0; l < L; ++l) {
+            for (int64_t l = 0; l < L && from_eps; ++l) {
+                const bool add = from_rest || l > 0;
                 alignas(64) T buffer[kChunk + kNormalsSlack];
                 const T *eps = fill_normals(uint64_t(l * B * D + e), size, seed, buffer);
                 for (int64_t r = 0; r < rows; ++r, eps += n) {
@@ -129,10 +129,11 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
                                                        exp_<T>(T(0.5) * load_some(logvar_row + i, m)));
                         Vec<T> dz = d_z ? load_some(d_z + l * B * D + out + i, m) : Vec<T>{};
                         if (d_log_p) dz -= times<T>(splat(g_p), load_some(mu_row + i, m) + scaled);
-                        if (d_mu) store_some(d_mu + out + i, load_some(d_mu + out + i, m) + dz, m);
-                        if (d_logvar)
-                            store_some(d_logvar + out + i,
-                                       load_some(d_logvar + out + i, m) + times<T>(T(0.5) * dz, scaled), m);
+                        Vec<T> vd_logvar = times<T>(T(0.5) * dz, scaled);
+                        if (add && d_logvar) vd_logvar += load_some(d_logvar + out + i, m);
+                        if (add && d_mu) dz += load_some(d_mu + out + i, m);
+                        if (d_mu) store_some(d_mu + out + i, dz, m);
+                        if (d_logvar) store_some(d_logvar + out + i, vd_logvar, m);
                     });
                 }
             }
