@@ -55,13 +55,17 @@ def forward(function: Callable[..., object], *inputs: Tensor) -> Run:
 
 
 def forward_backward(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Run:
-    """Forward and backward of the sum of all results, with respect to every input; returns the gradients."""
+    """Forward and backward with respect to every input; returns the gradients. The upstream gradients are ones, dense
+    as the rest of a model would send them, and made beforehand."""
     leaves = [x.detach().requires_grad_() for x in inputs]
+    upstream: list[Tensor] = []
 
     def run() -> object:
         result = function(*leaves)
         results = (result,) if isinstance(result, Tensor) else result
-        return torch.autograd.grad(sum(r.sum() for r in results), leaves)
+        if not upstream:
+            upstream.extend(map(torch.ones_like, results))
+        return torch.autograd.grad(results, leaves, upstream)
 
     return run
 
