@@ -111,7 +111,7 @@ def _run(kernel: Any, *arguments: Any) -> None:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -122,28 +122,37 @@ def _ptr(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _rows(x: Tensor | None, dtype: torch.dtype, n_rows: int) -> tuple[Tensor | None, int | None, int]:
-    """(tensor to keep alive, its pointer, its row stride) with contiguous rows; one row serves all as stride 0."""
-    if x is None:
-        return None, None, 0
+def _rows(x: Tensor, dtype: torch.dtype, n_rows: int) -> tuple[Tensor, int]:
+    """The tensor with contiguous rows, and its row stride; one row serves all as stride 0."""
     x = _cast(x, dtype)
     (n, D), (row, column) = x.shape, x.stride()
     if (column != 1 and D > 1) or (row == 0 and n > 1):
         x = x.contiguous()
         row = D
-    return x, x.data_ptr(), 0 if n == 1 != n_rows else row
+    return x, 0 if n == 1 != n_rows else row
+
+
+def _prior_rows(x: Tensor | None, dtype: torch.dtype, n_rows: int) -> tuple[Tensor | None, int]:
+    return (None, 0) if x is None else _rows(x, dtype, n_rows)
+
+
+def _output(like: Tensor, dtype: torch.dtype) -> Tensor:
+    if like.dtype is dtype and like.is_contiguous():
+        return torch.empty_like(like)
+    return torch.empty(like.shape, dtype=dtype)
 
 
 def _outputs(likes: Sequence[Tensor | None], dtype: torch.dtype, wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [
-        torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) if want and x is not None else None
-        for x, want in zip(likes, wanted, strict=True)
-    ]
+    return [_output(x, dtype) if want and x is not None else None for x, want in zip(likes, wanted, strict=True)]
 
 
 def _asked(outputs: Sequence[Tensor | None], likes: Sequence[Tensor | None]) -> list[Tensor]:
     """The outputs that were asked for, each in the dtype of the tensor it belongs to."""
-    return [_cast(o, x.dtype) for o, x in zip(outputs, likes, strict=True) if o is not None and x is not None]
+    return [
+        o if o.dtype is x.dtype else o.to(x.dtype)
+        for o, x in zip(outputs, likes, strict=True)
+        if o is not None and x is not None
+    ]
 
 
 _REDUCTION_CODE = {"none": 0, "sample": 1, "dim": 2}  # others: 3, a scalar
@@ -154,16 +163,16 @@ def kl_gauss(
 ) -> Tensor:
     dtype = accumulation_dtype(mu.dtype)
     B, D = mu.shape
-    inputs = [_rows(x, dtype, B) for x in (mu, logvar, prior_mu, prior_logvar)]
+    mu, mu_row = _rows(mu, dtype, B)
+    logvar, logvar_row = _rows(logvar, dtype, B)
+    prior_mu, prior_mu_row = _prior_rows(prior_mu, dtype, B)
+    prior_logvar, prior_logvar_row = _prior_rows(prior_logvar, dtype, B)
     out = torch.empty(kl_shape(reduction, B, D), dtype=dtype)
-    rows = [a for _, pointer, stride in inputs for a in (pointer, stride)]
     _run(
         _kernels(dtype).kl_gauss,
-        *rows,
-        B,
-        D,
-        _REDUCTION_CODE.get(reduction, 3),
-        kl_scale(reduction, B, D),
+        *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
+        *(_ptr(prior_mu), prior_mu_row, _ptr(prior_logvar), prior_logvar_row),
+        *(B, D, _REDUCTION_CODE.get(reduction, 3), kl_scale(reduction, B, D)),
         out.data_ptr(),
     )
     return out
@@ -178,49 +187,46 @@ def kl_gauss_backward(
     reduction: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    likes = (mu, logvar, prior_mu, prior_logvar)
     dtype = accumulation_dtype(mu.dtype)
     B, D = mu.shape
-    likes = (mu, logvar, prior_mu, prior_logvar)
-    inputs = [_rows(x, dtype, B) for x in likes]
     outputs = _outputs(likes, dtype, wanted)
+    mu, mu_row = _rows(mu, dtype, B)
+    logvar, logvar_row = _rows(logvar, dtype, B)
+    prior_mu, prior_mu_row = _prior_rows(prior_mu, dtype, B)
+    prior_logvar, prior_logvar_row = _prior_rows(prior_logvar, dtype, B)
     grad = _cast(grad, dtype)
     if reduction in ("none", "dim") and grad.stride(-1) not in (0, 1):
         grad = grad.contiguous()
     grad_row = grad.stride(0) if reduction in ("none", "sample") else 0
     grad_col = grad.stride(-1) if reduction in ("none", "dim") else 0
-    rows = [a for _, pointer, stride in inputs for a in (pointer, stride)]
     _run(
         _kernels(dtype).kl_gauss_backward,
-        grad.data_ptr(),
-        grad_row,
-        grad_col,
-        kl_scale(reduction, B, D),
-        *rows,
-        B,
-        D,
+        *(grad.data_ptr(), grad_row, grad_col, kl_scale(reduction, B, D)),
+        *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
+        *(_ptr(prior_mu), prior_mu_row, _ptr(prior_logvar), prior_logvar_row),
+        *(B, D),
         *map(_ptr, outputs),
     )
     return _asked(outputs, likes)
 
 
 def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]) -> list[Tensor]:
-    dtype = accumulation_dtype(mu.dtype)
+    sample_dtype = mu.dtype
+    dtype = accumulation_dtype(sample_dtype)
     B, D = mu.shape
-    inputs = [_rows(x, dtype, B) for x in (mu, logvar)]
+    mu, mu_row = _rows(mu, dtype, B)
+    logvar, logvar_row = _rows(logvar, dtype, B)
     shapes = ((n_samples, B, D), (n_samples, B), (n_samples, B), (B,))
     results = [torch.empty(s, dtype=dtype) if want else None for s, want in zip(shapes, outputs, strict=True)]
-    rows = [a for _, pointer, stride in inputs for a in (pointer, stride)]
     _run(
         _kernels(dtype).sample_gauss,
-        *rows,
-        seed.data_ptr(),
-        n_samples,
-        B,
-        D,
+        *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
+        *(seed.data_ptr(), n_samples, B, D),
         *map(_ptr, results),
     )
     if results[0] is not None:
-        results[0] = _cast(results[0], mu.dtype)
+        results[0] = _cast(results[0], sample_dtype)
     return [r for r in results if r is not None]
 
 
@@ -235,23 +241,21 @@ def sample_gauss_backward(
     n_samples: int,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    likes = (mu, logvar)
     dtype = accumulation_dtype(mu.dtype)
     B, D = mu.shape
+    outputs = _outputs(likes, dtype, wanted)
+    mu, mu_row = _rows(mu, dtype, B)
+    logvar, logvar_row = _rows(logvar, dtype, B)
     grads = [_dense(g, dtype) for g in (d_z, d_log_q, d_log_p, d_kl)]
-    inputs = [_rows(x, dtype, B) for x in (mu, logvar)]
-    outputs = _outputs((mu, logvar), dtype, wanted)
-    rows = [a for _, pointer, stride in inputs for a in (pointer, stride)]
     _run(
         _kernels(dtype).sample_gauss_backward,
         *map(_ptr, grads),
-        *rows,
-        seed.data_ptr(),
-        n_samples,
-        B,
-        D,
+        *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
+        *(seed.data_ptr(), n_samples, B, D),
         *map(_ptr, outputs),
     )
-    return _asked(outputs, (mu, logvar))
+    return _asked(outputs, likes)
 
 
 def _cross(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[torch.dtype, list[Tensor | None], tuple[int, int, int]]:

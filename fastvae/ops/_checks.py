@@ -53,6 +53,8 @@ def check_count(name: str, value: Any, *, least: int = 0) -> None:
 
 def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:
     """A number that is not NaN and not below `least`."""
+    if type(value) is float and value >= least:
+        return
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not value >= least:  # type: ignore[operator]

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..backends import backend_for
@@ -25,26 +27,27 @@ def declare(schema: str, fake: Callable[..., Any], compute: Callable[..., Any] |
     backend's function of the op's name.
     """
     name = schema.partition("(")[0]
-    if compute is None:
-
-        def compute(backend: Any, *arguments: Any) -> Any:
-            return getattr(backend, name)(*arguments)
 
     def run(*arguments: Any) -> Any:
-        device = next(a.device for a in arguments if isinstance(a, Tensor))
-        return compute(backend_for(device), *arguments)
+        for first in arguments:
+            if first is not None:  # a tensor, by the schemas
+                break
+        backend = backend_for(first.device)
+        return compute(backend, *arguments) if compute else getattr(backend, name)(*arguments)
 
-    op = _define(schema, fake, run)
-
-    def call(*arguments: Any) -> Any:
-        return run(*arguments) if _plain_eager(arguments) else op(*arguments)
-
-    return call
+    return _past_the_dispatcher(run, _define(schema, fake, run))
 
 
 def declare_random(schema: str, fake: Callable[..., Any], draw: Callable[..., Any]) -> Callable[..., Any]:
     """Define an op that draws from torch's generators: not to be cached, merged or dropped by the compiler."""
-    return _define(schema, fake, draw, torch.Tag.nondeterministic_seeded)
+    return _past_the_dispatcher(draw, _define(schema, fake, draw, torch.Tag.nondeterministic_seeded))
+
+
+def _past_the_dispatcher(run: Callable[..., Any], op: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        return run(*arguments) if _plain_eager(arguments) else op(*arguments)
+
+    return call
 
 
 def _define(schema: str, fake: Callable[..., Any], run: Callable[..., Any], *tags: torch.Tag) -> Any:
@@ -57,15 +60,16 @@ def _define(schema: str, fake: Callable[..., Any], run: Callable[..., Any], *tag
 
 def _transformed() -> bool:
     """Whether the compiler or a function transform is looking on."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return is_compiling() or _are_functorch_transforms_active()
 
 
 def _plain_eager(arguments: tuple[Any, ...]) -> bool:
     """Whether nobody but the backend needs to see this call, so that the dispatcher can be left out: it takes
     5 us of the 10 us that a small KL takes."""
-    return not (_transformed() or is_in_torch_dispatch_mode()) and all(
-        type(a) in (Tensor, torch.nn.Parameter) for a in arguments if isinstance(a, Tensor)
-    )
+    return _PLAIN.issuperset(map(type, arguments)) and not (_transformed() or is_in_torch_dispatch_mode())
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list))
 
 
 class Function(torch.autograd.Function):

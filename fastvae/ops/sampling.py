@@ -4,6 +4,8 @@ z = mu + sigma · eps, eps from the counter-based generator of `backends/philox.
 on every backend, and the backward draws it again instead of storing it.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,13 +69,18 @@ _draw_seed = declare_random(
 
 
 class SampleGauss(Function):
-    """mu, logvar [B, D]; returns those of z [L, B, D], log_q [L, B], log_p [L, B], kl [B] in `outputs`."""
+    """mu, logvar [B, D]; returns those of z [L, B, D], log_q [L, B], log_p [L, B], kl [B] in `outputs`, without the
+    axis of samples where `n_samples` is None."""
 
     @staticmethod
     def forward(
-        mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: tuple[bool, ...]
+        mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: tuple[bool, ...]
     ) -> tuple[Tensor, ...]:
-        return tuple(_sample_gauss(mu, logvar, seed, n_samples, outputs))
+        results = _sample_gauss(mu, logvar, seed, 1 if n_samples is None else n_samples, outputs)
+        if n_samples is None:
+            for result in results[: sum(outputs[:3])]:
+                result.squeeze_(0)
+        return tuple(results)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -84,9 +91,12 @@ class SampleGauss(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:2]
-        upstream = spread(grads, ctx.outputs, 4)
-        gradients = _sample_gauss_backward(*upstream, *ctx.saved_tensors, ctx.n_samples, wanted)
+        wanted, n_samples = ctx.needs_input_grad[:2], ctx.n_samples
+        d_z, d_log_q, d_log_p, d_kl = spread(grads, ctx.outputs, 4)
+        if n_samples is None:
+            n_samples = 1
+            d_z, d_log_q, d_log_p = (None if g is None else g.unsqueeze(0) for g in (d_z, d_log_q, d_log_p))
+        gradients = _sample_gauss_backward(d_z, d_log_q, d_log_p, d_kl, *ctx.saved_tensors, n_samples, wanted)
         return spread(gradients, wanted, 5)
 
 
@@ -124,30 +134,37 @@ def sample_gauss(
         >>> z, log_q, log_p, _ = fastvae.sample_gauss(mu, logvar, 8, outputs=("z", "log_q", "log_p"))
         >>> log_w = decoder(z).log_prob(x) + log_p - log_q
     """
-    check_posterior(mu, logvar)
-    if n_samples is not None:
-        check_count("n_samples", n_samples)
     if not isinstance(outputs, (tuple, list)):
         raise TypeError(f"outputs: expected a tuple of names, got {outputs!r}")
     for name in outputs:
         check_choice("outputs", name, OUTPUTS)
+    asked = tuple(name in outputs for name in OUTPUTS)
+    return GaussianSample(*spread(_sample(mu, logvar, n_samples, asked, seed, generator), asked, 4))
 
+
+def _sample(
+    mu: Tensor,
+    logvar: Tensor,
+    n_samples: int | None,
+    asked: tuple[bool, ...],
+    seed: int | None,
+    generator: torch.Generator | None,
+) -> Sequence[Tensor]:
+    """Those of z, log_q, log_p and kl that are asked for."""
+    check_posterior(mu, logvar)
+    if n_samples is not None:
+        check_count("n_samples", n_samples)
     shape = mu.shape
     mu, logvar = promote(mu, logvar)  # type: ignore[assignment]
-    asked = tuple(name in outputs for name in OUTPUTS)
     if not any(asked):
-        return GaussianSample(None, None, None, None)
-    results = SampleGauss.apply(
-        as_rows(mu),
-        as_rows(logvar),
-        _seed(mu, seed, generator),
-        1 if n_samples is None else n_samples,
-        asked,
-    )
+        return ()
+    seed_tensor = _seed(mu, seed, generator)
+    results = SampleGauss.apply(as_rows(mu), as_rows(logvar), seed_tensor, n_samples, asked)
+    if len(shape) == 2:
+        return results
     samples = () if n_samples is None else (n_samples,)
     shapes = (samples + shape, samples + shape[:-1], samples + shape[:-1], shape[:-1])
-    given = spread(results, asked, 4)
-    return GaussianSample(*(None if r is None else r.reshape(s) for r, s in zip(given, shapes, strict=True)))
+    return [r.reshape(s) for r, s in zip(results, itertools.compress(shapes, asked), strict=True)]
 
 
 def reparameterize(
@@ -176,9 +193,7 @@ def reparameterize(
         >>> z = fastvae.reparameterize(mu, logvar)
         >>> z8 = fastvae.reparameterize(mu, logvar, 8, seed=0)  # [8, B, D]
     """
-    z = sample_gauss(mu, logvar, n_samples, outputs=("z",), seed=seed, generator=generator).z
-    assert z is not None
-    return z
+    return _sample(mu, logvar, n_samples, (True, False, False, False), seed, generator)[0]
 
 
 def _seed(like: Tensor, seed: int | None, generator: torch.Generator | None) -> Tensor:
