@@ -292,11 +292,11 @@ def _over_batches(function: Callable[..., Any], z: Tensor, mu: Tensor, logvar: T
         return function(z, mu, logvar, *weights)
     flat = [x.flatten(0, -3) for x in (z, mu, logvar)]
     # Without any, one of zeros gives the shapes and the place in the graph, and is left out.
-    groups = list(zip(*flat, strict=True)) or [[x.sum(0) for x in flat]]
+    groups = list(zip(*flat, strict=True)) or [tuple(x.sum(0) for x in flat)]
     results = [function(*group, *weights) for group in groups]
 
     def together(parts: Sequence[Tensor]) -> Tensor:
-        return torch.stack(parts)[: len(flat[0])].reshape(*batch, *parts[0].shape)
+        return torch.stack(list(parts))[: len(flat[0])].reshape(*batch, *parts[0].shape)
 
     if isinstance(results[0], Tensor):
         return together(results)
