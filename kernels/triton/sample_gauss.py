@@ -1,0 +1,213 @@
+"""Reparameterized samples and their densities in one pass, and the gradients at the same eps, drawn again.
+
+The rows of a sample are counted l B + b, so that element e = (l B + b) D + d has the normal of index e. Where the rows
+start at multiples of 4, each Philox block is computed once for its four elements; else once for each of them.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvae.backends.contract import accumulation_dtype
+
+from ._launch import Config, accumulator, add_up, empty_like, fastest, row_blocks, rows, same_layout, tile
+from .elementary import exp, exp_tail, expm1, times
+from .philox import normals_of_elements, normals_of_groups
+
+LOG_2PI = tl.constexpr(math.log(2 * math.pi))
+FULL = 1024  # programs that fill any GPU: with fewer tiles of [B, D], the backward splits L over programs
+
+
+@triton.jit
+def _normals(row, first_column, D, seed, ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr):
+    """eps of the rows [BB] (int64) and the columns from first_column [BB, BD]; seed is a number."""
+    if ALIGNED:
+        group = (row * D + first_column)[:, None] // 4 + tl.arange(0, BLOCK_D // 4)[None, :]
+        eps = normals_of_groups(group, seed, ACC)
+    else:
+        eps = normals_of_elements((row * D + first_column)[:, None] + tl.arange(0, BLOCK_D)[None, :], seed, ACC)
+    return eps
+
+
+@triton.jit
+def _sample_gauss(
+    mu, mu_stride, logvar, logvar_stride, seed, z, log_q, log_p, kl, L, B, D, column_blocks,
+    WRAPS: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """z [L B, D], log_q and log_p [L B], kl [B], those not wanted None. With sums, a program has whole rows."""
+    SUMS: tl.constexpr = log_q is not None or log_p is not None or kl is not None
+    program = tl.program_id(0)
+    if SUMS:
+        row_block, first, last = program, 0, column_blocks
+    else:
+        row_block, first, last = program // column_blocks, program % column_blocks, program % column_blocks + 1
+    first_row, n_rows = row_block.to(tl.int64) * BLOCK_B, tl.cast(L, tl.int64) * B
+    row = first_row + tl.arange(0, BLOCK_B)  # [BB]
+    posterior = row
+    if WRAPS:  # row % B, with as few divisions as possible
+        posterior = first_row % B + tl.arange(0, BLOCK_B)
+        if BLOCK_B > B:
+            posterior = posterior % B
+        else:
+            posterior = tl.where(posterior >= B, posterior - B, posterior)
+    q, p, k = tl.zeros([BLOCK_B], ACC), tl.zeros([BLOCK_B], ACC), tl.zeros([BLOCK_B], ACC)
+    key = tl.load(seed)
+    for block in range(first, last):
+        first_column = tl.cast(block, tl.int64) * BLOCK_D
+        column = first_column + tl.arange(0, BLOCK_D)
+        inside = (row < n_rows)[:, None] & (column < D)[None, :]
+        m = tl.load(mu + posterior[:, None] * mu_stride + column[None, :], inside, other=0.0).to(ACC)
+        v = tl.load(logvar + posterior[:, None] * logvar_stride + column[None, :], inside, other=0.0).to(ACC)
+        eps = _normals(row, first_column, D, key, ALIGNED, ACC, BLOCK_D)
+        x = m + times(eps, exp(v, ACC, 0.5))
+        if z is not None:
+            tl.store(z + row[:, None] * D + column[None, :], x, inside)
+        if log_q is not None:
+            q += tl.sum(tl.where(inside, tl.fma(eps, eps, v), 0.0), 1)
+        if log_p is not None:
+            p += tl.sum(tl.where(inside, x * x, 0.0), 1)
+        if kl is not None:
+            k += tl.sum(tl.fma(m, m, exp_tail(v, exp(v, ACC), ACC)), 1)  # 0 outside
+    constant = tl.full([BLOCK_B], LOG_2PI, ACC) * D
+    if log_q is not None:
+        tl.store(log_q + row, -0.5 * (constant + q), row < n_rows)
+    if log_p is not None:
+        tl.store(log_p + row, -0.5 * (constant + p), row < n_rows)
+    if kl is not None:
+        tl.store(kl + row, 0.5 * k, row < B)
+
+
+@triton.jit
+def _sample_gauss_backward(
+    d_z, d_log_q, d_log_p, d_kl, mu, mu_stride, logvar, logvar_stride, seed, d_mu, d_logvar, L, B, D, samples,
+    column_blocks,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """d_mu and d_logvar [B, D], or partials [programs of a tile, B, D] of `samples` samples each."""
+    program = tl.program_id(0)
+    row = (program // column_blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BB]
+    first_column = (program % column_blocks).to(tl.int64) * BLOCK_D
+    column = first_column + tl.arange(0, BLOCK_D)
+    inside = (row < B)[:, None] & (column < D)[None, :]
+    m = tl.load(mu + row[:, None] * mu_stride + column[None, :], inside, other=0.0).to(ACC)
+    v = tl.load(logvar + row[:, None] * logvar_stride + column[None, :], inside, other=0.0).to(ACC)
+    sigma = exp(v, ACC, 0.5)
+    part = tl.program_id(1)
+    by_mu, by_logvar = tl.zeros([BLOCK_B, BLOCK_D], ACC), tl.zeros([BLOCK_B, BLOCK_D], ACC)
+    if d_kl is not None:  # counts once
+        g_kl = tl.load(d_kl + row, (row < B) & (part == 0), other=0.0).to(ACC)[:, None]
+        by_mu = g_kl * m
+        by_logvar = times(0.5 * g_kl, expm1(v, exp(v, ACC), ACC))
+    if d_z is not None or d_log_q is not None or d_log_p is not None:
+        key = tl.load(seed)
+        for l in range(part * samples, tl.minimum(part * samples + samples, L)):  # noqa: E741
+            sample = tl.cast(l, tl.int64) * B + row
+            if d_log_q is not None:
+                by_logvar -= 0.5 * tl.load(d_log_q + sample, row < B, other=0.0).to(ACC)[:, None]
+            if d_z is not None or d_log_p is not None:
+                eps = _normals(sample, first_column, D, key, ALIGNED, ACC, BLOCK_D)
+                scaled = times(eps, sigma)
+                g = tl.zeros([BLOCK_B, BLOCK_D], ACC)
+                if d_z is not None:
+                    g = tl.load(d_z + sample[:, None] * D + column[None, :], inside, other=0.0).to(ACC)
+                if d_log_p is not None:
+                    g -= times(tl.load(d_log_p + sample, row < B, other=0.0).to(ACC)[:, None], m + scaled)
+                by_mu += g
+                by_logvar += times(0.5 * g, scaled)
+    out = part.to(tl.int64) * B * D + row[:, None] * D + column[None, :]
+    if d_mu is not None:
+        tl.store(d_mu + out, by_mu, inside)
+    if d_logvar is not None:
+        tl.store(d_logvar + out, by_logvar, inside)
+
+
+def _aligned(n_rows: int, D: int) -> bool:
+    return D % 4 == 0 or n_rows == 1
+
+
+def _configs(n_rows: int, D: int, aligned: bool, dtype: torch.dtype) -> list[Config]:
+    """A fixed tile, and others to try where there is enough work for the choice to matter."""
+    if n_rows * D < 1 << 20:
+        return [tile(n_rows, D)]
+    # 16 elements for each thread, or 8 where they would take more registers than a quarter of those of 512 threads
+    sizes = [(2048, 4), (1024, 4), (4096, 8)] if aligned and dtype != torch.float64 else [(1024, 4), (512, 4)]
+    return [tile(n_rows, D, *size) for size in sizes]
+
+
+def _meta(aligned: bool, dtype: torch.dtype) -> Config:
+    return {"ALIGNED": aligned, "ACC": accumulator(dtype), "enable_fp_fusion": False}
+
+
+def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]) -> list[Tensor]:
+    B, D = mu.shape
+    L = n_samples
+    shapes = (
+        ((L, B, D), mu.dtype),
+        *(((L, B), accumulation_dtype(mu.dtype)),) * 2,
+        ((B,), accumulation_dtype(mu.dtype)),
+    )
+    results = [
+        torch.empty(shape, dtype=dtype, device=mu.device) if want else None
+        for (shape, dtype), want in zip(shapes, outputs, strict=True)
+    ]
+    targets = list(results)
+    if L == 0:
+        L, targets[:3] = 1, [None] * 3  # the KL is still asked for
+    inputs = (*rows(mu, B), *rows(logvar, B))
+    sums = any(t is not None for t in targets[1:])
+    if not sums and same_layout(B, mu, logvar):
+        B, D = 1, B * D
+
+    aligned = _aligned(L * B, D)
+    meta = _meta(aligned, mu.dtype)
+
+    def run(config: Config) -> list[Tensor]:
+        programs = row_blocks(L * B, config) * (1 if sums else config["column_blocks"])
+        _sample_gauss[(programs,)](*inputs, seed, *targets, L, B, D, WRAPS=L > 1, **config, **meta)
+        return [r for r in results if r is not None]
+
+    return fastest(run, _configs(L * B, D, aligned, mu.dtype), "sample_gauss", mu.dtype, *outputs, L, B, D)
+
+
+def sample_gauss_backward(
+    d_z: Tensor | None,
+    d_log_q: Tensor | None,
+    d_log_p: Tensor | None,
+    d_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    n_samples: int,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    B, D = mu.shape
+    L = n_samples
+    upstream = [None if g is None else g.contiguous() for g in (d_z, d_log_q, d_log_p, d_kl)]
+    gradients = [empty_like(x) if want else None for x, want in zip((mu, logvar), wanted, strict=True)]
+    results = [g for g in gradients if g is not None]
+    inputs = (*rows(mu, B), *rows(logvar, B))
+    if all(g is None for g in upstream[1:]) and same_layout(B, mu, logvar):
+        B, D = 1, B * D
+
+    aligned = _aligned(L * B, D)
+    meta = _meta(aligned, mu.dtype)
+
+    def run(config: Config) -> list[Tensor]:
+        tiles = row_blocks(B, config) * config["column_blocks"]
+        samples = max(1, triton.cdiv(L, max(1, FULL // max(1, tiles))))  # of one program
+        parts = max(1, triton.cdiv(L, samples))
+        targets: list[Tensor | None] = gradients
+        if parts > 1:
+            partials = torch.empty((len(results), parts, B * D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
+            remaining = iter(partials)
+            targets = [next(remaining) if want else None for want in wanted]
+        _sample_gauss_backward[(tiles, parts)](*upstream, *inputs, seed, *targets, L, B, D, samples, **config, **meta)
+        if parts > 1:
+            add_up(partials, results)
+        return results
+
+    return fastest(run, _configs(B, D, aligned, mu.dtype), "sample_gauss_backward", mu.dtype, *wanted, L, B, D)
