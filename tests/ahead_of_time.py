@@ -1,0 +1,237 @@
+"""Compiles the Triton kernels for GPUs that are not there, as they are launched, and reads the machine code.
+
+    python tests/ahead_of_time.py [PART PARTS]   # prints a JSON list of `Report`s; without TRITON_INTERPRET
+
+A case calls a launcher with meta tensors. Every kernel launched in it is compiled, by Triton's own path from arguments
+to binary, for each of `TARGETS`. test_triton_compile.py runs this in processes of their own and checks the reports.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+READ = "sm_90"  # the target whose machine code is read
+
+
+class Case(NamedTuple):
+    """What is launched, and what its compiled kernels are held to; the machine code is that of `kernel`."""
+
+    launch: Callable[[], object]
+    kernel: str
+    registers: int = 168  # per thread, at most, on NVIDIA: 168 let 384 threads run on a multiprocessor
+    shared: int = 48 * 1024  # bytes, at most
+    instructions: float = math.inf  # per element of a program's tile, at most
+    wide: bool = False  # whether all loads and stores of rows are of 16 bytes
+    shares: Mapping[str, float] = MappingProxyType({})  # of the longest innermost loop, at least: {"FFMA": 0.6}
+
+
+class Report(NamedTuple):
+    """One kernel on one target; the last four, from its machine code, only on `READ`."""
+
+    case: str
+    target: str
+    kernel: str
+    registers: int
+    stack: int  # bytes of spilled registers
+    shared: int
+    elements: int  # of a program's tile, for each thread
+    instructions: dict[str, int]  # how many of each opcode
+    loops: list[dict[str, int]]  # the same of each innermost loop
+    accesses: dict[str, int]  # global loads and stores by their width in bits
+
+
+def op(name: str, *arguments: Any) -> object:
+    """Call a launcher of the kernel package."""
+    module = import_module(f"fastvae.kernels.triton.{name.removesuffix('_backward')}")
+    return getattr(module, name)(*arguments)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def kl(B: int, D: int, reduction: str, dtype: torch.dtype = torch.float32, prior: int = 0) -> Callable[[], object]:
+    x = meta(B, D, dtype=dtype)
+    p = meta(prior, D, dtype=dtype) if prior else None
+    return lambda: op("kl_gauss", x, x, p, p, reduction)
+
+
+def kl_backward(B: int, D: int, dtype: torch.dtype = torch.float32, prior: int = 0) -> Callable[[], object]:
+    x = meta(B, D, dtype=dtype)
+    p = meta(prior, D, dtype=dtype) if prior else None
+    return lambda: op("kl_gauss_backward", meta(), x, x, p, p, "batchmean", [True, True, bool(prior), bool(prior)])
+
+
+def sample(L: int, B: int, D: int, outputs: str, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    x = meta(B, D, dtype=dtype)
+    return lambda: op("sample_gauss", x, x, meta(dtype=torch.int64), L, [o in outputs for o in "zqpk"])
+
+
+def sample_backward(L: int, B: int, D: int, outputs: str, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    x = meta(B, D, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    shapes = {"z": (L, B, D), "q": (L, B), "p": (L, B), "k": (B,)}
+    upstream = [meta(*s, dtype=dtype if o == "z" else wide) if o in outputs else None for o, s in shapes.items()]
+    return lambda: op("sample_gauss_backward", *upstream, x, x, meta(dtype=torch.int64), L, [True, True])
+
+
+MANY = 1 << 20
+HALF, DOUBLE = torch.bfloat16, torch.float64
+CASES = {
+    "kl_gauss sum": Case(kl(MANY, 128, "batchmean"), "_kl_gauss", 64, instructions=46, wide=True),
+    "kl_gauss sample": Case(kl(MANY, 128, "sample"), "_kl_gauss", 64, instructions=46, wide=True),
+    "kl_gauss none bfloat16": Case(kl(MANY, 128, "none", HALF), "_kl_gauss", 64, instructions=50, wide=True),
+    "kl_gauss dim prior": Case(kl(MANY, 128, "dim", prior=1), "_kl_gauss", instructions=66, wide=True),
+    "kl_gauss awkward float64": Case(kl(507, 33, "dim", DOUBLE), "_kl_gauss"),
+    "kl_gauss small": Case(kl(256, 32, "batchmean"), "_kl_gauss"),
+    "kl_gauss_backward": Case(kl_backward(MANY, 128), "_kl_gauss_backward", 64, instructions=44, wide=True),
+    "kl_gauss_backward prior": Case(kl_backward(MANY, 128, prior=1), "_kl_gauss_backward", instructions=84, wide=True),
+    "kl_gauss_backward float16": Case(kl_backward(97, 129, torch.float16, 97), "_kl_gauss_backward"),
+    "sample_gauss z": Case(sample(1, MANY, 128, "z"), "_sample_gauss", 64, instructions=66, wide=True),
+    "sample_gauss all": Case(sample(1, MANY, 128, "zqpk"), "_sample_gauss", 96, instructions=112, wide=True),
+    "sample_gauss L bfloat16": Case(sample(8, MANY, 128, "z", HALF), "_sample_gauss", 64, instructions=72, wide=True),
+    "sample_gauss D 10": Case(sample(5, MANY, 10, "zqp"), "_sample_gauss", instructions=240),
+    "sample_gauss float64": Case(sample(1, 8192, 64, "zqpk", DOUBLE), "_sample_gauss"),
+    "sample_gauss_backward z": Case(
+        sample_backward(1, MANY, 128, "z"), "_sample_gauss_backward", instructions=74, wide=True
+    ),
+    "sample_gauss_backward all": Case(sample_backward(8, 507, 33, "zqpk"), "_sample_gauss_backward"),
+    "sample_gauss_backward float64": Case(sample_backward(2, 97, 64, "zqpk", DOUBLE), "_sample_gauss_backward"),
+}
+
+
+# Compiling.
+
+
+class Absent:
+    """A driver for a GPU that is not there: what a launch asks of it before it has a binary."""
+
+    def __init__(self, number: int, target: Any):
+        self.number, self.target = number, target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.number  # kernels keep their binaries by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(case: Case) -> list[tuple[str, int, Any]]:
+    """(name, elements of its tile for each thread, binary) of the kernels that a case launches on the active driver."""
+    from triton.runtime.jit import JITFunction
+
+    found: list[tuple[str, int, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        binary = run(self, *arguments, grid=grid, warmup=True, **options)
+        blocks = [v for k, v in options.items() if k in ("BLOCK_B", "BLOCK_D")]
+        threads = 32 * binary.metadata.num_warps
+        found.append((self.__name__, blocks[0] * blocks[1] // threads if len(blocks) == 2 else 0, binary))
+        return binary
+
+    JITFunction.run = compile_only
+    try:
+        case.launch()
+    finally:
+        JITFunction.run = run
+    return found
+
+
+# Reading machine code.
+
+
+def tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def opcodes(lines: list[str]) -> list[str]:
+    """FFMA, LDG.E.128 and so on, with their modifiers."""
+    found = (re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line) for line in lines)
+    return [f[1] for f in found if f and f[1] != "NOP"]
+
+
+def innermost_loops(listing: str) -> list[list[str]]:
+    """The lines of each loop that holds no other: from a label to a branch back to it."""
+    lines = listing.splitlines()
+    labels = {m[1]: n for n, line in enumerate(lines) if (m := re.match(r"(\.L_x_\d+):", line))}
+    loops = []
+    for end, line in enumerate(lines):
+        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if branch and opcodes(lines[labels[branch[1]] : end]):  # unlike the branch to itself that ends a kernel
+            loops.append((labels[branch[1]], end + 1))
+    return [lines[a:b] for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+
+
+def by_name(names: list[str]) -> dict[str, int]:
+    return dict(Counter(n.partition(".")[0] for n in names))
+
+
+def read(binary: Any) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        listing = tool("nvdisasm", "-c", file.name)
+    names = opcodes(listing.splitlines())
+    widths = [re.search(r"\.(64|128|U16|S16|U8)\b", n) for n in names if n.startswith(("LDG", "STG"))]
+    return {
+        "instructions": by_name(names),
+        "loops": [by_name(opcodes(loop)) for loop in innermost_loops(listing)],
+        "accesses": dict(Counter(w[1] if w else "32" for w in widths)),
+    }
+
+
+def resources(binary: Any) -> dict[str, int]:
+    """Registers and stack of a thread."""
+    if "cubin" not in binary.asm:
+        count = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count): +(\d+)", binary.asm["amdgcn"])}
+        return {"registers": count["vgpr_count"], "stack": 4 * count["vgpr_spill_count"]}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def main(part: int = 0, parts: int = 1) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    reports = []
+    for name, case in list(CASES.items())[part::parts]:
+        for number, (target, description) in enumerate(TARGETS.items()):
+            driver.set_active(Absent(number, GPUTarget(*description)))
+            for kernel, elements, binary in compiled(case):
+                code = read(binary) if target == READ else {"instructions": {}, "loops": [], "accesses": {}}
+                used = resources(binary) | {"shared": binary.metadata.shared}
+                reports.append(Report(name, target, kernel, elements=elements, **used, **code)._asdict())
+    json.dump(reports, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

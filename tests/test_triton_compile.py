@@ -1,0 +1,103 @@
+"""The Triton kernels compiled for GPUs that are not there, and their machine code, by ahead_of_time.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ahead_of_time
+import pytest
+from ahead_of_time import CASES, READ, TARGETS, Report
+
+from fastvae.backends import triton as triton_backend
+
+pytest.importorskip("triton")
+PARTS = 2  # processes
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[Report]:
+    """Of all cases, from processes that are not in Triton's interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTVAE_AUTOTUNE")}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(Path(ahead_of_time.__file__)), str(part), str(PARTS)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in range(PARTS)
+    ]
+    found = []
+    for process in running:
+        output, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-4000:]
+        found += [Report(**report) for report in json.loads(output)]
+    return found
+
+
+def of_case(reports: list[Report], name: str) -> list[Report]:
+    return [r for r in reports if r.case == name]
+
+
+@pytest.fixture(params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_compiles_for_every_target(reports: list[Report], name: str) -> None:
+    kernels = {target: [r.kernel for r in of_case(reports, name) if r.target == target] for target in TARGETS}
+    assert CASES[name].kernel in kernels[READ]
+    assert all(k == kernels[READ] for k in kernels.values())
+
+
+def test_registers_and_shared_memory(reports: list[Report], name: str) -> None:
+    for report in of_case(reports, name):
+        assert report.stack == 0, f"{report.kernel} spills on {report.target}"
+        assert report.shared <= CASES[name].shared, report
+        assert report.registers <= (512 if report.target.startswith("gfx") else CASES[name].registers), report
+
+
+def test_instructions(reports: list[Report], name: str) -> None:
+    """Of the case's own kernel: how many for each element, what share in the innermost loop, how wide the accesses."""
+    case = CASES[name]
+    report = next(r for r in of_case(reports, name) if (r.target, r.kernel) == (READ, case.kernel))
+    assert sum(report.instructions.values()) > 50
+    assert not {"LDL", "STL"} & set(report.instructions), "local memory"
+    assert not {"ATOM", "ATOMG", "RED"} & set(report.instructions), "atomics"
+    if report.elements:
+        assert sum(report.instructions.values()) / report.elements <= case.instructions
+    if case.wide:  # but for the odd number: a seed, a gradient, a sum
+        narrow = sum(n for width, n in report.accesses.items() if width != "128")
+        assert report.accesses["128"] >= report.elements / 8
+        assert narrow <= 4, report.accesses
+    if case.shares:
+        loop = max(report.loops, key=lambda loop: sum(loop.values()))
+        for opcode, least in case.shares.items():
+            share = loop.get(opcode, 0) / sum(loop.values())
+            assert share >= least, f"{opcode}: {share:.3f} of {loop}"
+
+
+def test_every_op_has_cases() -> None:
+    ops = {case.split()[0] for case in CASES}
+    assert ops == {f"{op}{direction}" for op in triton_backend.OPS for direction in ("", "_backward")}
+
+
+def test_innermost_loops_are_found() -> None:
+    listing = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   FADD R0, R0, R1 ;
+.L_x_1:
+        /*0020*/                   FFMA R0, R0, R1, R2 ;
+        /*0030*/              @!P0 MUFU.EX2 R3, R0 ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/               @P2 BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2);
+"""
+    loops = [ahead_of_time.opcodes(loop) for loop in ahead_of_time.innermost_loops(listing)]
+    assert loops == [["FFMA", "MUFU.EX2", "BRA"]]
