@@ -1,0 +1,394 @@
+"""Evaluation on a whole data set: streaming against memory, bounds, active units, the decoder's information."""
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Target
+from helpers import draw
+from test_kl_decomposition import ANCHORS, DATA, Correlated, Largest, mixing
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastvae
+from fastvae import (
+    VAE,
+    KLDecomposition,
+    active_units,
+    decoder_mutual_information,
+    kl_decomposition,
+    kl_decomposition_dataset,
+    mi_bounds,
+)
+from fastvae.likelihoods import Bernoulli, Binomial, Gaussian
+
+N, D = 103, 5
+
+
+@pytest.fixture
+def posteriors(backend: Target) -> tuple[Tensor, Tensor]:
+    return draw(N, D, seed=1), draw(N, D, seed=2) - 1
+
+
+@pytest.fixture
+def mapped(posteriors: tuple[Tensor, Tensor], tmp_path: Path) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
+    """The posteriors in memory-mapped files that cannot be written to."""
+
+    def of(dtype: str) -> tuple[np.ndarray, np.ndarray]:
+        for name, x in zip(("mu", "logvar"), posteriors, strict=True):
+            np.save(tmp_path / f"{name}.npy", x.numpy(force=True).astype(dtype))
+        return tuple(np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("mu", "logvar"))  # type: ignore
+
+    return of
+
+
+def in_memory(
+    posteriors: tuple[Tensor, Tensor], L: int = 1, rows: Tensor | None = None, seed: int = 0, **options: Any
+) -> KLDecomposition:
+    mu, logvar = posteriors
+    rows = torch.arange(len(mu)) if rows is None else rows
+    z = fastvae.reparameterize(mu[rows], logvar[rows], L, seed=seed)
+    return kl_decomposition(z.flatten(0, 1), mu, logvar, own=rows.repeat(L), **options)
+
+
+def assert_equal(left: KLDecomposition, right: KLDecomposition, tolerance: float = 1e-12) -> None:
+    assert left.estimator == right.estimator
+    for a, b in zip(left[:-1], right[:-1], strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+# kl_decomposition_dataset
+
+
+@pytest.mark.parametrize("chunk_size", [1, 10, 103, 4096])
+def test_chunks_give_what_one_pass_does(posteriors: tuple[Tensor, Tensor], chunk_size: int) -> None:
+    for L, rows in ((1, None), (3, None), (2, torch.tensor([7, 102, 7, 0]))):
+        streamed = kl_decomposition_dataset(posteriors, n_samples=L, rows=rows, chunk_size=chunk_size, seed=5)
+        assert_equal(streamed, in_memory(posteriors, L, rows, seed=5))
+        assert streamed.mi.dtype == torch.float64
+
+
+def test_as_many_rows(posteriors: tuple[Tensor, Tensor]) -> None:
+    everything = kl_decomposition_dataset(posteriors, rows=N)  # in order
+    assert_equal(everything, kl_decomposition_dataset(posteriors))
+    some = [kl_decomposition_dataset(posteriors, rows=20, seed=seed) for seed in (3, 3, 4)]
+    assert_equal(some[0], some[1], 0.0)
+    assert some[0].mi != some[2].mi
+    many = [kl_decomposition_dataset(posteriors, rows=60, seed=seed, n_samples=4).mi for seed in range(20)]
+    mean, error = torch.stack(many).mean(), torch.stack(many).std() / math.sqrt(20)
+    assert abs(mean - kl_decomposition_dataset(posteriors, n_samples=2000).mi) < 4 * error + 0.01
+
+
+def test_priors_and_the_closed_form(posteriors: tuple[Tensor, Tensor]) -> None:
+    for options in ({"prior": Correlated(mixing(D))}, {"analytic_conditional": True}):
+        streamed = kl_decomposition_dataset(posteriors, n_samples=2, chunk_size=40, **options)
+        assert_equal(streamed, in_memory(posteriors, 2, **options))
+        assert not any(t.requires_grad for t in streamed[:-1])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5), ("float16", 1e-5)])
+def test_memory_mapped_arrays(
+    posteriors: tuple[Tensor, Tensor], mapped: Callable[[str], Any], dtype: str, tolerance: float
+) -> None:
+    arrays = mapped(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as torch's on arrays that cannot be written to
+        streamed = kl_decomposition_dataset(arrays, rows=50, chunk_size=17, device=posteriors[0].device)
+    wide = np.float64 if dtype == "float64" else np.float32
+    tensors = tuple(torch.from_numpy(x.astype(wide)).to(posteriors[0]) for x in arrays)
+    assert_equal(streamed, kl_decomposition_dataset(tensors, rows=50), tolerance)
+
+
+def test_batches_of_an_encoder(posteriors: tuple[Tensor, Tensor]) -> None:
+    x = torch.cat(posteriors, 1)
+    calls = []
+
+    def encoder(x: Tensor) -> tuple[Tensor, ...]:
+        calls.append(len(x))
+        return x.chunk(2, 1)
+
+    expected = kl_decomposition_dataset(posteriors, rows=40, chunk_size=30)
+    labelled = DataLoader(TensorDataset(x, torch.arange(N)), batch_size=20)
+    once = (part for part in x.split(20))
+    for source in (x, x.split(20), labelled, once):
+        calls.clear()
+        assert_equal(kl_decomposition_dataset(source, encoder, rows=40, chunk_size=30), expected, 1e-15)
+        assert sum(calls) == N  # each example is encoded once
+        assert max(calls) <= 30
+    pairs = zip(*(p.split(20) for p in posteriors), strict=True)
+    assert_equal(kl_decomposition_dataset(pairs, rows=40), expected)
+    shuffled = DataLoader(TensorDataset(x), batch_size=20, shuffle=True, generator=torch.Generator().manual_seed(0))
+    assert kl_decomposition_dataset(shuffled, encoder).mi == pytest.approx(expected.mi.item(), abs=0.5)
+    single = kl_decomposition_dataset(x.float(), encoder, rows=40)
+    assert_equal(single, expected, 1e-5)
+
+
+def test_a_vae_encodes(backend: Target) -> None:
+    vae = VAE(lambda x: (x[:, :2], x[:, 2:4] - 3), nn.Linear(2, 6))
+    x = torch.bernoulli(torch.full((50, 6), 0.5), generator=torch.Generator().manual_seed(0))
+    terms = kl_decomposition_dataset(DataLoader(TensorDataset(x), 16), vae.encode, prior=vae.prior)
+    assert_equal(terms, kl_decomposition_dataset(vae.encode(x)), 1e-5)
+
+
+def test_anchors(backend: Target) -> None:
+    """The population's values, up to five standard errors of other samples of it, 8 of each posterior."""
+    with np.load(DATA / "anchors.npz") as arrays:
+        posteriors = arrays["mu"], arrays["logvar"]
+    terms = kl_decomposition_dataset(posteriors, n_samples=8, chunk_size=500)
+    full = ANCHORS["full"]
+    assert terms.kl.item() == pytest.approx(ANCHORS["kl_mean"], abs=0.1)
+    for name in ("mi", "entropy", "tc"):
+        assert getattr(terms, name).item() == pytest.approx(full[name], abs=0.1)
+    assert terms.saturation.item() == pytest.approx(math.exp(terms.mi) / 1536)
+
+
+def test_memory_is_bounded(backend: Target) -> None:
+    """By chunk and samples, not by the number of posteriors or of pairs."""
+    if backend.backend == "reference":
+        pytest.skip("it computes in chunks of up to 64 MiB")
+    n = 20_000
+    mu = np.lib.stride_tricks.as_strided(np.arange(n + 2, dtype=np.float32) / n, (n, 3), (4, 4))
+    logvar = np.broadcast_to(np.float32(-9.0), (n, 3))
+    with Largest() as largest:
+        kl_decomposition_dataset((mu, logvar), rows=100, chunk_size=500)
+    assert largest.elements <= 500 * 3
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_progress(
+    posteriors: tuple[Tensor, Tensor], installed: bool, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if installed:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    expected = kl_decomposition_dataset(posteriors, chunk_size=10)
+    assert capsys.readouterr().err == ""
+    pairs = [p.split(20) for p in posteriors]
+    shown = kl_decomposition_dataset(zip(*pairs, strict=True), chunk_size=10, progress=True)
+    assert_equal(shown, expected, 0.0)
+    text = capsys.readouterr().err
+    assert "encoding" in text
+    assert ("11/11" if installed else "columns: 11 of 11\n") in text
+
+
+def test_a_saturated_mi_is_warned_of(posteriors: tuple[Tensor, Tensor]) -> None:
+    mu, logvar = posteriors
+    with pytest.warns(UserWarning, match=r"^mi: 4\.6\d nats .*log 103 = 4\.63") as caught:
+        kl_decomposition_dataset((10 * mu, logvar - 9))
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kl_decomposition_dataset((0.1 * mu, logvar * 0))
+
+
+def broken(batch: Any) -> Iterator[Any]:
+    yield torch.zeros(4, 3), torch.zeros(4, 3)
+    yield batch
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "source", "options"),
+    [
+        (TypeError, "posteriors", 3, {}),
+        (TypeError, "posteriors", torch.zeros(4, 3), {}),
+        (TypeError, "posteriors", np.zeros((4, 3)), {}),
+        (TypeError, "posteriors", 3, {"encoder": lambda x: (x, x)}),
+        (TypeError, "posteriors", torch.zeros(4, 3), {"encoder": lambda x: x}),
+        (TypeError, "posteriors", broken(torch.zeros(4, 3)), {}),
+        (ValueError, "posteriors", broken((torch.zeros(4, 2), torch.zeros(4, 2))), {}),
+        (ValueError, "logvar", broken((torch.zeros(4, 3), torch.zeros(4, 2))), {}),
+        (TypeError, "mu", broken(([0.0], [0.0])), {}),
+        (ValueError, "posteriors", [], {}),
+        (ValueError, "posteriors", (torch.zeros(4, 3), torch.zeros(4, 2)), {}),
+        (ValueError, "posteriors", (torch.zeros(3), torch.zeros(3)), {}),
+        (ValueError, "posteriors", (torch.zeros(0, 3), torch.zeros(0, 3)), {}),
+        (TypeError, "mu", (torch.zeros(4, 3).long(), torch.zeros(4, 3)), {}),
+        (TypeError, "logvar", (np.zeros((4, 3)), np.zeros((4, 3), np.int32)), {}),
+        (TypeError, "encoder", [torch.zeros(4, 3)], {"encoder": 3}),
+        (TypeError, "n_samples", None, {"n_samples": 1.5}),
+        (ValueError, "n_samples", None, {"n_samples": 0}),
+        (ValueError, "chunk_size", None, {"chunk_size": 0}),
+        (ValueError, "rows", None, {"rows": 0}),
+        (ValueError, "rows", None, {"rows": 5}),
+        (TypeError, "rows", None, {"rows": 2.5}),
+        (TypeError, "rows", None, {"rows": torch.ones(4).bool()}),
+        (ValueError, "rows", None, {"rows": torch.tensor([0, 4])}),
+        (ValueError, "rows", None, {"rows": torch.tensor([-1])}),
+        (TypeError, "prior", None, {"prior": 1.0}),
+        (TypeError, "seed", None, {"seed": 1.5}),
+    ],
+    ids=str,
+)
+def test_errors(error: type[Exception], named: str, source: Any, options: dict[str, Any]) -> None:
+    source = (torch.zeros(4, 3), torch.zeros(4, 3)) if source is None else source
+    with pytest.raises(error, match=rf"^{named}: expected"):
+        kl_decomposition_dataset(source, **options)
+
+
+# mi_bounds
+
+
+def test_bounds() -> None:
+    assert mi_bounds(3.0, 7.0, h_data=9.0) == (6.0, 7.0)
+    assert mi_bounds(3.0, 7.0, dataset_size=1000) == (math.log(1000) - 3.0, 7.0)
+    assert mi_bounds(3.0, 7.0, dataset_size=1000, likelihood=Bernoulli()) == (math.log(1000) - 3.0, 7.0)
+    for density in ("density", Gaussian()):
+        assert mi_bounds(-3.0, 7.0, h_data=-9.0, likelihood=density) == (-6.0, 7.0)
+        with pytest.raises(ValueError, match=r"^h_data: expected the differential entropy"):
+            mi_bounds(-3.0, 7.0, dataset_size=1000, likelihood=density)
+    lower, upper = mi_bounds(torch.tensor(3.0), torch.tensor(7.0), dataset_size=1000)
+    assert (lower, upper) == (pytest.approx(math.log(1000) - 3.0), 7.0)
+    with pytest.warns(UserWarning, match="cross") as caught:
+        mi_bounds(0.1, 2.0, h_data=9.0)  # a mean over pixels
+    assert [w.filename for w in caught] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "changed"),
+    [
+        (ValueError, "h_data", {"dataset_size": None}),
+        (ValueError, "dataset_size", {"dataset_size": 0}),
+        (TypeError, "dataset_size", {"dataset_size": 10.0}),
+        (TypeError, "nell", {"nell": None}),
+        (TypeError, "div", {"div": torch.zeros(2)}),
+        (ValueError, "nell", {"nell": math.nan}),
+        (TypeError, "h_data", {"h_data": "9"}),
+        (ValueError, "likelihood", {"likelihood": "gaussian"}),
+        (TypeError, "likelihood", {"likelihood": nn.Identity()}),
+    ],
+    ids=str,
+)
+def test_errors_of_the_bounds(error: type[Exception], named: str, changed: dict[str, Any]) -> None:
+    with pytest.raises(error, match=rf"^{named}: expected"):
+        mi_bounds(**{"nell": 1.0, "div": 2.0, "dataset_size": 5, **changed})
+
+
+def test_bounds_hold_the_mi_of_a_model(backend: Target) -> None:
+    """A channel with known I_enc: z = the bit x plus noise, decoded by the true posterior p(x|z) at q(z)."""
+    s, n = 0.6, 200_000
+    x = torch.arange(2.0).double()
+    mu, logvar = 2 * x[:, None] - 1, torch.full((2, 1), 2 * math.log(s)).double()
+    z = fastvae.reparameterize(mu, logvar, n, seed=0)  # [n, 2, 1]
+    logits = 2 * z[..., 0] / s**2
+    nell = -Bernoulli().log_prob(x.to(z), logits).mean()
+    mi = kl_decomposition(z, mu, logvar).mi
+    lower, upper = mi_bounds(nell, fastvae.kl_gauss(mu, logvar), dataset_size=2)
+    assert lower.item() == pytest.approx(mi.item(), abs=1e-9)  # tight: the decoder inverts the encoder
+    assert mi < upper
+    assert mi_bounds(-Bernoulli().log_prob(x.to(z), logits / 2).mean(), upper, dataset_size=2)[0] < mi - 0.01
+
+
+# active_units
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_active_units(dtype: torch.dtype) -> None:
+    scale = torch.tensor([0.0, 0.05, 0.2, 1.0, 30.0])
+    mu = (scale * draw(500, 5) + torch.tensor([100.0, 0.0, 0.0, -7.0, 0.0])).to(dtype).requires_grad_()
+    active = active_units(mu)
+    assert active.dtype == torch.bool
+    assert active.tolist() == [False, False, True, True, True]
+    assert active_units(mu, 0.5).tolist() == [False, False, False, True, True]
+    assert active_units(mu, 0).tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "arguments"),
+    [
+        (TypeError, "mu", ([[0.0]],)),
+        (TypeError, "mu", (torch.zeros(4, 3).long(),)),
+        (ValueError, "mu", (torch.zeros(1, 3),)),
+        (ValueError, "mu", (torch.zeros(4),)),
+        (ValueError, "threshold", (torch.zeros(4, 3), -1.0)),
+        (TypeError, "threshold", (torch.zeros(4, 3), "1")),
+    ],
+    ids=str,
+)
+def test_errors_of_active_units(error: type[Exception], named: str, arguments: tuple) -> None:
+    with pytest.raises(error, match=rf"^{named}: expected"):
+        active_units(*arguments)
+
+
+# decoder_mutual_information
+
+
+def linear_gaussian(s: float, wrong: float = 0.0) -> tuple[VAE, float]:
+    """x = W z + s·noise with the exact posterior, `wrong` off in logvar, and its I_dec in nats. One latent."""
+    weight = torch.tensor([[1.0], [-0.5], [2.0]]).double()
+    precision = 1 + (weight**2).sum().item() / s**2
+
+    def encoder(x: Tensor) -> tuple[Tensor, Tensor]:
+        mu = x @ weight / (s**2 * precision)
+        return mu, torch.full_like(mu, wrong - math.log(precision))
+
+    decoder = nn.Linear(1, 3).double()
+    decoder.weight.data, decoder.bias.data = weight, torch.zeros(3).double()
+    vae = VAE(encoder, decoder, likelihood=Gaussian(s**2).double(), prior=fastvae.StandardNormal(1))
+    return vae.eval(), 0.5 * math.log(precision)
+
+
+@pytest.mark.parametrize(("s", "wrong"), [(0.3, 0.0), (0.3, 0.5), (2.0, 0.0)])
+def test_mutual_information_of_a_linear_decoder(backend: Target, s: float, wrong: float) -> None:
+    vae, exact = linear_gaussian(s, wrong)
+    got = decoder_mutual_information(vae, 2000, 200 if wrong else 8, batch_size=10_000)
+    assert abs(got.mi - exact) < 4 * got.standard_error + (0.01 if wrong else 0)
+    assert 0 < got.standard_error < 0.05
+    assert got.ess.shape == (2000,)
+
+
+def test_mutual_information_by_the_prior(backend: Target) -> None:
+    vae, exact = linear_gaussian(1.0)
+    got = decoder_mutual_information(vae, 500, 4000, proposal="prior")
+    assert abs(got.mi - exact) < 4 * got.standard_error + 0.01
+
+
+def test_mutual_information_is_drawn_by_its_seed() -> None:
+    vae, _ = linear_gaussian(0.3, 0.5)
+    before = torch.get_rng_state()
+    mi = [decoder_mutual_information(vae, 20, 50, seed=seed).mi for seed in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert mi[0] == mi[1] != mi[2]
+
+
+def test_mutual_information_of_pixels() -> None:
+    """A decoder that ignores z says nothing of it, one that shows its sign says a bit."""
+    for likelihood, options in (("bernoulli", {}), ("binomial", {"total_count": 16})):
+        for weight, bits in ((0.0, 0), (1000.0, 1)):
+            decoder = nn.Linear(1, 4)
+            decoder.weight.data.fill_(weight)
+            decoder.bias.data.zero_()
+            vae = VAE(lambda x: None, decoder, likelihood=likelihood, prior=fastvae.StandardNormal(1), **options)
+            got = decoder_mutual_information(vae, 300, 500, proposal="prior")
+            assert got.mi.item() == pytest.approx(bits * math.log(2), abs=0.05)
+
+
+def test_too_few_importance_samples_are_warned_of() -> None:
+    vae, _ = linear_gaussian(0.01)
+    with pytest.warns(UserWarning, match=r"^mi: .*effective sample size of 1\.\d of 20") as caught:
+        decoder_mutual_information(vae, 50, 20, proposal="prior")
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_errors_of_the_decoders_information() -> None:
+    vae, _ = linear_gaussian(1.0)
+    for error, named, options in (
+        (ValueError, "n", {"n": 1}),
+        (TypeError, "n", {"n": 2.5}),
+        (ValueError, "n_samples", {"n_samples": 0}),
+        (ValueError, "proposal", {"proposal": "q"}),
+    ):
+        with pytest.raises(error, match=rf"^{named}: expected"):
+            decoder_mutual_information(vae, **options)
+
+    class Mute(nn.Module):
+        log_prob, mean, check = Binomial.log_prob, Binomial.mean, Binomial.check
+
+    with pytest.raises(TypeError, match=r"^vae: expected a likelihood with sample, got Mute"):
+        decoder_mutual_information(VAE(nn.Identity(), nn.Identity(), likelihood=Mute()))
