@@ -11,6 +11,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 BUILT  := $(VENV)/built
+NATIVE_TESTS := -k native
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/* kernels/cpu/*)
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
