@@ -4,6 +4,7 @@
 #   make bench       the benchmarks;  make bench-cpu: the CPU table, against what people use today
 #   make check       ruff, ruff format, mypy
 #   make sanitize    the native tests under the address, undefined-behaviour and thread sanitizers
+#   make neon        the kernels for AArch64, by a cross-compiler, checked on an emulated CPU (qemu-user)
 #   make clean       remove everything that was built or drawn
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/* kernels/cp
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-long bench bench-cpu check sanitize clean
+.PHONY: demo test test-long bench bench-cpu check sanitize neon clean
 
 demo: $(BUILT)
 	$(BIN)/python -m fastvae demo
@@ -48,6 +49,12 @@ sanitize: $(BUILT)
 	$(BIN)/cmake -S . -B build/thread -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_SANITIZE=thread -DFASTVAE_THREADS_TEST=ON
 	$(BIN)/cmake --build build/thread
 	build/thread/fastvae_threads
+
+neon: $(BUILT)
+	$(BIN)/cmake -S . -B build/neon -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_THREADS_TEST=ON \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	$(BIN)/cmake --build build/neon
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/fastvae_threads
 
 clean:
 	rm -rf $(VENV) build dist demo-out .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
