@@ -196,11 +196,12 @@ def kl_decomposition(
         >>> terms = fastvae.kl_decomposition(z, mu, logvar, dataset_size=60_000)
         >>> loss = nell + terms.mi + 6 * terms.tc + terms.dim_kl.sum()
     """
+    check_prior(prior)
     estimator = _name(estimator, dataset_size)
     weights = _sample_weights(z, mu, dataset_size, estimator, own)
+    if weights is not None:
+        _check_drawn(weights.own, mu.shape[-2])
     joint, marginals = agg_log_prob_marginals(z, mu, logvar, weights=weights)  # [*batch, S], [*batch, S, D]
-    if weights is None or weights.own is None:
-        raise ValueError(f"own: expected the column each of the {z.shape[-2]} samples was drawn from, got None")
     n_columns = mu.shape[-2]
     z, mu, logvar = promote(z, mu, logvar)  # type: ignore[assignment]
     if z.ndim > mu.ndim:
@@ -232,9 +233,6 @@ def decompose(
         prior_marginals = -0.5 * (z.to(joint.dtype) ** 2 + math.log(2 * math.pi))
         prior_joint = prior_marginals.sum(-1)
     else:
-        if not (hasattr(prior, "log_prob") and hasattr(prior, "marginal_log_prob")):
-            got = type(prior).__name__
-            raise TypeError(f"prior: expected an object with log_prob and marginal_log_prob, got {got}")
         prior_joint, prior_marginals = prior.log_prob(z), prior.marginal_log_prob(z)
     mi = (conditional - joint).mean()
     agg_kl = (joint - prior_joint).mean()
@@ -258,10 +256,22 @@ def _name(estimator: str | None, dataset_size: int | None) -> str:
     return estimator
 
 
+def check_prior(prior: Prior | None) -> None:
+    if prior is not None and not (hasattr(prior, "log_prob") and hasattr(prior, "marginal_log_prob")):
+        raise TypeError(f"prior: expected an object with log_prob and marginal_log_prob, got {type(prior).__name__}")
+
+
+def _check_drawn(own: Tensor | None, n_columns: int) -> None:
+    """Every sample has a column that it was drawn from; values are looked at on a CPU only."""
+    if own is None:
+        raise ValueError("own: expected the column each sample was drawn from, as z has not one of each, got None")
+    eager = isinstance(own, Tensor) and own.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager and own.numel() > 0 and own.min() < 0:
+        raise ValueError(f"own: expected columns from 0 to {n_columns - 1}, got values from {int(own.min())}")
+
+
 def _own_rows(own: Tensor, x: Tensor) -> Tensor:
     """x `[..., N, D]` to `[..., S, D]`, the row that each sample was drawn from; NaN where there is none."""
-    if own.device.type == "cpu" and own.numel() > 0 and not torch.compiler.is_compiling() and int(own.min()) < 0:
-        raise ValueError(f"own: expected columns from 0 to {x.shape[-2] - 1}, got values from {int(own.min())}")
     known = (own >= 0) & (own < x.shape[-2])
     return x[..., own.where(known, 0), :].where(known[:, None], math.nan)
 

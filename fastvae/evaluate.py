@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends.contract import accumulation_dtype
-from .estimators import KLDecomposition, decompose
+from .estimators import KLDecomposition, check_prior, decompose
 from .ops._checks import check_choice, check_count, check_number, check_tensor
 from .ops.aggregate import ColumnWeights, agg_log_prob_marginals, log_prob_gauss
 from .ops.sampling import reparameterize
@@ -91,6 +91,7 @@ def kl_decomposition_dataset(
     """
     check_count("n_samples", n_samples, least=1)
     check_count("chunk_size", chunk_size, least=1)
+    check_prior(prior)
     stream = open_posteriors(posteriors, encoder, chunk_size=chunk_size, device=device, progress=progress)
     N = len(stream.mu)
     mu, logvar = stream.read(stream.choose(rows, seed))  # [R, D]

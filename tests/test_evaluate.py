@@ -101,7 +101,7 @@ def test_memory_mapped_arrays(
         warnings.simplefilter("error")  # such as torch's on arrays that cannot be written to
         streamed = kl_decomposition_dataset(arrays, rows=50, chunk_size=17, device=posteriors[0].device)
     wide = np.float64 if dtype == "float64" else np.float32
-    tensors = tuple(torch.from_numpy(x.astype(wide)).to(posteriors[0]) for x in arrays)
+    tensors = tuple(torch.from_numpy(x.astype(wide)).to(posteriors[0].device) for x in arrays)
     assert_equal(streamed, kl_decomposition_dataset(tensors, rows=50), tolerance)
 
 
@@ -123,15 +123,13 @@ def test_batches_of_an_encoder(posteriors: tuple[Tensor, Tensor]) -> None:
         assert max(calls) <= 30
     pairs = zip(*(p.split(20) for p in posteriors), strict=True)
     assert_equal(kl_decomposition_dataset(pairs, rows=40), expected)
-    shuffled = DataLoader(TensorDataset(x), batch_size=20, shuffle=True, generator=torch.Generator().manual_seed(0))
-    assert kl_decomposition_dataset(shuffled, encoder).mi == pytest.approx(expected.mi.item(), abs=0.5)
     single = kl_decomposition_dataset(x.float(), encoder, rows=40)
     assert_equal(single, expected, 1e-5)
 
 
 def test_a_vae_encodes(backend: Target) -> None:
     vae = VAE(lambda x: (x[:, :2], x[:, 2:4] - 3), nn.Linear(2, 6))
-    x = torch.bernoulli(torch.full((50, 6), 0.5), generator=torch.Generator().manual_seed(0))
+    x = (draw(50, 6) > 0).float()
     terms = kl_decomposition_dataset(DataLoader(TensorDataset(x), 16), vae.encode, prior=vae.prior)
     assert_equal(terms, kl_decomposition_dataset(vae.encode(x)), 1e-5)
 
@@ -140,7 +138,8 @@ def test_anchors(backend: Target) -> None:
     """The population's values, up to five standard errors of other samples of it, 8 of each posterior."""
     with np.load(DATA / "anchors.npz") as arrays:
         posteriors = arrays["mu"], arrays["logvar"]
-    terms = kl_decomposition_dataset(posteriors, n_samples=8, chunk_size=500)
+    device = torch.get_default_device()
+    terms = kl_decomposition_dataset(posteriors, n_samples=8, chunk_size=500, device=device)
     full = ANCHORS["full"]
     assert terms.kl.item() == pytest.approx(ANCHORS["kl_mean"], abs=0.1)
     for name in ("mi", "entropy", "tc"):
@@ -156,7 +155,7 @@ def test_memory_is_bounded(backend: Target) -> None:
     mu = np.lib.stride_tricks.as_strided(np.arange(n + 2, dtype=np.float32) / n, (n, 3), (4, 4))
     logvar = np.broadcast_to(np.float32(-9.0), (n, 3))
     with Largest() as largest:
-        kl_decomposition_dataset((mu, logvar), rows=100, chunk_size=500)
+        kl_decomposition_dataset((mu, logvar), rows=100, chunk_size=500, device=torch.get_default_device())
     assert largest.elements <= 500 * 3
 
 
@@ -226,10 +225,15 @@ def broken(batch: Any) -> Iterator[Any]:
     ],
     ids=str,
 )
-def test_errors(error: type[Exception], named: str, source: Any, options: dict[str, Any]) -> None:
+def test_errors_of_the_data_set(error: type[Exception], named: str, source: Any, options: dict[str, Any]) -> None:
     source = (torch.zeros(4, 3), torch.zeros(4, 3)) if source is None else source
     with pytest.raises(error, match=rf"^{named}: expected"):
         kl_decomposition_dataset(source, **options)
+
+
+def test_a_wrong_prior_is_refused_before_anything_is_encoded() -> None:
+    with pytest.raises(TypeError, match=r"^prior: expected"):
+        kl_decomposition_dataset(broken(None), lambda x: pytest.fail("encoded"), prior=torch.zeros(3))
 
 
 # mi_bounds
