@@ -69,7 +69,7 @@ def kl_decomposition_dataset(
         chunk_size: columns per pass over the samples.
         device: where to encode and compute; None for where the posteriors are.
         seed: of the rows and the samples.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, tqdm's where it is installed.
 
     Returns:
         KLDecomposition in float64, by the `uniform` estimator, which is exact here but for the sampling of z:
@@ -226,7 +226,7 @@ def decoder_mutual_information(
 
     Raises:
         TypeError: the likelihood has no `sample`, or a number is not an integer.
-        ValueError: `n` below 2, or as in `vae.log_likelihood`.
+        ValueError: `n` below 2, a negative seed, or as in `vae.log_likelihood`.
 
     Warns:
         UserWarning: the effective sample size of log p(x) is below 5 (harmonic mean), so that mi is too high by an
@@ -239,11 +239,15 @@ def decoder_mutual_information(
         >>> print(f"I_dec(x; z) = {mi:.2f} ± {error:.2f} nats")
     """
     check_count("n", n, least=2)
-    if not hasattr(vae.likelihood, "sample"):
-        raise TypeError(f"vae: expected a likelihood with sample, got {type(vae.likelihood).__name__}")
+    check_count("seed", seed)
+    likelihood = getattr(vae, "likelihood", None)
+    if not hasattr(likelihood, "sample"):
+        raise TypeError(f"vae: expected a VAE whose likelihood has sample, got likelihood {type(likelihood).__name__}")
     like = next((p for p in vae.parameters() if p.is_floating_point()), torch.empty(0))
     with torch.random.fork_rng([like.device] if like.is_cuda else []):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if like.is_cuda:
+            torch.cuda.default_generators[like.device.index].manual_seed(seed)
         z = vae.prior.sample(n).to(like)
         x = torch.cat([vae.likelihood.sample(vae.decoder(part)) for part in z.split(batch_size)])
         log_px, ess = vae.log_likelihood(x, n_samples, proposal=proposal, batch_size=batch_size)

@@ -76,7 +76,7 @@ def _spool(batches: Iterable[Any], encoder: Any, device: torch.device | str | No
         for batch in batches:
             if encoder is not None:
                 x = batch[0] if isinstance(batch, tuple | list) else batch
-                batch = encoder(x if device is None else x.to(device))
+                batch = encoder(x.to(device) if device is not None and isinstance(x, Tensor) else x)
             if not (isinstance(batch, tuple | list) and len(batch) == 2):
                 raise TypeError(f"posteriors: expected batches of pairs (mu, logvar), got {type(batch).__name__}")
             mu, logvar = batch

@@ -387,6 +387,8 @@ def test_errors_of_the_decoders_information() -> None:
         (TypeError, "n", {"n": 2.5}),
         (ValueError, "n_samples", {"n_samples": 0}),
         (ValueError, "proposal", {"proposal": "q"}),
+        (TypeError, "seed", {"seed": 0.5}),
+        (ValueError, "seed", {"seed": -1}),
     ):
         with pytest.raises(error, match=rf"^{named}: expected"):
             decoder_mutual_information(vae, **options)
@@ -394,5 +396,7 @@ def test_errors_of_the_decoders_information() -> None:
     class Mute(nn.Module):
         log_prob, mean, check = Binomial.log_prob, Binomial.mean, Binomial.check
 
-    with pytest.raises(TypeError, match=r"^vae: expected a likelihood with sample, got Mute"):
+    with pytest.raises(TypeError, match=r"^vae: expected .*sample, got likelihood Mute"):
         decoder_mutual_information(VAE(nn.Identity(), nn.Identity(), likelihood=Mute()))
+    with pytest.raises(TypeError, match=r"^vae: expected"):
+        decoder_mutual_information(nn.Identity())  # type: ignore[arg-type]

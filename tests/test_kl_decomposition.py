@@ -1,5 +1,6 @@
 """kl_decomposition: its terms by every estimator, held to brute force, to each other and to what they mean."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ from conftest import Target
 from helpers import (
     DTYPES,
     LOG_2PI,
+    Expected,
     Named,
     assert_accurate,
     assert_same,
@@ -116,6 +118,8 @@ def test_anchors(backend: Target, arrays: Named, estimator: str) -> None:
     for name, anchor in {"mi": "mi", "tc": "tc", "dim_kl": "dwkl", "kl": "kl_mc", "entropy": "entropy"}.items():
         value = torch.tensor(expected[anchor], dtype=torch.float64)
         torch.testing.assert_close(getattr(terms, name), value, rtol=0, atol=1e-9)
+    entropy = fastvae.agg_entropy(**inputs, estimator=kind, dataset_size=N)
+    assert entropy.item() == pytest.approx(expected["entropy"], abs=1e-9)
     assert terms.estimator == kind
     assert terms.saturation.item() == pytest.approx(math.exp(expected["mi"]) / B)
     weights = fastvae.estimator_weights(kind, B, N, torch.arange(B))
@@ -135,6 +139,26 @@ def test_anchors_in_float32(backend: Target, arrays: Named, estimator: str) -> N
         inputs,
         ("z", "mu"),
     )
+
+
+@functools.cache
+def in_float32(device: torch.device) -> Expected:
+    """The whole population's terms, by the rule: gigabytes when broadcast with gradients, so without."""
+    with np.load(DATA / "anchors.npz") as archive:
+        inputs = {n: torch.from_numpy(archive[n]).float().to(device) for n in ("z", "mu", "logvar")}
+    N = len(inputs["z"])
+    log_w = torch.full((N, 1), -math.log(N), dtype=torch.float64, device=device)
+    return Expected(
+        lambda **x: differentiable(formula(**x, log_w=log_w, own=torch.arange(N, device=device))), inputs, ("z", "mu")
+    )
+
+
+def test_anchors_of_the_whole_population_in_float32(backend: Target, arrays: Named) -> None:
+    expected = in_float32(torch.get_default_device())
+    for name, anchor in {"mi": "mi", "tc": "tc", "kl": "kl_mc", "entropy": "entropy"}.items():
+        exact = expected.exact[DIFFERENTIABLE.index(name)].item()
+        assert exact == pytest.approx(ANCHORS["full"][anchor], abs=1e-6)  # of inputs rounded to float32
+    expected.check(differentiable(kl_decomposition(*(arrays[n].float() for n in ("z", "mu", "logvar")))))
 
 
 def test_anchors_of_the_kl(backend: Target, arrays: Named) -> None:
