@@ -1,0 +1,308 @@
+"""log sum_j w_ij q(z_i | x_j), never forming [S, N], and its gradients.
+
+A program owns a block of samples and streams a range of the columns by, keeping each row's sum; where there are several
+ranges, a second kernel puts them together. The backward does the same again, because shares in a sum add up only if its
+terms are seen again to the last bit, and pulls on z as it goes: when a row's maximum moves, what its gradient has so
+far moves with its sum. Then programs that own columns stream the samples by.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvae.backends.contract import LogWeights
+
+from .log_sum_exp import across_lanes, add_terms, combine_ranges, hint, log_of, share_factor, shift, summed, times
+from .pair_gradients import clear, columns_gradients, pull_columns, pull_samples
+from .posteriors import (
+    INF,
+    Packed,
+    grid,
+    inverse_kappa2,
+    is_far,
+    log_terms,
+    offset,
+    override,
+    owned,
+    pack,
+    passing,
+    square_sums,
+    step,
+    which_far,
+)
+
+
+@triton.jit
+def joint_sums(
+    block, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own, log_w_next,
+    known, d_z, S, N, tiles, one,
+    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """m and total [RO, 1, TO, 1] of a block of samples over a range of columns. `known`: the result, in the backward;
+    d_z: where the pull on z is to be gathered, [splits, S, D], or None."""
+    ROWS: tl.constexpr = RO * TO
+    COLUMNS: tl.constexpr = RP * TP
+    first_row = block.to(tl.int64) * ROWS
+    row_lane, rows = owned(RO, TO)
+    column_lane, columns = passing(RP, TP)
+    row, column = row_lane + rows, column_lane + columns
+    inside = row < tl.minimum(S - first_row, ROWS).to(tl.int32)
+    z = samples + offset(first_row, D) + row_lane
+    if BACKWARD:
+        m = hint(tl.load(known + first_row + row, inside, other=-INF))
+    else:
+        m = tl.full([RO, 1, TO, TP], -INF, samples.dtype.element_ty)
+    total = tl.zeros_like(m)
+    carry = tl.zeros_like(m)
+    if d_z is not None:
+        far_rows = is_far(far_samples, first_row, ROWS)
+        to = d_z + (split.to(tl.int64) * S + first_row + row_lane) * D
+        clear(to, rows * D, inside, D, RO, TO, TP, one)
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, COLUMNS))):
+        first_column = tl.full([], COLUMNS, tl.int64) * tile
+        ab = planes + (offset(first_column, D) + column_lane) * step(planes)
+        far = is_far(far_columns, first_column, COLUMNS)
+        far_column = which_far(far_columns, first_column, column_lane, columns)
+        squares = square_sums(z, rows, ab, columns, far, far_column, D, RO, RP, TO, TP, UNROLL)
+        s = log_terms(
+            squares, c + first_column + column_lane, columns, log_w, own, own_low, own_high, log_w_own, log_w_next,
+            first_row, row, first_column, column, N, OWN, NEXT, ROWS, COLUMNS,
+        )  # fmt: skip
+        m, total, carry, p, part, rescale = add_terms(m, total, carry, s, BACKWARD)
+        if d_z is not None:
+            if tl.max(tl.where(part == 0, 0, 1)) != 0:  # far columns cost no more than their densities
+                pull_samples(
+                    p,
+                    rescale,
+                    z,
+                    rows,
+                    ab,
+                    columns,
+                    far | far_rows,
+                    far_column,
+                    to,
+                    rows * D,
+                    inside,
+                    one,
+                    D,
+                    RO,
+                    TO,
+                    TP,
+                )
+    if not BACKWARD:
+        m, total = across_lanes(m, total)
+    return m, total
+
+
+@triton.jit(do_not_specialize=["one"])
+def _rows(
+    samples, far_samples, planes, far_columns,
+    c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
+    known, d_z, joint, ms, totals, S, N, blocks, tiles, stride, one,
+    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """joint [S], or where that is None m and total of each range, [splits, stride]."""
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    m, total = joint_sums(
+        block, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own, log_w_next,
+        known, d_z, S, N, tiles, one, D, OWN, NEXT, BACKWARD, RO, RP, TO, TP, UNROLL,
+    )  # fmt: skip
+    lane, rows = owned(RO, TO)
+    i = block.to(tl.int64) * RO * TO + lane + rows
+    if joint is not None:
+        tl.store(joint + i, log_of(m, total), i < S)
+    else:
+        tl.store(ms + split.to(tl.int64) * stride + i, m, i < S)
+        tl.store(totals + split.to(tl.int64) * stride + i, total, i < S)
+
+
+@triton.jit
+def _combine_rows(ms, totals, joint, S, splits, stride, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m, total = combine_ranges(ms + i, totals + i, splits, stride, i < S)
+    tl.store(joint + i, log_of(m, total), i < S)
+
+
+@triton.jit
+def _combine_rows_backward(
+    ms, totals, partial_d_z, d_joint, grad_stride, shifts, factors, d_z, S, splits, stride,
+    D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr,
+):  # fmt: skip
+    """Shares are factor 2^(s - shift), with those [S]; d_z [S, D] from its parts, each relative to its range's m."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < S
+    m, total = combine_ranges(ms + i, totals + i, splits, stride, inside)
+    g = tl.load(d_joint + i * grad_stride, inside, other=0.0).to(m.dtype)
+    factor = share_factor(g, total)
+    tl.store(shifts + i, shift(m), inside)
+    tl.store(factors + i, factor, inside)
+    if d_z is not None:
+        for first in range(0, D, DK):
+            d = first + tl.arange(0, DK)[None, :]
+            mask = inside[:, None] & (d < D)
+            x = tl.zeros([BLOCK, DK], m.dtype)
+            for k in range(splits):
+                m_k = tl.load(ms + k * stride + i, inside, other=0.0)
+                part = tl.load(partial_d_z + (k * S.to(tl.int64) + i)[:, None] * D + d, mask, other=0.0)
+                x += times(tl.exp2(m_k - shift(m))[:, None], part)
+            x = times(factor[:, None] * -inverse_kappa2(m.dtype), x)
+            tl.store(d_z + i[:, None] * D + d, x.to(d_z.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["one"])
+def _columns(
+    samples, far_samples, planes, far_columns,
+    c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
+    shifts, factors, sums, shares, S, N, blocks, tiles, one,
+    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """sums [splits, 2, N, D] of r t and r t^2 (or None), and shares [splits, 2, N] of r, of ranges of samples."""
+    COLUMNS: tl.constexpr = RO * TO
+    ROWS: tl.constexpr = RP * TP
+    block = tl.program_id(0) % blocks
+    split = (tl.program_id(0) // blocks).to(tl.int64)
+    first_column = block.to(tl.int64) * COLUMNS
+    column_lane, columns = owned(RO, TO)
+    row_lane, rows = passing(RP, TP)
+    row, column = row_lane + rows, column_lane + columns
+    inside = column < tl.minimum(N - first_column, COLUMNS).to(tl.int32)
+    ab = planes + (offset(first_column, D) + column_lane) * step(planes)
+    far = is_far(far_columns, first_column, COLUMNS)
+    far_column = which_far(far_columns, first_column, column_lane, columns)
+    share = tl.zeros([RO, 1, TO, TP], samples.dtype.element_ty)
+    common_share = tl.zeros_like(share)
+    if sums is not None:
+        to_t = sums + (2 * split * N + first_column + column_lane) * D
+        to_t2 = to_t + N.to(tl.int64) * D
+        clear(to_t, columns * D, inside, D, RO, TO, TP, one)
+        clear(to_t2, columns * D, inside, D, RO, TO, TP, one)
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(S, ROWS))):
+        first_row = tl.full([], ROWS, tl.int64) * tile
+        z = samples + offset(first_row, D) + row_lane
+        squares = square_sums(z, rows, ab, columns, far, far_column, D, RO, RP, TO, TP, UNROLL)
+        s = log_terms(
+            squares, c + first_column + column_lane, columns, log_w, own, own_low, own_high, log_w_own, log_w_next,
+            first_row, row, first_column, column, N, OWN, NEXT, ROWS, COLUMNS,
+        )  # fmt: skip
+        there = row < tl.minimum(S - first_row, ROWS).to(tl.int32)
+        p = tl.exp2(s - tl.load(shifts + first_row + row_lane + rows, there, other=INF))
+        r = times(tl.load(factors + first_row + row_lane + rows, there, other=0.0), p)
+        part = summed(r, False)
+        share += part
+        if OWN or NEXT:
+            r_common = override(
+                r, 0.0, 0.0, own, own_low, own_high, first_row, row, first_column, column, N, OWN, NEXT, ROWS, COLUMNS
+            )
+            common_share += summed(r_common, False)
+        if sums is not None:
+            if tl.max(tl.where(tl.sum(tl.abs(r), 1, keep_dims=True) == 0, 0, 1)) != 0:
+                far_rows = is_far(far_samples, first_row, ROWS)
+                pull_columns(
+                    r,
+                    z,
+                    rows,
+                    ab,
+                    columns,
+                    far | far_rows,
+                    far_column,
+                    to_t,
+                    to_t2,
+                    columns * D,
+                    inside,
+                    one,
+                    D,
+                    RO,
+                    TO,
+                    TP,
+                )
+    share = tl.sum(share, 3, keep_dims=True)
+    common_share = tl.sum(common_share, 3, keep_dims=True) if OWN or NEXT else share
+    at = shares + 2 * split * N + first_column + column
+    tl.store(at, common_share, inside)
+    tl.store(at + N, share, inside)
+
+
+def _rows_arguments(packed: Packed) -> tuple[Tensor | float | None, ...]:
+    return packed.samples, packed.far_samples, packed.columns, packed.far_columns, *packed.weights
+
+
+def _new(packed: Packed, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or packed.dtype, device=packed.samples.device)
+
+
+def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
+    packed = pack(z, mu, logvar, weights)
+    S, N, D = packed.S, packed.N, packed.D
+    joint = _new(packed, S)
+    if S == 0:
+        return joint
+    g = grid(S, N, D, packed.dtype, z.device, reduce=False)
+    parts = [None, None] if g.splits == 1 else [_new(packed, g.splits, S) for _ in range(2)]
+    arguments = (
+        *_rows_arguments(packed),
+        *(None, None, joint if g.splits == 1 else None, *parts, S, N, g.blocks, g.tiles, S, 1),
+        *(D, *packed.overrides().values(), False),
+    )
+    _rows[(g.programs,)](*arguments, **g.config)
+    if g.splits > 1:
+        arguments = (*parts, joint, S, g.splits, S, 128)
+        _combine_rows[(triton.cdiv(S, 128),)](*arguments, num_warps=4)
+    return joint
+
+
+def shares(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor | None) -> tuple[Tensor, Tensor]:
+    """shift and factor [S], the shares of row i being factor 2^(s_ij - shift); writes d_z where that is wanted."""
+    S, N, D = packed.S, packed.N, packed.D
+    g = grid(S, N, D, packed.dtype, d_joint.device, reduce=True)
+    ms, totals = _new(packed, g.splits, S), _new(packed, g.splits, S)
+    shifts, factors = _new(packed, S), _new(packed, S)
+    partial = None if d_z is None else _new(packed, g.splits, S, D)
+    arguments = (
+        *_rows_arguments(packed),
+        *(joint, partial, None, ms, totals, S, N, g.blocks, g.tiles, S, 1),
+        *(D, *packed.overrides().values(), True),
+    )
+    _rows[(g.programs,)](*arguments, **g.config)
+    arguments = (ms, totals, partial, d_joint, d_joint.stride(0), shifts, factors, d_z, S, g.splits, S, D, 32, 32)
+    _combine_rows_backward[(triton.cdiv(S, 32),)](*arguments, num_warps=4)
+    return shifts, factors
+
+
+def agg_log_prob_backward(
+    d_joint: Tensor,
+    joint: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    weights: LogWeights,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    packed = pack(z, mu, logvar, weights)
+    S, N, D = packed.S, packed.N, packed.D
+    inputs = (z, mu, logvar, weights.log_w)
+    gradients = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if want and x is not None else None
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
+    d_z, d_mu, d_logvar, d_log_w = gradients
+    if S > 0:
+        shifts, factors = shares(packed, d_joint, joint, d_z)
+    if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
+        g = grid(N, S, D, packed.dtype, z.device, reduce=True)
+        sums = None if d_mu is None and d_logvar is None else _new(packed, g.splits, 2, N, D)
+        column_shares = _new(packed, g.splits, 2, N)
+        arguments = (
+            *_rows_arguments(packed),
+            *((shifts, factors) if S > 0 else (None, None)),
+            *(sums, column_shares, S, N, g.blocks, g.tiles, 1, D, *packed.overrides().values()),
+        )
+        _columns[(g.programs,)](*arguments, **g.config)
+        columns_gradients(packed, sums, column_shares, g.splits, d_mu, d_logvar, d_log_w)
+    return [x for x in gradients if x is not None]

@@ -1,0 +1,95 @@
+"""A streaming log2 sum_j 2^s_j over tiles: neutral element (-inf, 0), a tile of terms at a time, ranges of columns put
+together pairwise."""
+
+import triton
+import triton.language as tl
+
+from .posteriors import INF, LN2, LOG2E
+
+
+@triton.jit
+def shift(m):
+    """What terms are taken relative to. Infinite maxima are the sum's own business: 2^-inf is 0, 2^inf infinite."""
+    return tl.where(m - m == 0, m, 0.0)
+
+
+@triton.jit
+def highest(s, ACROSS: tl.constexpr):
+    """Over the passing columns of a tile [RO, RP, TO, TP]; of all lanes, or each lane for itself."""
+    m = tl.max(s, 1, keep_dims=True)
+    if ACROSS:
+        m = tl.max(m, 3, keep_dims=True)
+    return m
+
+
+@triton.jit
+def summed(s, ACROSS: tl.constexpr):
+    total = tl.sum(s, 1, keep_dims=True)
+    if ACROSS:
+        total = tl.sum(total, 3, keep_dims=True)
+    return total
+
+
+@triton.jit
+def add_terms(m, total, carry, s, ACROSS: tl.constexpr):
+    """The sum so far with a tile of terms; then 2^(s - shift), their sum, and what the sum so far was multiplied by.
+    `carry` is what `total` has too much, after Kahan: tiles may be thousands."""
+    new = tl.maximum(m, highest(s, ACROSS))
+    by = shift(new)
+    p = tl.exp2(s - by)
+    part = summed(p, ACROSS)
+    rescale = tl.exp2(m - by)
+    old = total * rescale
+    term = part - carry * rescale
+    total = old + term
+    carry = tl.where(tl.abs(total) < INF, (total - old) - term, 0.0)
+    return new, total, carry, p, part, rescale
+
+
+@triton.jit
+def across_lanes(m, total):
+    """[RO, 1, TO, TP] -> [RO, 1, TO, 1]"""
+    new = tl.max(m, 3, keep_dims=True)
+    return new, tl.sum(total * tl.exp2(m - shift(new)), 3, keep_dims=True)
+
+
+@triton.jit
+def log_of(m, total):
+    """In nats"""
+    wide = shift(m).to(tl.float64) * tl.full([], LN2, tl.float64) + tl.log(total.to(tl.float64))
+    return wide.to(m.dtype)
+
+
+@triton.jit
+def hint(log_sum):
+    """A maximum to begin with that no row's sum is far below, from the saved result in nats: terms that are nothing
+    beside it are then known to be from the first tile on. A bit less than the rounding of the result may have taken."""
+    eps: tl.constexpr = 2.3e-16 if log_sum.dtype == tl.float64 else 1.2e-7
+    m = log_sum * LOG2E
+    m = m - (1.0 + 32 * eps * tl.abs(m))
+    return tl.where(m - m == 0, m, -INF)
+
+
+@triton.jit
+def share_factor(g, total):
+    """Shares of one row are 2^(s - shift) times this, so that they add up to g."""
+    return tl.where(total == 0, 0.0, g / total)
+
+
+@triton.jit
+def times(g, x):
+    """g x, but 0 where g is 0 even if x overflowed: no gradient in, none out."""
+    return tl.where(g == 0, 0.0, g * x)
+
+
+@triton.jit
+def combine_ranges(shifts, totals, splits, stride, inside):
+    """m and total of a row from those of its ranges of columns, `stride` apart; shifts and totals point at the first."""
+    m = tl.full(inside.shape, -INF, shifts.dtype.element_ty)
+    for k in range(splits):
+        m = tl.maximum(m, tl.load(shifts + k * stride, inside, other=-INF))
+    total = tl.zeros(inside.shape, shifts.dtype.element_ty)
+    for k in range(splits):
+        m_k = tl.load(shifts + k * stride, inside, other=-INF)
+        total += tl.load(totals + k * stride, inside, other=0.0) * tl.exp2(m_k - shift(m))
+    return m, total

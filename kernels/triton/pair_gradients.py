@@ -1,0 +1,155 @@
+"""What weights r_ij on the pairs' log-densities pull on z, mu and logvar. With t and a in units of kappa
+(posteriors.py):
+
+    d z_id      = -sum_j r_ij t a / kappa^2
+    d mu_jd     =  sum_i r_ij t a / kappa^2
+    d logvar_jd = (sum_i r_ij t^2 / kappa^2 - sum_i r_ij) / 2
+
+A tile's r stay in registers while d runs; for each d they are summed over what passes by, and lane d mod TP keeps the
+sum, so that a program reads and writes its own sums in memory, [owned, D], once for TP dimensions. No thread touches
+another's.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .log_sum_exp import summed
+from .posteriors import PANEL, Packed, clip, inverse_kappa2, largest, load_pair, offset, standardized, step
+
+
+@triton.jit
+def _finite_t(z, a, b, far_column):
+    """t, finite for finite inputs, so that 0 t is 0: where nothing is far, fma(z, a, b) promises as much."""
+    t = standardized(z, a, b, far_column)
+    return clip(t, -largest(t.dtype), largest(t.dtype))
+
+
+@triton.jit
+def clear(to, owned, inside, D: tl.constexpr, RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, one):
+    """The owned sums [D] to 0, from a pointer to the thread's first and the constants that make the others."""
+    lane = tl.arange(0, TP)[None, None, None, :]
+    for first in range(0, D, TP):
+        zero = tl.zeros([RO, 1, TO, TP], to.dtype.element_ty)
+        tl.store(to + first + lane * one + owned, zero, inside & (lane < D - first))
+
+
+@triton.jit
+def _samples_sums(
+    r, x, z, rows, planes, columns, far_column, n, lane, FAR: tl.constexpr
+):  # fmt: skip
+    for k in range(0, n):
+        a, b = load_pair(planes, columns)
+        t = _finite_t(tl.load(z + rows), a, b, far_column) if FAR else tl.fma(tl.load(z + rows), a, b)
+        x = tl.where(lane == k, summed(r * t * a, True), x)
+        z += PANEL
+        planes += PANEL * step(planes)
+    return x
+
+
+@triton.jit
+def pull_samples(
+    r, rescale, z, rows, planes, columns, far, far_column, to, owned, inside, one, D: tl.constexpr,
+    RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
+):  # fmt: skip
+    """sum_j r t a, added to `rescale` times the owned samples' sums [D]."""
+    lane = tl.arange(0, TP)[None, None, None, :]
+    for first in range(0, D, TP):
+        x = tl.zeros([RO, 1, TO, TP], r.dtype)
+        z_d = z + first * PANEL
+        planes_d = planes + first * PANEL * step(planes)
+        n = tl.minimum(D - first, TP)
+        if far:
+            x = _samples_sums(r, x, z_d, rows, planes_d, columns, far_column, n, lane, True)
+        else:
+            x = _samples_sums(r, x, z_d, rows, planes_d, columns, far_column, n, lane, False)
+        at = to + first + lane * one + owned
+        mask = inside & (lane < D - first)
+        tl.store(at, tl.fma(tl.load(at, mask, other=0.0), rescale, x), mask)
+
+
+@triton.jit
+def _columns_sums(
+    r, x, x2, z, rows, planes, columns, far_column, n, lane, FAR: tl.constexpr
+):  # fmt: skip
+    for k in range(0, n):
+        a, b = load_pair(planes, columns)
+        t = _finite_t(tl.load(z + rows), a, b, far_column) if FAR else tl.fma(tl.load(z + rows), a, b)
+        rt = r * t
+        x = tl.where(lane == k, summed(rt, True), x)
+        x2 = tl.where(lane == k, summed(rt * t, True), x2)
+        z += PANEL
+        planes += PANEL * step(planes)
+    return x, x2
+
+
+@triton.jit
+def pull_columns(
+    r, z, rows, planes, columns, far, far_column, to_t, to_t2, owned, inside, one, D: tl.constexpr,
+    RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
+):  # fmt: skip
+    """sum_i r t and sum_i r t^2, added to the owned columns' sums [D]."""
+    lane = tl.arange(0, TP)[None, None, None, :]
+    for first in range(0, D, TP):
+        x = tl.zeros([RO, 1, TO, TP], r.dtype)
+        x2 = tl.zeros([RO, 1, TO, TP], r.dtype)
+        z_d = z + first * PANEL
+        planes_d = planes + first * PANEL * step(planes)
+        n = tl.minimum(D - first, TP)
+        if far:
+            x, x2 = _columns_sums(r, x, x2, z_d, rows, planes_d, columns, far_column, n, lane, True)
+        else:
+            x, x2 = _columns_sums(r, x, x2, z_d, rows, planes_d, columns, far_column, n, lane, False)
+        at = first + lane * one + owned
+        mask = inside & (lane < D - first)
+        tl.store(to_t + at, tl.load(to_t + at, mask, other=0.0) + x, mask)
+        tl.store(to_t2 + at, tl.load(to_t2 + at, mask, other=0.0) + x2, mask)
+
+
+@triton.jit
+def _combine_columns(
+    sums, shares, planes, d_mu, d_logvar, d_log_w, N, splits, D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr
+):  # fmt: skip
+    """The gradients from the sums [splits, 2, N, D] of r t and r t^2, and the shares [splits, 2, N] of r: those that
+    pull on log_w, and all. Each of the gradients may be None."""
+    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = j < N
+    ACC: tl.constexpr = shares.dtype.element_ty
+    if d_log_w is not None:
+        share = tl.zeros([BLOCK], ACC)
+        for k in range(splits):
+            share += tl.load(shares + 2 * k * N.to(tl.int64) + j, inside, other=0.0)
+        tl.store(d_log_w + j, share.to(d_log_w.dtype.element_ty), inside)
+    if d_mu is not None or d_logvar is not None:
+        share = tl.zeros([BLOCK], ACC)
+        for k in range(splits):
+            share += tl.load(shares + (2 * k + 1) * N.to(tl.int64) + j, inside, other=0.0)
+        for first in range(0, D, DK):
+            d = first + tl.arange(0, DK)[None, :]
+            mask = inside[:, None] & (d < D)
+            at = j[:, None] * D + d
+            x = tl.zeros([BLOCK, DK], ACC)
+            x2 = tl.zeros([BLOCK, DK], ACC)
+            for k in range(splits):
+                x += tl.load(sums + 2 * k * N.to(tl.int64) * D + at, mask, other=0.0)
+                x2 += tl.load(sums + (2 * k + 1) * N.to(tl.int64) * D + at, mask, other=0.0)
+            if d_mu is not None:
+                a, _ = load_pair(planes, offset(j, D)[:, None] + d * PANEL)
+                tl.store(d_mu + at, (x * a * inverse_kappa2(ACC)).to(d_mu.dtype.element_ty), mask)
+            if d_logvar is not None:
+                pull = 0.5 * (x2 * inverse_kappa2(ACC) - share[:, None])
+                tl.store(d_logvar + at, pull.to(d_logvar.dtype.element_ty), mask)
+
+
+def columns_gradients(
+    packed: Packed,
+    sums: Tensor | None,
+    shares: Tensor,
+    splits: int,
+    d_mu: Tensor | None,
+    d_logvar: Tensor | None,
+    d_log_w: Tensor | None = None,
+) -> None:
+    """Writes those that are not None."""
+    arguments = (sums, shares, packed.columns, d_mu, d_logvar, d_log_w, packed.N, splits, packed.D, 32, 32)
+    _combine_columns[(-(-packed.N // 32),)](*arguments, num_warps=4)
