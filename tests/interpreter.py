@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 MOST_PROGRAMS = 96
 
 _cast = InterpreterBuilder.cast_impl
 _run = GridExecutor.__call__
+_patch_language = interpreter._patch_lang
 
 
 def _cast_impl(self: InterpreterBuilder, source: TensorHandle, to: Any) -> TensorHandle:
@@ -43,8 +45,23 @@ def _create_fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: T
 def _call(self: GridExecutor, *arguments: Any, **keywords: Any) -> None:
     if not callable(self.grid) and math.prod(self.grid) > MOST_PROGRAMS:
         pytest.skip(f"{math.prod(self.grid)} programs: more than {MOST_PROGRAMS} are too slow in Triton's interpreter")
+    _patched.clear()
     with np.errstate(all="ignore"):
         _run(self, *arguments, **keywords)
+
+
+_patched: set[tuple[bool, bool]] = set()
+
+
+def _patch_lang(function: Any) -> Any:
+    """Once in a launch for each way to import the language. The original does it at each call of a device function,
+    half a millisecond every time."""
+    modules = list(function.__globals__.values())
+    key = (any(m is tl for m in modules), any(m is tl.core for m in modules))
+    if key in _patched:
+        return interpreter._LangPatchScope()
+    _patched.add(key)
+    return _patch_language(function)
 
 
 def adjust() -> None:
@@ -52,3 +69,4 @@ def adjust() -> None:
     InterpreterBuilder.cast_impl = _cast_impl
     InterpreterBuilder.create_fma = _create_fma
     GridExecutor.__call__ = _call
+    interpreter._patch_lang = _patch_lang
