@@ -1,4 +1,4 @@
-// Elementary functions on vectors: exp2, exp, e^x - 1 - x, and the natural logarithm.
+// Elementary functions on vectors: exp2, exp, e^x - 1, e^x - 1 - x, and the natural logarithm.
 //
 // Polynomials are near-minimax (Chebyshev) fits, their relative error noted beside them; float and double
 // results are within 2 ulp. NaN gives NaN. Results below 2^kMinExponent may be flushed to zero.
@@ -24,10 +24,6 @@ template <> struct Elementary<float> {
     // (e^x - 1 - x) / x^2 on [-ln2/2, ln2/2]: 8e-9 of e^x
     static constexpr float kExp[] = {5.000000000e-01f, 1.666657667e-01f, 4.166655421e-02f, 8.363232884e-03f,
                                      1.392625083e-03f};
-    // the same on [-1, 1]: 1e-10
-    static constexpr float kExpTail[] = {5.000000000e-01f, 1.666666658e-01f, 4.166666659e-02f,
-                                         8.333345241e-03f, 1.388889879e-03f, 1.983698849e-04f,
-                                         2.479802595e-05f, 2.812644435e-06f, 2.803093810e-07f};
     static constexpr float kLog[] = {3.333333118e-01f,  -2.499999696e-01f, 2.000071575e-01f,
                                      -1.666780232e-01f, 1.424905765e-01f,  -1.242568733e-01f,
                                      1.168541992e-01f,  -1.147973385e-01f, 6.971611471e-02f};
@@ -54,13 +50,6 @@ template <> struct Elementary<double> {
                                       2.48015873256774607e-05, 2.75572551700008879e-06,
                                       2.75572734787185824e-07, 2.51053127296221029e-08,
                                       2.09147553258932021e-09};
-    // 1e-22
-    static constexpr double kExpTail[] = {
-        5.00000000000000000e-01, 1.66666666666666657e-01, 4.16666666666666644e-02, 8.33333333333333322e-03,
-        1.38888888888888894e-03, 1.98412698412696976e-04, 2.48015873015872304e-05, 2.75573192240768469e-06,
-        2.75573192240313263e-07, 2.50521083551334255e-08, 2.08767569727268982e-09, 1.60590495647274897e-10,
-        1.14707484593771740e-11, 7.64654746625834047e-13, 4.77916942111103945e-14, 2.84660370997499535e-15,
-        1.57948440565175789e-16};
     static constexpr double kLog[] = {6.666666666666735130e-01, 3.999999999940941908e-01,
                                       2.857142874366239149e-01, 2.222219843214978396e-01,
                                       1.818357216161805012e-01, 1.531383769920937332e-01,
@@ -121,29 +110,33 @@ template <class T> FASTVAE_INLINE Vec<T> exp2_term(Vec<T> x) {
 #endif
 }
 
-// e^x
-template <class T> FASTVAE_INLINE Vec<T> exp_(Vec<T> x) {
-    using E = Elementary<T>;
-    constexpr T kLog2e = T(1.44269504088896340736);
-    x = min_<T>(splat((E::kMaxExponent + T(0.25)) / kLog2e),
-                max_<T>(splat((E::kMinExponent - E::kMantissa - 8) / kLog2e), x));
-    const Vec<T> n = (x * kLog2e + E::kRound) - E::kRound;
-    const Vec<T> f = (x - n * E::kLn2Hi) - n * E::kLn2Lo;
-    return scale_by_power<T>(polynomial<T>(f, E::kExp) * (f * f) + f + T(1), n);
-}
+// e^x, and what is left of it without its first terms. Where x is in [-ln2/2, ln2/2] no power of two is split off, and
+// the polynomial is of e^x - 1 - x itself, accurate near 0 and never negative; elsewhere subtracting costs no more than
+// rounding e^x did.
+template <class T> class Exponential {
+public:
+    explicit FASTVAE_INLINE Exponential(Vec<T> x) {
+        using E = Elementary<T>;
+        constexpr T kLog2e = T(1.44269504088896340736);
+        x = min_<T>(splat((E::kMaxExponent + T(0.25)) / kLog2e),
+                    max_<T>(splat((E::kMinExponent - E::kMantissa - 8) / kLog2e), x));
+        n_ = (x * kLog2e + E::kRound) - E::kRound;
+        f_ = (x - n_ * E::kLn2Hi) - n_ * E::kLn2Lo;
+        tail_ = polynomial<T>(f_, E::kExp) * (f_ * f_);
+        value_ = scale_by_power<T>(tail_ + f_ + T(1), n_);
+    }
+    FASTVAE_INLINE Vec<T> value() const { return value_; }
+    FASTVAE_INLINE Vec<T> minus_1() const { return select<T>(n_ == T(0), tail_ + f_, value_ - T(1)); }
+    // e^x - 1 - x; the half of x is finite where x itself, a difference of finite numbers, need not be.
+    FASTVAE_INLINE Vec<T> minus_1_minus_x(Vec<T> half_x) const {
+        return select<T>(n_ == T(0), tail_, ((value_ - T(1)) - half_x) - half_x);
+    }
 
-// e^x - 1 - x, never negative and accurate near 0; `e_x` is exp_(x).
-template <class T> FASTVAE_INLINE Vec<T> exp_tail(Vec<T> x, Vec<T> e_x) {
-    const Vec<T> near = polynomial<T>(x, Elementary<T>::kExpTail) * (x * x);
-    const Vec<T> far = (e_x - T(1)) - x;
-    return select<T>((x > T(-1)) & (x < T(1)), near, far);
-}
+private:
+    Vec<T> n_, f_, tail_, value_;
+};
 
-// e^x - 1, accurate near 0; `e_x` is exp_(x).
-template <class T> FASTVAE_INLINE Vec<T> expm1_(Vec<T> x, Vec<T> e_x) {
-    const Vec<T> near = polynomial<T>(x, Elementary<T>::kExpTail) * (x * x) + x;
-    return select<T>((x > T(-1)) & (x < T(1)), near, e_x - T(1));
-}
+template <class T> FASTVAE_INLINE Vec<T> exp_(Vec<T> x) { return Exponential<T>(x).value(); }
 
 // ln x for positive, normal, finite x. With x = m 2^e, m in [sqrt(1/2), sqrt(2)) and f = m - 1:
 // float: ln m = f - f^2/2 + f^3 P(f), P's error 3e-8; double: fdlibm's, with s = f / (2 + f).

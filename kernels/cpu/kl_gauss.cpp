@@ -68,7 +68,7 @@ template <class T> FASTVAE_INLINE Vec<T> finite(Vec<T> x) {
 
 // The halves keep differences of finite numbers finite.
 template <class T, bool kPrior> struct Terms {
-    Vec<T> half_x, x, e_x, half_u, inverse_sigma;
+    Vec<T> half_x, half_u, inverse_sigma;
 
     FASTVAE_INLINE Terms(const Inputs<T> &row, int64_t i, int64_t n) {
         half_x = T(0.5) * load_some(row.logvar + i, n);
@@ -81,15 +81,13 @@ template <class T, bool kPrior> struct Terms {
             inverse_sigma = finite<T>(exp_<T>(-half_prior));
             half_u *= inverse_sigma;
         }
-        x = half_x + half_x;
-        e_x = exp_<T>(x);
     }
     FASTVAE_INLINE Vec<T> kl() const {
-        const Vec<T> near = exp_tail<T>(x, e_x), far = ((e_x - T(1)) - half_x) - half_x;
-        return T(0.5) * select<T>(x > T(1), far, near) + T(2) * half_u * half_u;
+        return T(0.5) * e_x().minus_1_minus_x(half_x) + T(2) * half_u * half_u;
     }
     FASTVAE_INLINE Vec<T> d_mu() const { return T(2) * half_u * inverse_sigma; }
-    FASTVAE_INLINE Vec<T> d_logvar() const { return T(0.5) * expm1_<T>(x, e_x); }
+    FASTVAE_INLINE Vec<T> d_logvar() const { return T(0.5) * e_x().minus_1(); }
+    FASTVAE_INLINE Exponential<T> e_x() const { return Exponential<T>(half_x + half_x); }
     FASTVAE_INLINE Vec<T> d_prior_logvar() const { return -(d_logvar() + T(2) * half_u * half_u); }
 };
 

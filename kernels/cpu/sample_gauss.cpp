@@ -60,7 +60,7 @@ int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_
                     if (!sums) return;
                     vq += vlogvar + veps * veps;
                     vp += vz * vz;
-                    if (kl && l == 0) vk += vmu * vmu + exp_tail<T>(vlogvar, exp_<T>(vlogvar));
+                    if (kl && l == 0) vk += vmu * vmu + Exponential<T>(vlogvar).minus_1_minus_x(T(0.5) * vlogvar);
                 });
                 if (!sums) continue;
                 if (d == 0) q = p = k = 0;
@@ -109,7 +109,7 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
                     if (d_kl) {
                         const Vec<T> vlogvar = load_some(logvar_row + i, m);
                         vd_mu = g_kl * load_some(mu_row + i, m);
-                        vd_logvar += times<T>(splat(T(0.5) * g_kl), expm1_<T>(vlogvar, exp_<T>(vlogvar)));
+                        vd_logvar += times<T>(splat(T(0.5) * g_kl), Exponential<T>(vlogvar).minus_1());
                     }
                     if (d_mu) store_some(d_mu + e + r * n + i, vd_mu, m);
                     if (d_logvar) store_some(d_logvar + e + r * n + i, vd_logvar, m);
