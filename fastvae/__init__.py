@@ -10,6 +10,7 @@ from .evaluate import (
     mi_bounds,
 )
 from .importance import effective_sample_size, elbo, iw_elbo, mc_iw_elbo
+from .information import cross_entropy, entropy, kl_discrete
 from .objectives import ELBO, IWAE, BetaTCVAE, InfoVAE
 from .ops.aggregate import (
     ColumnWeights,
@@ -42,14 +43,17 @@ __all__ = [
     "agg_entropy",
     "agg_log_prob",
     "agg_log_prob_marginals",
+    "cross_entropy",
     "cross_log_prob",
     "decoder_mutual_information",
     "effective_sample_size",
     "elbo",
+    "entropy",
     "estimator_weights",
     "iw_elbo",
     "kl_decomposition",
     "kl_decomposition_dataset",
+    "kl_discrete",
     "kl_gauss",
     "log_prob_gauss",
     "mc_iw_elbo",
