@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def printed_by(example: str) -> str:
+def printed_by(example: str, *options: object) -> str:
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / example],
+        [sys.executable, ROOT / "examples" / example, *map(str, options)],
         capture_output=True,
         text=True,
         env={"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -44,3 +44,36 @@ def test_estimator_bias_prints_the_readmes_table():
         assert numbers == pytest.approx(readme[name], abs=0.011)
         assert len(numbers) == 6
     assert table["`uniform`"][1] < math.log(64) < table["`loo`"][1]
+
+
+def test_gradient_snr(tmp_path):
+    """DReG's ratio grows with m, IWAE's falls, and their means agree where STL's does not."""
+    picture = tmp_path / "gradient_snr.png"
+    printed = printed_by("gradient_snr.py", "--most", 16, "--repeats", 2048, "--out", picture)
+    rows = re.findall(r"^ *(\d+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+)$", printed, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16]
+    dreg, dreg_mean, _, stl_mean, iwae, iwae_mean = zip(*([float(x) for x in row[1:]] for row in rows), strict=True)
+    assert dreg[-1] > 1.2 * dreg[0]
+    assert iwae[-1] < iwae[0] / 2
+    assert iwae_mean[:4] == pytest.approx(dreg_mean[:4], rel=0.15)
+    assert stl_mean[-1] > 5 * dreg_mean[-1]
+    assert picture.stat().st_size > 10_000
+
+
+def test_beta_tcvae(tmp_path):
+    """More weight, less TC; and less of it by BetaTCVAE than by the ELBO at equal reconstruction."""
+    picture = tmp_path / "beta_tcvae.png"
+    printed = printed_by("beta_tcvae.py", "--steps", 200, "--out", picture)
+    rows = re.findall(r"^(Nell.*?) +(\d\S+) +(\S+) +(\S+) +(\S+) +(\S+)$", printed, re.MULTILINE)
+    assert len(rows) == 11
+    tc: dict[str, list[float]] = {}
+    for label, *numbers in rows:
+        nell, mi, total_correlation, dim_kl, loss = map(float, numbers)
+        assert nell + mi + total_correlation + dim_kl == pytest.approx(loss, abs=0.02)
+        tc.setdefault("MI" if "½" in label else "TC" if "TC" in label else "KL", []).append(total_correlation)
+    for falling in tc.values():
+        assert falling == sorted(falling, reverse=True)
+    elbo, ours = (float(x) for x in re.findall(r"(\d\.\d{3}) with", printed))
+    assert elbo == tc["KL"][1]
+    assert ours < 0.7 * elbo
+    assert picture.stat().st_size > 10_000
