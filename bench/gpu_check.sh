@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under nine minutes: bench/gpu_check.sh OUT [PYTHON]
+#
+# Installs into an environment of its own that sees the packages of PYTHON (python3 by default), from this source tree
+# and without the network: torch, Triton, CMake, ninja, scikit-build-core, pytest and hypothesis must be there. Runs the
+# tests on the GPU, then all GPU benchmarks. Leaves in OUT what they printed, gpu.json and gpu.md, also when cut short.
+# Exits with 1 if the installation or a test failed. Without a GPU it is a dry run in Triton's interpreter.
+set -uo pipefail
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+base=${2:-python3}
+cd "$(dirname "$0")/.."
+environment=$(mktemp -d)
+trap 'rm -rf "$environment"' EXIT
+python=$environment/bin/python
+status=0
+
+echo "== installing" | tee "$out/install.txt"
+{
+  "$base" -m venv --without-pip "$environment"
+  "$base" -c 'import sysconfig; print(sysconfig.get_path("purelib")); print(sysconfig.get_path("platlib"))' \
+    > "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+  timeout 120 "$base" -m pip --python "$python" install --quiet --no-index --no-build-isolation --no-deps --editable . \
+    --config-settings=build-dir="$environment/build"
+} >> "$out/install.txt" 2>&1 || { cat "$out/install.txt"; exit 1; }
+"$python" -m fastvae info | tee -a "$out/install.txt"
+
+tests=(tests) benchmarks=240
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "no GPU: a dry run"
+  export TRITON_INTERPRET=1 FASTVAE_BACKEND=triton TORCHDYNAMO_DISABLE=1
+  tests=(tests/test_philox.py) benchmarks=60
+fi
+
+echo "== testing"
+workers=$("$python" -c 'import xdist' 2> /dev/null && echo "-n $(($(nproc) < 8 ? $(nproc) : 8))")
+FASTVAE_BACKEND='' timeout 210 "$python" -m pytest -q -k "triton or cuda" $workers --junitxml="$out/tests.xml" "${tests[@]}" \
+  > "$out/tests.txt" 2>&1 || status=1
+tail -n 25 "$out/tests.txt"
+
+echo "== measuring"
+timeout $((benchmarks + 60)) "$python" -m bench.gpu "$out" --seconds $benchmarks 2>&1 | tee "$out/bench.txt"
+exit $status
