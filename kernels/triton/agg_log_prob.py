@@ -8,22 +8,26 @@ far moves with its sum. Then programs that own columns stream the samples by.
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastvae.backends.contract import LogWeights
 
+from ._launch import empty_like
 from .log_sum_exp import across_lanes, add_terms, combine_ranges, hint, log_of, share_factor, shift, summed, times
 from .pair_gradients import clear, columns_gradients, pull_columns, pull_samples
 from .posteriors import (
     INF,
+    Grid,
     Packed,
+    add_log_weights,
     grid,
     inverse_kappa2,
     is_far,
-    log_terms,
+    meets_own,
+    minus_squares,
+    new,
     offset,
     override,
     owned,
@@ -31,7 +35,6 @@ from .posteriors import (
     passing,
     square_sums,
     step,
-    which_far,
 )
 
 
@@ -59,40 +62,25 @@ def joint_sums(
     total = tl.zeros_like(m)
     carry = tl.zeros_like(m)
     if d_z is not None:
-        far_rows = is_far(far_samples, first_row, ROWS)
+        far_rows = is_far(far_samples, first_row)
         to = d_z + (split.to(tl.int64) * S + first_row + row_lane) * D
         clear(to, rows * D, inside, D, RO, TO, TP, one)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, COLUMNS))):
         first_column = tl.full([], COLUMNS, tl.int64) * tile
         ab = planes + (offset(first_column, D) + column_lane) * step(planes)
-        far = is_far(far_columns, first_column, COLUMNS)
-        far_column = which_far(far_columns, first_column, column_lane, columns)
-        squares = square_sums(z, rows, ab, columns, far, far_column, D, RO, RP, TO, TP, UNROLL)
-        s = log_terms(
-            squares, c + first_column + column_lane, columns, log_w, own, own_low, own_high, log_w_own, log_w_next,
-            first_row, row, first_column, column, N, OWN, NEXT, ROWS, COLUMNS,
-        )  # fmt: skip
+        far = is_far(far_columns, first_column)
+        squares = square_sums(z, rows, ab, columns, far, D, RO, RP, TO, TP, UNROLL)
+        meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, COLUMNS)
+        s = minus_squares(tl.load(c + first_column + column_lane + columns), squares)
+        s = add_log_weights(
+            s, log_w, own, log_w_own, log_w_next, meets, first_row, row, first_column, column, N, OWN, NEXT, COLUMNS
+        )
         m, total, carry, p, part, rescale = add_terms(m, total, carry, s, BACKWARD)
         if d_z is not None:
             if tl.max(tl.where(part == 0, 0, 1)) != 0:  # far columns cost no more than their densities
                 pull_samples(
-                    p,
-                    rescale,
-                    z,
-                    rows,
-                    ab,
-                    columns,
-                    far | far_rows,
-                    far_column,
-                    to,
-                    rows * D,
-                    inside,
-                    one,
-                    D,
-                    RO,
-                    TO,
-                    TP,
-                )
+                    p, rescale, z, rows, ab, columns, far, far_rows, to, rows * D, inside, one, D, RO, TO, TP
+                )  # fmt: skip
     if not BACKWARD:
         m, total = across_lanes(m, total)
     return m, total
@@ -102,11 +90,11 @@ def joint_sums(
 def _rows(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
-    known, d_z, joint, ms, totals, S, N, blocks, tiles, stride, one,
+    known, d_z, joint, ms, totals, S, N, blocks, tiles, one,
     D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """joint [S], or where that is None m and total of each range, [splits, stride]."""
+    """joint [S], or where that is None m and total of each range, [splits, S]."""
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
     m, total = joint_sums(
@@ -118,26 +106,28 @@ def _rows(
     if joint is not None:
         tl.store(joint + i, log_of(m, total), i < S)
     else:
-        tl.store(ms + split.to(tl.int64) * stride + i, m, i < S)
-        tl.store(totals + split.to(tl.int64) * stride + i, total, i < S)
+        tl.store(ms + split.to(tl.int64) * S + i, m, i < S)
+        tl.store(totals + split.to(tl.int64) * S + i, total, i < S)
 
 
 @triton.jit
-def _combine_rows(ms, totals, joint, S, splits, stride, BLOCK: tl.constexpr):
+def combine_rows(ms, totals, out, S, D, splits, BLOCK: tl.constexpr):
+    """out [S, D] from m and total of each range of columns, [splits, D, S]"""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m, total = combine_ranges(ms + i, totals + i, splits, stride, i < S)
-    tl.store(joint + i, log_of(m, total), i < S)
+    size = S.to(tl.int64) * D
+    m, total = combine_ranges(ms + i, totals + i, splits, size, i < size)
+    tl.store(out + i % S * D + i // S, log_of(m, total), i < size)
 
 
 @triton.jit
 def _combine_rows_backward(
-    ms, totals, partial_d_z, d_joint, grad_stride, shifts, factors, d_z, S, splits, stride,
+    ms, totals, parts, d_joint, grad_stride, shifts, factors, d_z, S, splits,
     D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
     """Shares are factor 2^(s - shift), with those [S]; d_z [S, D] from its parts, each relative to its range's m."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < S
-    m, total = combine_ranges(ms + i, totals + i, splits, stride, inside)
+    m, total = combine_ranges(ms + i, totals + i, splits, S.to(tl.int64), inside)
     g = tl.load(d_joint + i * grad_stride, inside, other=0.0).to(m.dtype)
     factor = share_factor(g, total)
     tl.store(shifts + i, shift(m), inside)
@@ -148,8 +138,8 @@ def _combine_rows_backward(
             mask = inside[:, None] & (d < D)
             x = tl.zeros([BLOCK, DK], m.dtype)
             for k in range(splits):
-                m_k = tl.load(ms + k * stride + i, inside, other=0.0)
-                part = tl.load(partial_d_z + (k * S.to(tl.int64) + i)[:, None] * D + d, mask, other=0.0)
+                m_k = tl.load(ms + S.to(tl.int64) * k + i, inside, other=0.0)
+                part = tl.load(parts + (S.to(tl.int64) * k + i)[:, None] * D + d, mask, other=0.0)
                 x += times(tl.exp2(m_k - shift(m))[:, None], part)
             x = times(factor[:, None] * -inverse_kappa2(m.dtype), x)
             tl.store(d_z + i[:, None] * D + d, x.to(d_z.dtype.element_ty), mask)
@@ -159,11 +149,12 @@ def _combine_rows_backward(
 def _columns(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
-    shifts, factors, sums, shares, S, N, blocks, tiles, one,
+    shifts, factors, sums, shares, common_shares, S, N, blocks, tiles, one,
     D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """sums [splits, 2, N, D] of r t and r t^2 (or None), and shares [splits, 2, N] of r, of ranges of samples."""
+    """sums [splits, 2, N, D] of r t and r t^2, shares [splits, N] of r, and of those r that pull on log_w; of ranges of
+    samples. Sums and the last may be None."""
     COLUMNS: tl.constexpr = RO * TO
     ROWS: tl.constexpr = RP * TP
     block = tl.program_id(0) % blocks
@@ -174,8 +165,7 @@ def _columns(
     row, column = row_lane + rows, column_lane + columns
     inside = column < tl.minimum(N - first_column, COLUMNS).to(tl.int32)
     ab = planes + (offset(first_column, D) + column_lane) * step(planes)
-    far = is_far(far_columns, first_column, COLUMNS)
-    far_column = which_far(far_columns, first_column, column_lane, columns)
+    far = is_far(far_columns, first_column)
     share = tl.zeros([RO, 1, TO, TP], samples.dtype.element_ty)
     common_share = tl.zeros_like(share)
     if sums is not None:
@@ -186,93 +176,89 @@ def _columns(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(S, ROWS))):
         first_row = tl.full([], ROWS, tl.int64) * tile
         z = samples + offset(first_row, D) + row_lane
-        squares = square_sums(z, rows, ab, columns, far, far_column, D, RO, RP, TO, TP, UNROLL)
-        s = log_terms(
-            squares, c + first_column + column_lane, columns, log_w, own, own_low, own_high, log_w_own, log_w_next,
-            first_row, row, first_column, column, N, OWN, NEXT, ROWS, COLUMNS,
-        )  # fmt: skip
+        squares = square_sums(z, rows, ab, columns, far, D, RO, RP, TO, TP, UNROLL)
+        meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, COLUMNS)
+        s = minus_squares(tl.load(c + first_column + column_lane + columns), squares)
+        s = add_log_weights(
+            s, log_w, own, log_w_own, log_w_next, meets, first_row, row, first_column, column, N, OWN, NEXT, COLUMNS
+        )
         there = row < tl.minimum(S - first_row, ROWS).to(tl.int32)
         p = tl.exp2(s - tl.load(shifts + first_row + row_lane + rows, there, other=INF))
         r = times(tl.load(factors + first_row + row_lane + rows, there, other=0.0), p)
         part = summed(r, False)
         share += part
-        if OWN or NEXT:
-            r_common = override(
-                r, 0.0, 0.0, own, own_low, own_high, first_row, row, first_column, column, N, OWN, NEXT, ROWS, COLUMNS
-            )
-            common_share += summed(r_common, False)
+        if common_shares is not None:
+            if meets:
+                common = override(r, 0.0, 0.0, own, first_row, row, first_column, column, N, OWN, NEXT, COLUMNS)
+                common_share += summed(common, False)
+            else:
+                common_share += part
         if sums is not None:
             if tl.max(tl.where(tl.sum(tl.abs(r), 1, keep_dims=True) == 0, 0, 1)) != 0:
-                far_rows = is_far(far_samples, first_row, ROWS)
+                far_rows = is_far(far_samples, first_row)
                 pull_columns(
-                    r,
-                    z,
-                    rows,
-                    ab,
-                    columns,
-                    far | far_rows,
-                    far_column,
-                    to_t,
-                    to_t2,
-                    columns * D,
-                    inside,
-                    one,
-                    D,
-                    RO,
-                    TO,
-                    TP,
-                )
-    share = tl.sum(share, 3, keep_dims=True)
-    common_share = tl.sum(common_share, 3, keep_dims=True) if OWN or NEXT else share
-    at = shares + 2 * split * N + first_column + column
-    tl.store(at, common_share, inside)
-    tl.store(at + N, share, inside)
+                    r, z, rows, ab, columns, far, far_rows, to_t, to_t2, columns * D, inside, one, D, RO, TO, TP
+                )  # fmt: skip
+    at = split * N + first_column + column
+    tl.store(shares + at, tl.sum(share, 3, keep_dims=True), inside)
+    if common_shares is not None:
+        tl.store(common_shares + at, tl.sum(common_share, 3, keep_dims=True), inside)
 
 
-def _rows_arguments(packed: Packed) -> tuple[Tensor | float | None, ...]:
+def _operands(packed: Packed) -> tuple[Tensor | float | None, ...]:
     return packed.samples, packed.far_samples, packed.columns, packed.far_columns, *packed.weights
-
-
-def _new(packed: Packed, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or packed.dtype, device=packed.samples.device)
 
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
     packed = pack(z, mu, logvar, weights)
     S, N, D = packed.S, packed.N, packed.D
-    joint = _new(packed, S)
+    joint = new(packed, S)
     if S == 0:
         return joint
     g = grid(S, N, D, packed.dtype, z.device, reduce=False)
-    parts = [None, None] if g.splits == 1 else [_new(packed, g.splits, S) for _ in range(2)]
-    arguments = (
-        *_rows_arguments(packed),
-        *(None, None, joint if g.splits == 1 else None, *parts, S, N, g.blocks, g.tiles, S, 1),
-        *(D, *packed.overrides().values(), False),
+    ms, totals = (None, None) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
+    _rows[(g.programs,)](
+        *_operands(packed),
+        *(None, None, joint if g.splits == 1 else None, ms, totals, S, N, g.blocks, g.tiles, 1),
+        *(D, *packed.overridden, False),
+        **g.config,
     )
-    _rows[(g.programs,)](*arguments, **g.config)
-    if g.splits > 1:
-        arguments = (*parts, joint, S, g.splits, S, 128)
-        _combine_rows[(triton.cdiv(S, 128),)](*arguments, num_warps=4)
+    if ms is not None:
+        combine_rows[(triton.cdiv(S, 128),)](ms, totals, joint, S, 1, g.splits, 128, num_warps=4)
     return joint
 
 
-def shares(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """shift and factor [S], the shares of row i being factor 2^(s_ij - shift); writes d_z where that is wanted."""
+def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor | None) -> tuple[Tensor, Tensor]:
+    """shift and factor [S], the shares of row i being factor 2^(s_ij - shift); writes d_z [S, D] where it is wanted."""
     S, N, D = packed.S, packed.N, packed.D
+    shifts, factors = new(packed, S), new(packed, S)
+    if S == 0:
+        return shifts, factors
     g = grid(S, N, D, packed.dtype, d_joint.device, reduce=True)
-    ms, totals = _new(packed, g.splits, S), _new(packed, g.splits, S)
-    shifts, factors = _new(packed, S), _new(packed, S)
-    partial = None if d_z is None else _new(packed, g.splits, S, D)
-    arguments = (
-        *_rows_arguments(packed),
-        *(joint, partial, None, ms, totals, S, N, g.blocks, g.tiles, S, 1),
-        *(D, *packed.overrides().values(), True),
+    ms, totals = new(packed, g.splits, S), new(packed, g.splits, S)
+    parts = None if d_z is None else new(packed, g.splits, S, D)
+    _rows[(g.programs,)](
+        *_operands(packed),
+        *(joint, parts, None, ms, totals, S, N, g.blocks, g.tiles, 1),
+        *(D, *packed.overridden, True),
+        **g.config,
     )
-    _rows[(g.programs,)](*arguments, **g.config)
-    arguments = (ms, totals, partial, d_joint, d_joint.stride(0), shifts, factors, d_z, S, g.splits, S, D, 32, 32)
-    _combine_rows_backward[(triton.cdiv(S, 32),)](*arguments, num_warps=4)
+    _combine_rows_backward[(triton.cdiv(S, 32),)](
+        *(ms, totals, parts, d_joint, d_joint.stride(0), shifts, factors, d_z, S, g.splits, D, 32, 32), num_warps=4
+    )
     return shifts, factors
+
+
+def pull_on_columns(
+    packed: Packed, g: Grid, shifts: Tensor, factors: Tensor, sums: Tensor | None, shares: Tensor, common: Tensor | None
+) -> None:
+    """Writes sums [splits, 2, N, D], shares [splits, N], and those that pull on log_w."""
+    _columns[(g.programs,)](
+        *_operands(packed),
+        *(shifts, factors, sums, shares, common, packed.S, packed.N, g.blocks, g.tiles, 1),
+        *(packed.D, *packed.overridden),
+        **g.config,
+    )
 
 
 def agg_log_prob_backward(
@@ -286,23 +272,17 @@ def agg_log_prob_backward(
 ) -> list[Tensor]:
     packed = pack(z, mu, logvar, weights)
     S, N, D = packed.S, packed.N, packed.D
-    inputs = (z, mu, logvar, weights.log_w)
     gradients = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if want and x is not None else None
-        for x, want in zip(inputs, wanted, strict=True)
+        empty_like(x) if want and x is not None else None
+        for x, want in zip((z, mu, logvar, weights.log_w), wanted, strict=True)
     ]
     d_z, d_mu, d_logvar, d_log_w = gradients
-    if S > 0:
-        shifts, factors = shares(packed, d_joint, joint, d_z)
+    shifts, factors = shares_of_rows(packed, d_joint, joint, d_z)
     if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
         g = grid(N, S, D, packed.dtype, z.device, reduce=True)
-        sums = None if d_mu is None and d_logvar is None else _new(packed, g.splits, 2, N, D)
-        column_shares = _new(packed, g.splits, 2, N)
-        arguments = (
-            *_rows_arguments(packed),
-            *((shifts, factors) if S > 0 else (None, None)),
-            *(sums, column_shares, S, N, g.blocks, g.tiles, 1, D, *packed.overrides().values()),
-        )
-        _columns[(g.programs,)](*arguments, **g.config)
-        columns_gradients(packed, sums, column_shares, g.splits, d_mu, d_logvar, d_log_w)
+        sums = None if d_mu is None and d_logvar is None else new(packed, g.splits, 2, N, D)
+        shares = new(packed, g.splits, N)
+        common = None if d_log_w is None else new(packed, g.splits, N)
+        pull_on_columns(packed, g, shifts, factors, sums, shares, common)
+        columns_gradients(packed, sums, shares, common, d_mu, d_logvar, d_log_w)
     return [x for x in gradients if x is not None]

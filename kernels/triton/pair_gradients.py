@@ -15,14 +15,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .log_sum_exp import summed
-from .posteriors import PANEL, Packed, clip, inverse_kappa2, largest, load_pair, offset, standardized, step
+from .posteriors import PANEL, Packed, inverse_kappa2, largest, load_pair, offset, step
 
 
 @triton.jit
-def _finite_t(z, a, b, far_column):
-    """t, finite for finite inputs, so that 0 t is 0: where nothing is far, fma(z, a, b) promises as much."""
-    t = standardized(z, a, b, far_column)
-    return clip(t, -largest(t.dtype), largest(t.dtype))
+def far_t(z, a, b, far_columns):
+    """t where something is far: fma(z, a, b), or (z + b) a where the columns are"""
+    return tl.fma(z + tl.where(far_columns, b, 0.0), a, tl.where(far_columns, 0.0, b))
+
+
+@triton.jit
+def _finite_t(z, a, b, far_columns):
+    """The same, finite for finite inputs, so that 0 t is 0; near ones are finite anyway. NaN need not survive: r is NaN
+    then."""
+    t = far_t(z, a, b, far_columns)
+    return tl.maximum(tl.minimum(t, largest(t.dtype)), -largest(t.dtype))
 
 
 @triton.jit
@@ -36,11 +43,11 @@ def clear(to, owned, inside, D: tl.constexpr, RO: tl.constexpr, TO: tl.constexpr
 
 @triton.jit
 def _samples_sums(
-    r, x, z, rows, planes, columns, far_column, n, lane, FAR: tl.constexpr
+    r, x, z, rows, planes, columns, far_columns, n, lane, FAR: tl.constexpr
 ):  # fmt: skip
     for k in range(0, n):
         a, b = load_pair(planes, columns)
-        t = _finite_t(tl.load(z + rows), a, b, far_column) if FAR else tl.fma(tl.load(z + rows), a, b)
+        t = _finite_t(tl.load(z + rows), a, b, far_columns) if FAR else tl.fma(tl.load(z + rows), a, b)
         x = tl.where(lane == k, summed(r * t * a, True), x)
         z += PANEL
         planes += PANEL * step(planes)
@@ -49,7 +56,7 @@ def _samples_sums(
 
 @triton.jit
 def pull_samples(
-    r, rescale, z, rows, planes, columns, far, far_column, to, owned, inside, one, D: tl.constexpr,
+    r, rescale, z, rows, planes, columns, far_columns, far_rows, to, owned, inside, one, D: tl.constexpr,
     RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
     """sum_j r t a, added to `rescale` times the owned samples' sums [D]."""
@@ -59,10 +66,10 @@ def pull_samples(
         z_d = z + first * PANEL
         planes_d = planes + first * PANEL * step(planes)
         n = tl.minimum(D - first, TP)
-        if far:
-            x = _samples_sums(r, x, z_d, rows, planes_d, columns, far_column, n, lane, True)
+        if far_columns | far_rows:
+            x = _samples_sums(r, x, z_d, rows, planes_d, columns, far_columns, n, lane, True)
         else:
-            x = _samples_sums(r, x, z_d, rows, planes_d, columns, far_column, n, lane, False)
+            x = _samples_sums(r, x, z_d, rows, planes_d, columns, far_columns, n, lane, False)
         at = to + first + lane * one + owned
         mask = inside & (lane < D - first)
         tl.store(at, tl.fma(tl.load(at, mask, other=0.0), rescale, x), mask)
@@ -70,11 +77,11 @@ def pull_samples(
 
 @triton.jit
 def _columns_sums(
-    r, x, x2, z, rows, planes, columns, far_column, n, lane, FAR: tl.constexpr
+    r, x, x2, z, rows, planes, columns, far_columns, n, lane, FAR: tl.constexpr
 ):  # fmt: skip
     for k in range(0, n):
         a, b = load_pair(planes, columns)
-        t = _finite_t(tl.load(z + rows), a, b, far_column) if FAR else tl.fma(tl.load(z + rows), a, b)
+        t = _finite_t(tl.load(z + rows), a, b, far_columns) if FAR else tl.fma(tl.load(z + rows), a, b)
         rt = r * t
         x = tl.where(lane == k, summed(rt, True), x)
         x2 = tl.where(lane == k, summed(rt * t, True), x2)
@@ -85,7 +92,7 @@ def _columns_sums(
 
 @triton.jit
 def pull_columns(
-    r, z, rows, planes, columns, far, far_column, to_t, to_t2, owned, inside, one, D: tl.constexpr,
+    r, z, rows, planes, columns, far_columns, far_rows, to_t, to_t2, owned, inside, one, D: tl.constexpr,
     RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
     """sum_i r t and sum_i r t^2, added to the owned columns' sums [D]."""
@@ -96,10 +103,10 @@ def pull_columns(
         z_d = z + first * PANEL
         planes_d = planes + first * PANEL * step(planes)
         n = tl.minimum(D - first, TP)
-        if far:
-            x, x2 = _columns_sums(r, x, x2, z_d, rows, planes_d, columns, far_column, n, lane, True)
+        if far_columns | far_rows:
+            x, x2 = _columns_sums(r, x, x2, z_d, rows, planes_d, columns, far_columns, n, lane, True)
         else:
-            x, x2 = _columns_sums(r, x, x2, z_d, rows, planes_d, columns, far_column, n, lane, False)
+            x, x2 = _columns_sums(r, x, x2, z_d, rows, planes_d, columns, far_columns, n, lane, False)
         at = first + lane * one + owned
         mask = inside & (lane < D - first)
         tl.store(to_t + at, tl.load(to_t + at, mask, other=0.0) + x, mask)
@@ -108,31 +115,33 @@ def pull_columns(
 
 @triton.jit
 def _combine_columns(
-    sums, shares, planes, d_mu, d_logvar, d_log_w, N, splits, D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr
+    sums, shares, common_shares, planes, d_mu, d_logvar, d_log_w, N, n_sums, n_shares, n_common,
+    D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients from the sums [splits, 2, N, D] of r t and r t^2, and the shares [splits, 2, N] of r: those that
-    pull on log_w, and all. Each of the gradients may be None."""
+    """The gradients from the sums [n_sums, 2, N, D] of r t and r t^2, the shares [n_shares, N] of r, and those that pull
+    on log_w, [n_common, N]. Each gradient may be None."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = j < N
+    wide_N = N.to(tl.int64)
     ACC: tl.constexpr = shares.dtype.element_ty
     if d_log_w is not None:
         share = tl.zeros([BLOCK], ACC)
-        for k in range(splits):
-            share += tl.load(shares + 2 * k * N.to(tl.int64) + j, inside, other=0.0)
+        for k in range(n_common):
+            share += tl.load(common_shares + wide_N * k + j, inside, other=0.0)
         tl.store(d_log_w + j, share.to(d_log_w.dtype.element_ty), inside)
     if d_mu is not None or d_logvar is not None:
         share = tl.zeros([BLOCK], ACC)
-        for k in range(splits):
-            share += tl.load(shares + (2 * k + 1) * N.to(tl.int64) + j, inside, other=0.0)
+        for k in range(n_shares):
+            share += tl.load(shares + wide_N * k + j, inside, other=0.0)
         for first in range(0, D, DK):
             d = first + tl.arange(0, DK)[None, :]
             mask = inside[:, None] & (d < D)
             at = j[:, None] * D + d
             x = tl.zeros([BLOCK, DK], ACC)
             x2 = tl.zeros([BLOCK, DK], ACC)
-            for k in range(splits):
-                x += tl.load(sums + 2 * k * N.to(tl.int64) * D + at, mask, other=0.0)
-                x2 += tl.load(sums + (2 * k + 1) * N.to(tl.int64) * D + at, mask, other=0.0)
+            for k in range(n_sums):
+                x += tl.load(sums + wide_N * D * (2 * k) + at, mask, other=0.0)
+                x2 += tl.load(sums + wide_N * D * (2 * k + 1) + at, mask, other=0.0)
             if d_mu is not None:
                 a, _ = load_pair(planes, offset(j, D)[:, None] + d * PANEL)
                 tl.store(d_mu + at, (x * a * inverse_kappa2(ACC)).to(d_mu.dtype.element_ty), mask)
@@ -145,11 +154,14 @@ def columns_gradients(
     packed: Packed,
     sums: Tensor | None,
     shares: Tensor,
-    splits: int,
+    common_shares: Tensor | None,
     d_mu: Tensor | None,
     d_logvar: Tensor | None,
-    d_log_w: Tensor | None = None,
+    d_log_w: Tensor | None,
 ) -> None:
-    """Writes those that are not None."""
-    arguments = (sums, shares, packed.columns, d_mu, d_logvar, d_log_w, packed.N, splits, packed.D, 32, 32)
-    _combine_columns[(-(-packed.N // 32),)](*arguments, num_warps=4)
+    """Writes those gradients that are not None, from what programs left along the first axes."""
+    counts = [0 if x is None else x.shape[0] for x in (sums, shares, common_shares)]
+    _combine_columns[(triton.cdiv(packed.N, 32),)](
+        *(sums, shares, common_shares, packed.columns, d_mu, d_logvar, d_log_w, packed.N, *counts, packed.D, 32, 32),
+        num_warps=4,
+    )

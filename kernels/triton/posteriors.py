@@ -12,10 +12,10 @@ so that t = (z - centre) a + b is one FMA, and the Gaussian's quadratic form in 
 In float32, where a is rounded once from float64, kappa = sqrt(log2(e) / 2) and the multiple is 1. In float64, which
 nothing wider is at hand to round from, kappa is 1.
 
-b costs |b| eps / 2 of t, no more than a half-ulp change of the centred mu would. A block of 32 columns where some |b|
+b costs |b| eps / 2 of t, no more than a half-ulp change of the centred mu would. A panel of columns where some |b|
 passes MAX_OFFSET, or a number is extreme or not finite, is `far`: b is -(mu - centre), and t = (z - centre + b) a takes
-three operations and rounds as the broadcast formula does. A block of 32 samples is far where one is extreme or not
-finite; that matters to gradients, where 0 t must be 0. Which blocks are far is looked up by the kernels, tile by tile.
+three operations and rounds as the broadcast formula does. A panel of samples is far where one is extreme or not
+finite; that matters to gradients, where 0 t must be 0. Kernels look up which panels are far, tile by tile; a tile is within one.
 
 A tile is a tensor of pairs [RO, RP, TO, TP]. Triton spreads trailing axes over threads: where TO * TP is the number of
 threads, a thread holds RO * RP pairs in registers, RO samples (or columns) of those that the program owns against RP of
@@ -35,7 +35,6 @@ from fastvae.backends.contract import LogWeights, accumulation_dtype
 from ._launch import INTERPRETED, Config, accumulator
 
 PANEL = tl.constexpr(128)
-BLOCK = tl.constexpr(32)  # what is packed by one program, and is far or not
 FOLD = tl.constexpr(128)  # squares are summed over so many dimensions at a time
 MAX_OFFSET = tl.constexpr(128.0)
 MODERATE = tl.constexpr(2.0**60)  # a and z - centre within it cannot overflow together
@@ -43,6 +42,7 @@ LOG2E = tl.constexpr(1.44269504088896340736)
 LN2 = tl.constexpr(0.69314718055994530942)
 LOG_2PI = tl.constexpr(1.83787706640934548356)
 KAPPA = tl.constexpr(0.84932180028801904272)  # sqrt(log2(e) / 2), in float32
+INV_KAPPA2 = tl.constexpr(1.38629436111989061883)  # 1 / kappa^2 = 2 ln 2, in float32
 INF = tl.constexpr(math.inf)
 
 
@@ -96,13 +96,13 @@ def _inverse_sigma(logvar, ACC: tl.constexpr):
 
 @triton.jit
 def _pack_columns(
-    block, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, planes, marginal_c, c, log2_w, far, N, D,
+    panel, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, planes, marginal_c, c, log2_w, far, N, D,
     WEIGHTED: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    j = block * BLOCK + tl.arange(0, BLOCK)
-    at = (j // PANEL * PANEL * D + j % PANEL)[:, None]
+    j = panel * PANEL + tl.arange(0, PANEL)
+    at = (panel * PANEL * D + tl.arange(0, PANEL))[:, None]
     inside = j < N
-    w = tl.full([BLOCK], 0.0, tl.float64)
+    w = tl.full([PANEL], 0.0, tl.float64)
     if WEIGHTED:
         if log_w is None:
             w += log_w_all
@@ -111,8 +111,8 @@ def _pack_columns(
     w *= tl.full([], LOG2E, tl.float64)
     unweighted = tl.where(inside, 0.0, -INF)
 
-    sum_logvar = tl.zeros([BLOCK], tl.float64)
-    too_far = tl.zeros([BLOCK, DK], tl.int32)
+    sum_logvar = tl.zeros([PANEL], tl.float64)
+    too_far = tl.zeros([PANEL, DK], tl.int32)
     for first in range(0, D, DK):
         d = first + tl.arange(0, DK)
         mask = inside[:, None] & (d < D)[None, :]
@@ -135,7 +135,7 @@ def _pack_columns(
         sum_logvar += tl.sum(lv, 1)
 
     is_far = tl.max(tl.max(too_far, 1), 0)
-    tl.store(far + block, is_far)
+    tl.store(far + panel, is_far)
     if is_far != 0:
         for first in range(0, D, DK):
             d = first + tl.arange(0, DK)
@@ -154,13 +154,13 @@ def _pack_columns(
 
 @triton.jit
 def _pack_samples(
-    block, z, z_row, z_col, mu, mu_row, mu_col, own, samples, packed_own, own_low, own_high, far, S, N, D,
+    panel, z, z_row, z_col, mu, mu_row, mu_col, own, samples, packed_own, own_low, own_high, far, S, N, D,
     ACC: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    at = (i // PANEL * PANEL * D + i % PANEL)[:, None]
+    i = panel * PANEL + tl.arange(0, PANEL)
+    at = (panel * PANEL * D + tl.arange(0, PANEL))[:, None]
     inside = i < S
-    too_far = tl.zeros([BLOCK, DK], tl.int32)
+    too_far = tl.zeros([PANEL, DK], tl.int32)
     for first in range(0, D, DK):
         d = first + tl.arange(0, DK)
         mask = inside[:, None] & (d < D)[None, :]
@@ -168,32 +168,32 @@ def _pack_samples(
         x = tl.load(z + i[:, None] * z_row + d[None, :] * z_col, mask, other=0.0).to(ACC) - centre
         too_far |= tl.where(mask & ((tl.abs(x) <= MODERATE / 2) == 0), 1, 0)
         tl.store(samples + at + d[None, :] * PANEL, tl.where(mask, x, 0.0), (d < D)[None, :])
-    tl.store(far + block, tl.max(tl.max(too_far, 1), 0))
+    tl.store(far + panel, tl.max(tl.max(too_far, 1), 0))
     if own is not None:
         column = tl.load(own + i, inside, other=-1)
         drawn = (column >= 0) & (column < N)
         tl.store(packed_own + i, tl.where(drawn, column, -2))  # so that the next one is no column either
-        tl.store(own_low + block, tl.min(tl.where(drawn, column, N), 0))
-        tl.store(own_high + block, tl.max(tl.where(drawn, column, -2), 0))
+        tl.store(own_low + panel, tl.min(tl.where(drawn, column, N), 0))
+        tl.store(own_high + panel, tl.max(tl.where(drawn, column, -2), 0))
 
 
 @triton.jit
 def _pack(
     z, z_row, z_col, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all: tl.float64, own,
     samples, packed_own, own_low, own_high, far_samples, planes, marginal_c, c, log2_w, far_columns,
-    S, N, D, column_blocks,
+    S, N, D, column_panels,
     WEIGHTED: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of columns, then blocks of samples."""
-    block = tl.program_id(0).to(tl.int64)
-    if block < column_blocks:
+    """Panels of columns, then panels of samples."""
+    panel = tl.program_id(0).to(tl.int64)
+    if panel < column_panels:
         _pack_columns(
-            block, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, planes, marginal_c, c, log2_w,
+            panel, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, planes, marginal_c, c, log2_w,
             far_columns, N, D, WEIGHTED, FOLDED, ACC, DK,
         )  # fmt: skip
     else:
         _pack_samples(
-            block - column_blocks, z, z_row, z_col, mu, mu_row, mu_col, own, samples, packed_own, own_low, own_high,
+            panel - column_panels, z, z_row, z_col, mu, mu_row, mu_col, own, samples, packed_own, own_low, own_high,
             far_samples, S, N, D, ACC, DK,
         )  # fmt: skip
 
@@ -205,15 +205,15 @@ class Packed(NamedTuple):
     N: int
     D: int
     samples: Tensor  # [S / 128, D, 128], centred
-    far_samples: Tensor  # [S / 32] int32
+    far_samples: Tensor  # [S / 128] int32
     columns: Tensor  # [N / 128, D, 128] of pairs (a, b), as one int64 in float32
-    far_columns: Tensor  # [N / 32] int32
+    far_columns: Tensor  # [N / 128] int32
     c: Tensor  # [N], with log_w where it is the same for all samples
     marginal_c: Tensor | None  # [N / 128, D, 128], likewise
     log_w: Tensor | None  # [N], where it is not
     own: Tensor | None  # [S] int64, -2 for none; None also where own columns are nothing special
-    own_low: Tensor | None  # [S / 32] int64, the smallest own column of the block; N for none
-    own_high: Tensor | None  # [S / 32] int64, the largest; -2 for none
+    own_low: Tensor | None  # [S / 128] int64, the smallest own column of the panel; N for none
+    own_high: Tensor | None  # [S / 128] int64, the largest; -2 for none
     log_w_own: float  # in bits
     log_w_next: float
 
@@ -231,11 +231,17 @@ class Packed(NamedTuple):
 
     @property
     def weights(self) -> tuple[Tensor | float | None, ...]:
-        """What `log_terms` wants to know of them."""
+        """As kernels take them."""
         return self.c, self.log_w, self.own, self.own_low, self.own_high, self.log_w_own, self.log_w_next
 
-    def overrides(self) -> dict[str, bool]:
-        return {"OWN": not math.isnan(self.log_w_own), "NEXT": not math.isnan(self.log_w_next)}
+    @property
+    def overridden(self) -> tuple[bool, bool]:
+        """Whether own columns, and those after them, have weights of their own."""
+        return not math.isnan(self.log_w_own), not math.isnan(self.log_w_next)
+
+
+def new(packed: Packed, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=packed.dtype, device=packed.samples.device)
 
 
 def pack(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights | None, marginals: bool = False) -> Packed:
@@ -243,9 +249,8 @@ def pack(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights | None, marg
     (S, D), N = z.shape, mu.shape[0]
     dtype = accumulation_dtype(z.dtype)
     row_panels, column_panels = -(-S // PANEL.value), -(-N // PANEL.value)
-    row_blocks, column_blocks = (panels * (PANEL.value // BLOCK.value) for panels in (row_panels, column_panels))
 
-    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=z.device)
 
     overrides = [math.nan] * 2
@@ -254,19 +259,19 @@ def pack(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights | None, marg
     overridden = not all(map(math.isnan, overrides))
     log_w = None if weights is None or weights.log_w is None else weights.log_w.contiguous()
     own = weights.own.contiguous() if overridden and weights is not None and weights.own is not None else None
-    planes = new(column_panels, D, PANEL.value, 2)
+    planes = empty(column_panels, D, PANEL.value, 2)
     packed = Packed(
         S,
         N,
         D,
-        new(row_panels, D, PANEL.value),
-        new(row_blocks, dtype=torch.int32),
+        empty(row_panels, D, PANEL.value),
+        empty(row_panels, dtype=torch.int32),
         planes.view(torch.int64) if dtype == torch.float32 else planes,
-        new(column_blocks, dtype=torch.int32),
-        new(column_panels * PANEL.value),
-        new(column_panels, D, PANEL.value) if marginals else None,
-        new(column_panels * PANEL.value) if overridden else None,
-        *(new(n, dtype=torch.int64) if overridden else None for n in (row_panels * PANEL.value, *(row_blocks,) * 2)),
+        empty(column_panels, dtype=torch.int32),
+        empty(column_panels * PANEL.value),
+        empty(column_panels, D, PANEL.value) if marginals else None,
+        empty(column_panels * PANEL.value) if overridden else None,
+        *(empty(n, dtype=torch.int64) if overridden else None for n in (row_panels * PANEL.value, *(row_panels,) * 2)),
         *overrides,
     )
     arguments = (
@@ -274,11 +279,11 @@ def pack(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights | None, marg
         *(log_w, 0.0 if weights is None else weights.common(N), own),
         *(packed.samples, packed.own, packed.own_low, packed.own_high, packed.far_samples),
         *(planes, packed.marginal_c, packed.c, packed.log_w, packed.far_columns),
-        *(S, N, D, column_blocks, weights is not None, not overridden, accumulator(z.dtype)),
-        min(32, triton.next_power_of_2(max(D, 1))),
+        *(S, N, D, column_panels, weights is not None, not overridden, accumulator(z.dtype)),
+        min(16, triton.next_power_of_2(max(D, 1))),
     )
-    if row_blocks + column_blocks:
-        _pack[(row_blocks + column_blocks,)](*arguments, num_warps=4)
+    if row_panels + column_panels:
+        _pack[(row_panels + column_panels,)](*arguments, num_warps=8)
     return packed
 
 
@@ -311,12 +316,8 @@ def step(planes):
 
 
 @triton.jit
-def is_far(far, first, WIDTH: tl.constexpr):
-    """Whether any block under a tile is."""
-    found = tl.load(far + first // BLOCK)
-    for k in tl.static_range(1, WIDTH // BLOCK):
-        found |= tl.load(far + first // BLOCK + k)
-    return found != 0
+def is_far(far, first):
+    return tl.load(far + first // PANEL) != 0
 
 
 @triton.jit
@@ -330,8 +331,18 @@ def minus_squares(c, squares):
 
 
 @triton.jit
+def minus_square(c, t):
+    """The same of one t, to the last bit in every kernel."""
+    if t.dtype == tl.float64:
+        s = minus_squares(c, t * t)
+    else:
+        s = tl.fma(-t, t, c)
+    return s
+
+
+@triton.jit
 def inverse_kappa2(dtype: tl.constexpr):
-    return tl.full([], 1.0 if dtype == tl.float64 else 1.38629436111989061883, dtype)  # 2 ln 2
+    return tl.full([], 1.0 if dtype == tl.float64 else INV_KAPPA2, dtype)
 
 
 @triton.jit
@@ -348,27 +359,15 @@ def load_pair(planes, columns):
 
 
 @triton.jit
-def which_far(far, first, lane, constants):
-    """Which columns of a tile are in a far block: most are not, but tiles may be mixed."""
-    within = (first % BLOCK).to(tl.int32) + lane + constants
-    return tl.load(far + first // BLOCK + within // BLOCK) != 0
-
-
-@triton.jit
-def standardized(z, a, b, far_column):
-    return tl.where(far_column, (z + b) * a, tl.fma(z, a, b))
-
-
-@triton.jit
 def _squares(
-    z, rows, planes, columns, far, far_column, n,
+    z, rows, planes, columns, far, n,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     acc = tl.zeros([RO, RP, TO, TP], z.dtype.element_ty)
     if far:
         for _ in range(0, n):
             a, b = load_pair(planes, columns)
-            t = standardized(tl.load(z + rows), a, b, far_column)
+            t = (tl.load(z + rows) + b) * a
             acc = tl.fma(t, t, acc)
             z += PANEL
             planes += PANEL * step(planes)
@@ -384,37 +383,39 @@ def _squares(
 
 @triton.jit
 def square_sums(
-    z, rows, planes, columns, far, far_column, D: tl.constexpr,
+    z, rows, planes, columns, far, D: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """sum_d t^2 of a tile, from pointers to dimension 0 of its thread's first sample and column, and the constants
     that make the others of these (`owned`, `passing`). The same bits for
     a pair in every tile that it may be in."""
     if D <= FOLD:
-        total = _squares(z, rows, planes, columns, far, far_column, D, RO, RP, TO, TP, UNROLL)
+        total = _squares(z, rows, planes, columns, far, D, RO, RP, TO, TP, UNROLL)
     else:
-        total = _squares(z, rows, planes, columns, far, far_column, FOLD, RO, RP, TO, TP, UNROLL)
+        total = _squares(z, rows, planes, columns, far, FOLD, RO, RP, TO, TP, UNROLL)
         for d in range(FOLD, D, FOLD):
             z += FOLD * PANEL
             planes += FOLD * PANEL * step(planes)
             total += _squares(
-                z, rows, planes, columns, far, far_column, tl.minimum(D - d, FOLD), RO, RP, TO, TP, UNROLL
+                z, rows, planes, columns, far, tl.minimum(D - d, FOLD), RO, RP, TO, TP, UNROLL
             )
     return total
 
 
 @triton.jit
-def _own_columns_meet(
-    own_low, own_high, first_row, first_column, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def meets_own(
+    own_low, own_high, first_row, first_column, N, OWN: tl.constexpr, NEXT: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Whether an own column of the tile's samples, or the next one, may be among its columns: by the range of the own
-    columns, which is narrow where neighbours were drawn from neighbours."""
-    low = tl.load(own_low + first_row // BLOCK)
-    high = tl.load(own_high + first_row // BLOCK)
-    for k in tl.static_range(1, ROWS // BLOCK):
-        low = tl.minimum(low, tl.load(own_low + first_row // BLOCK + k))
-        high = tl.maximum(high, tl.load(own_high + first_row // BLOCK + k))
-    return ((low < first_column + COLUMNS) & (high + 1 >= first_column)) | ((high == N - 1) & (first_column == 0))
+    """Whether an own column of a tile's samples, or the next one, may be among its columns: by the range of the own
+    columns of the panel, which is narrow where neighbours were drawn from neighbours."""
+    if OWN or NEXT:
+        low = tl.load(own_low + first_row // PANEL)
+        high = tl.load(own_high + first_row // PANEL)
+        meets = (low < first_column + COLUMNS) & (high + 1 >= first_column)
+        meets |= (high == N - 1) & (first_column == 0)
+    else:
+        meets = False
+    return meets
 
 
 @triton.jit
@@ -425,34 +426,32 @@ def _within(j, first_column, COLUMNS: tl.constexpr):
 
 @triton.jit
 def override(
-    common, own_term, next_term, own, own_low, own_high, first_row, row, first_column, column, N,
-    OWN: tl.constexpr, NEXT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    common, own_one, next_one, own, first_row, row, first_column, column, N,
+    OWN: tl.constexpr, NEXT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`common`, but what belongs at own columns and those after them there. All of a tile's shape, or numbers."""
-    if OWN or NEXT:
-        if _own_columns_meet(own_low, own_high, first_row, first_column, N, ROWS, COLUMNS):
-            drawn_from = tl.load(own + first_row + row)
-            if NEXT:
-                next_one = tl.where(drawn_from == N - 1, 0, drawn_from + 1)
-                common = tl.where(column == _within(next_one, first_column, COLUMNS), next_term, common)
-            if OWN:
-                common = tl.where(column == _within(drawn_from, first_column, COLUMNS), own_term, common)
+    """`common`, but what belongs at own columns and those after them there."""
+    drawn_from = tl.load(own + first_row + row)
+    if NEXT:
+        following = tl.where(drawn_from == N - 1, 0, drawn_from + 1)
+        common = tl.where(column == _within(following, first_column, COLUMNS), next_one, common)
+    if OWN:
+        common = tl.where(column == _within(drawn_from, first_column, COLUMNS), own_one, common)
     return common
 
 
 @triton.jit
-def log_terms(
-    squares, c, columns, log_w, own, own_low, own_high, log_w_own, log_w_next, first_row, row, first_column, column, N,
-    OWN: tl.constexpr, NEXT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def add_log_weights(
+    s, log_w, own, log_w_own, log_w_next, meets, first_row, row, first_column, column, N,
+    OWN: tl.constexpr, NEXT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """log2 of w_ij q(z_i | x_j) of a tile; c points at the log normalizer of the thread's first
-    column."""
-    s = minus_squares(tl.load(c + columns), squares)
+    """To a tile's log densities, where they are not in them yet."""
     if OWN or NEXT:
-        s = override(
-            s + tl.load(log_w + first_column + column), s + tl.full([], log_w_own, s.dtype), s + tl.full([], log_w_next, s.dtype),
-            own, own_low, own_high, first_row, row, first_column, column, N, OWN, NEXT, ROWS, COLUMNS,
-        )  # fmt: skip
+        w = tl.load(log_w + first_column + column)
+        if meets:
+            w_own, w_next = tl.full([], log_w_own, s.dtype), tl.full([], log_w_next, s.dtype)
+            s += override(w, w_own, w_next, own, first_row, row, first_column, column, N, OWN, NEXT, COLUMNS)
+        else:
+            s += w
     return s
 
 
@@ -463,7 +462,7 @@ class Grid(NamedTuple):
     """Programs own blocks of samples (or columns), and take one of `splits` ranges of what passes by."""
 
     config: Config  # RO, RP, TO, TP, UNROLL and the launch options
-    blocks: int
+    blocks: int  # in all dimensions, where each has its own
     splits: int
     tiles: int  # that pass by in one range
 
@@ -483,34 +482,51 @@ def multiprocessors(device: torch.device) -> int:
     return 1 if INTERPRETED and device.type == "cpu" else 132
 
 
-def grid(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, reduce: bool) -> Grid:
-    """For `owned` samples against `passing` columns, or the other way round; `reduce`: whether each dimension is summed
-    over what passes by, across lanes, which should then be few.
-
-    The register tile is 8 x 8 or 4 x 16 pairs, so that a step in d loads 16 to 20 words for 128 FMAs (of 64 pairs) and
-    128 registers hold it: two programs of 256 threads on a multiprocessor. Half as many pairs where they are of
-    float64, or summed in two levels. Problems that have too few of those tiles get small ones, of 16 x 128 pairs.
-    """
-    sms = multiprocessors(device)
-    halved = int(dtype == torch.float64) + int(FOLD.value < D)
-    if triton.cdiv(owned, 128) * triton.cdiv(passing, 128) < sms:
-        RO, RP, TO, TP, unroll, per_sm = 2, 4, 8, 32, 4, 4
-    elif reduce:
-        RO, RP, TO, TP, unroll, per_sm = 4, 16 >> halved, 32, 8, 1, 2
-    else:
-        RO, RP, TO, TP, unroll, per_sm = 8, 8 >> halved, 16, 16, 2, 2
+def _grid(
+    tile: tuple[int, int, int, int, int], per_sm: int, owned: int, passing: int, copies: int, steps: int, sms: int
+) -> Grid:
+    RO, RP, TO, TP, unroll = tile
     config = {"RO": RO, "RP": RP, "TO": TO, "TP": TP, "UNROLL": unroll, "num_warps": THREADS // WARP}
     if WARP == 32:
         config["maxnreg"] = 65536 // THREADS // per_sm
     blocks, tiles = triton.cdiv(owned, RO * TO), triton.cdiv(passing, RP * TP)
-    splits = _splits(blocks, tiles, D, per_sm * sms)
-    return Grid(config, blocks, splits, max(1, triton.cdiv(tiles, splits)))
+    splits = _splits(blocks * copies, tiles, steps, per_sm * sms)
+    return Grid(config, blocks * copies, splits, max(1, triton.cdiv(tiles, splits)))
 
 
-def _splits(blocks: int, tiles: int, D: int, slots: int) -> int:
+SMALL = (2, 4, 8, 32, 4)  # RO, RP, TO, TP, UNROLL: 16 x 128 pairs, for problems that have few tiles
+
+
+def grid(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, reduce: bool) -> Grid:
+    """For `owned` samples against `passing` columns, or the other way round; `reduce`: whether each dimension is summed
+    over what passes by, across lanes, which should then be few.
+
+    The register tile is 8 x 8 or 4 x 16 pairs, so that a step in d loads 16 to 20 words for 128 FMAs and 128 registers
+    hold it: two programs of 256 threads on a multiprocessor. Half as many pairs where they are of float64, or summed in
+    two levels."""
+    sms = multiprocessors(device)
+    halved = int(dtype == torch.float64) + int(D > FOLD.value)
+    tile = (4, 16 >> halved, 32, 8, 1) if reduce else (8, 8 >> halved, 16, 16, 2)
+    small = triton.cdiv(owned, 128) * triton.cdiv(passing, 128) < sms
+    return _grid(SMALL if small else tile, 4 if small else 2, owned, passing, 1, D + 8, sms)
+
+
+def grid_per_dimension(
+    owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, pull: bool
+) -> Grid:
+    """The same with programs for each dimension alone; `pull`: whether they sum gradients. An exponential takes as long
+    as eight FMAs; the tiles only have to leave room for them. The forward shares the joint's."""
+    sms = multiprocessors(device)
+    small = triton.cdiv(owned, 128) * triton.cdiv(passing, 128) < sms
+    halved = int(dtype == torch.float64)
+    tile = (8 >> halved, 4, 16 << halved, 16 >> halved, 1) if pull else (8, 8 >> halved + int(D > FOLD.value), 16, 16, 2)
+    return _grid(SMALL if small else tile, 4 if small else 2, owned, passing, D, 6, sms)
+
+
+def _splits(blocks: int, tiles: int, steps: int, slots: int) -> int:
     """Into how many ranges to split `tiles`, so that the last wave of programs on `slots` is a full one as nearly as
-    may be. None shorter than 256 steps, so that little problems need no second kernel to put ranges together."""
-    most = min(tiles, tiles * (D + 8) // 256, triton.cdiv(4 * slots, max(blocks, 1)))
+    may be. None shorter than 256 steps in d, so that little problems need no second kernel to put ranges together."""
+    most = min(tiles, tiles * steps // 256, triton.cdiv(4 * slots, max(blocks, 1)))
 
     def time(splits: int) -> float:
         return triton.cdiv(blocks * splits, slots) * (triton.cdiv(tiles, splits) + 0.5)

@@ -1,0 +1,338 @@
+"""The joint log sum_j w_ij prod_d q(z_id | x_j) with the marginals log sum_j w_ij q(z_id | x_j), never forming [S, N].
+
+The marginals are bound by exponentials, the joint by multiplications: one launch has programs for both, so that they
+fill each other's gaps. A program for a marginal owns a block of samples in one dimension and streams columns by, each
+lane with a maximum and a sum of its own. In the backward the marginals' pull is added to the joint's
+(agg_log_prob.py): on z from programs like the forward's, on the columns from programs that own columns in one
+dimension.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvae.backends.contract import LogWeights
+
+from ._launch import empty_like
+from .agg_log_prob import agg_log_prob_backward, combine_rows, joint_sums, pull_on_columns, shares_of_rows
+from .log_sum_exp import across_lanes, add_terms, combine_ranges, log_of, share_factor, shift, summed, times
+from .pair_gradients import columns_gradients, far_t
+from .posteriors import (
+    INF,
+    PANEL,
+    Packed,
+    add_log_weights,
+    clip,
+    grid,
+    grid_per_dimension,
+    inverse_kappa2,
+    is_far,
+    largest,
+    load_pair,
+    meets_own,
+    minus_square,
+    new,
+    offset,
+    override,
+    owned,
+    pack,
+    passing,
+    step,
+)
+
+
+@triton.jit
+def marginal_sums(
+    block, d, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own, log_w_next,
+    S, N, D, tiles, OWN: tl.constexpr, NEXT: tl.constexpr, PULL: tl.constexpr,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
+):  # fmt: skip
+    """m and total [RO, 1, TO, 1] of a block of samples in dimension d over a range of columns; with PULL also
+    sum_j 2^(s - shift) t a."""
+    first_row = block.to(tl.int64) * (RO * TO)
+    row_lane, rows = owned(RO, TO)
+    column_lane, columns = passing(RP, TP)
+    z = tl.load(samples + offset(first_row, D) + d * PANEL + row_lane + rows)
+    far_rows = is_far(far_samples, first_row)
+    m = tl.full([RO, 1, TO, TP], -INF, z.dtype)
+    total = tl.zeros_like(m)
+    carry = tl.zeros_like(m)
+    pull = tl.zeros_like(m)
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, RP * TP))):
+        first_column = tl.full([], RP * TP, tl.int64) * tile
+        at = offset(first_column, D) + d * PANEL + column_lane
+        a, b = load_pair(planes + at * step(planes), columns)
+        far = is_far(far_columns, first_column)
+        if far | far_rows:
+            t = clip(far_t(z, a, b, far), -largest(z.dtype), largest(z.dtype))
+        else:
+            t = tl.fma(z, a, b)
+        meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, RP * TP)
+        s = add_log_weights(
+            minus_square(tl.load(c + at + columns), t), log_w, own, log_w_own, log_w_next, meets,
+            first_row, row_lane + rows, first_column, column_lane + columns, N, OWN, NEXT, RP * TP,
+        )  # fmt: skip
+        m, total, carry, p, _, rescale = add_terms(m, total, carry, s, False)
+        if PULL:
+            pull = tl.fma(pull, rescale, summed(p * t * a, False))
+    highest, sum_of_lanes = across_lanes(m, total)
+    if PULL:
+        pull = tl.sum(pull * tl.exp2(m - shift(highest)), 3, keep_dims=True)
+    return highest, sum_of_lanes, pull
+
+
+@triton.jit(do_not_specialize=["one"])
+def _joint_and_marginals(
+    samples, far_samples, planes, far_columns,
+    c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64, marginal_c,
+    joint, joint_ms, joint_totals, marginals, ms, totals, S, N,
+    joint_programs, joint_blocks, joint_tiles, blocks, tiles, one,
+    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Programs for the joint come first, because they take longest. Results [S] and [S, D], or where one is None m and
+    total of each range, [splits, S] or [splits, D, S]."""
+    program = tl.program_id(0)
+    lane, rows = owned(RO, TO)
+    if program < joint_programs:
+        block = program % joint_blocks
+        split = program // joint_blocks
+        m, total = joint_sums(
+            block, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high,
+            log_w_own, log_w_next, None, None, S, N, joint_tiles, one,
+            D, OWN, NEXT, False, RO, RP, TO, TP, UNROLL,
+        )  # fmt: skip
+        i = block.to(tl.int64) * (RO * TO) + lane + rows
+        if joint is not None:
+            tl.store(joint + i, log_of(m, total), i < S)
+        else:
+            tl.store(joint_ms + split.to(tl.int64) * S + i, m, i < S)
+            tl.store(joint_totals + split.to(tl.int64) * S + i, total, i < S)
+    else:
+        program -= joint_programs
+        block = program % blocks
+        d = program // blocks % D
+        split = program // blocks // D
+        m, total, _ = marginal_sums(
+            block, d, split, samples, far_samples, planes, far_columns, marginal_c, log_w, own, own_low, own_high,
+            log_w_own, log_w_next, S, N, D, tiles, OWN, NEXT, False, RO, RP, TO, TP,
+        )  # fmt: skip
+        i = block.to(tl.int64) * (RO * TO) + lane + rows
+        if marginals is not None:
+            tl.store(marginals + i * D + d, log_of(m, total), i < S)
+        else:
+            tl.store(ms + (split.to(tl.int64) * D + d) * S + i, m, i < S)
+            tl.store(totals + (split.to(tl.int64) * D + d) * S + i, total, i < S)
+
+
+@triton.jit
+def _rows(
+    samples, far_samples, planes, far_columns,
+    c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
+    ms, totals, pulls, S, N, D, blocks, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """m, total and the pull on z of each range, [splits, D, S]; the last may be None."""
+    block = tl.program_id(0) % blocks
+    d = tl.program_id(0) // blocks % D
+    split = tl.program_id(0) // blocks // D
+    m, total, pull = marginal_sums(
+        block, d, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high,
+        log_w_own, log_w_next, S, N, D, tiles, OWN, NEXT, pulls is not None, RO, RP, TO, TP,
+    )  # fmt: skip
+    lane, rows = owned(RO, TO)
+    i = block.to(tl.int64) * (RO * TO) + lane + rows
+    at = (split.to(tl.int64) * D + d) * S + i
+    tl.store(ms + at, m, i < S)
+    tl.store(totals + at, total, i < S)
+    if pulls is not None:
+        tl.store(pulls + at, pull, i < S)
+
+
+@triton.jit
+def _combine_rows_backward(
+    ms, totals, pulls, d_marginals, grad_row, grad_column, shifts, factors, joint_d_z, d_z, S, D, splits,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """shifts and factors [D, S] of the shares, and d_z [S, D] with the joint's added, which may be None, as d_z may."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = S.to(tl.int64) * D
+    inside = at < size
+    i = at % S
+    d = at // S
+    m, total = combine_ranges(ms + at, totals + at, splits, size, inside)
+    g = tl.load(d_marginals + i * grad_row + d * grad_column, inside, other=0.0).to(m.dtype)
+    factor = share_factor(g, total)
+    tl.store(shifts + at, shift(m), inside)
+    tl.store(factors + at, factor, inside)
+    if d_z is not None:
+        x = tl.zeros([BLOCK], m.dtype)
+        for k in range(splits):
+            m_k = tl.load(ms + size * k + at, inside, other=0.0)
+            x += times(tl.exp2(m_k - shift(m)), tl.load(pulls + size * k + at, inside, other=0.0))
+        x = times(-factor * inverse_kappa2(m.dtype), x)
+        if joint_d_z is not None:
+            x += tl.load(joint_d_z + i * D + d, inside, other=0.0)
+        tl.store(d_z + i * D + d, x.to(d_z.dtype.element_ty), inside)
+
+
+@triton.jit
+def _columns(
+    samples, far_samples, planes, far_columns,
+    c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
+    shifts, factors, sums, common_shares, S, N, D, blocks, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """sums [splits, 2, N, D] of r t and of r (t^2 - kappa^2), and [splits, D, N] of the r that pull on log_w, which may
+    be None; of ranges of samples."""
+    block = tl.program_id(0) % blocks
+    d = tl.program_id(0) // blocks % D
+    split = (tl.program_id(0) // blocks // D).to(tl.int64)
+    first_column = block.to(tl.int64) * (RO * TO)
+    column_lane, columns = owned(RO, TO)
+    row_lane, rows = passing(RP, TP)
+    row, column = row_lane + rows, column_lane + columns
+    at = offset(first_column, D) + d * PANEL + column_lane
+    a, b = load_pair(planes + at * step(planes), columns)
+    c_d = tl.load(c + at + columns)
+    far = is_far(far_columns, first_column)
+    r0 = tl.zeros([RO, 1, TO, TP], c_d.dtype)
+    rt = tl.zeros_like(r0)
+    rt2 = tl.zeros_like(r0)
+    common_share = tl.zeros_like(r0)
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(S, RP * TP))):
+        first_row = tl.full([], RP * TP, tl.int64) * tile
+        z = tl.load(samples + offset(first_row, D) + d * PANEL + row_lane + rows)
+        if far | is_far(far_samples, first_row):
+            t = clip(far_t(z, a, b, far), -largest(z.dtype), largest(z.dtype))
+        else:
+            t = tl.fma(z, a, b)
+        meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, RO * TO)
+        s = add_log_weights(
+            minus_square(c_d, t), log_w, own, log_w_own, log_w_next, meets,
+            first_row, row, first_column, column, N, OWN, NEXT, RO * TO,
+        )  # fmt: skip
+        there = row < tl.minimum(S - first_row, RP * TP).to(tl.int32)
+        of_row = d.to(tl.int64) * S + first_row + row_lane
+        p = tl.exp2(s - tl.load(shifts + of_row + rows, there, other=INF))
+        r = times(tl.load(factors + of_row + rows, there, other=0.0), p)
+        part = summed(r, False)
+        r0 += part
+        if common_shares is not None:
+            if meets:
+                common = override(r, 0.0, 0.0, own, first_row, row, first_column, column, N, OWN, NEXT, RO * TO)
+                common_share += summed(common, False)
+            else:
+                common_share += part
+        if sums is not None:
+            rt += summed(r * t, False)
+            rt2 += summed(r * t * t, False)
+    inside = column < tl.minimum(N - first_column, RO * TO).to(tl.int32)
+    if sums is not None:
+        to = sums + (2 * split * N + first_column + column) * D + d
+        tl.store(to, tl.sum(rt, 3, keep_dims=True), inside)
+        tl.store(to + N.to(tl.int64) * D, tl.sum(rt2 - r0 / inverse_kappa2(r0.dtype), 3, keep_dims=True), inside)
+    if common_shares is not None:
+        to = common_shares + (split * D + d) * N + first_column + column
+        tl.store(to, tl.sum(common_share, 3, keep_dims=True), inside)
+
+
+def _operands(packed: Packed) -> tuple[Tensor | float | None, ...]:
+    _, *weights = packed.weights
+    return packed.samples, packed.far_samples, packed.columns, packed.far_columns, packed.marginal_c, *weights
+
+
+def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> tuple[Tensor, Tensor]:
+    packed = pack(z, mu, logvar, weights, marginals=True)
+    S, N, D = packed.S, packed.N, packed.D
+    joint, marginals = new(packed, S), new(packed, S, D)
+    if S == 0:
+        return joint, marginals
+    g = grid(S, N, D, packed.dtype, z.device, reduce=False)
+    each = grid_per_dimension(S, N, D, packed.dtype, z.device, pull=False)
+    joint_parts = None if g.splits == 1 else new(packed, 2, g.splits, S)
+    parts = None if each.splits == 1 else new(packed, 2, each.splits, D, S)
+    _joint_and_marginals[(g.programs + each.programs,)](
+        *(packed.samples, packed.far_samples, packed.columns, packed.far_columns, *packed.weights, packed.marginal_c),
+        *((joint, None, None) if joint_parts is None else (None, *joint_parts)),
+        *((marginals, None, None) if parts is None else (None, *parts)),
+        *(S, N, g.programs, g.blocks, g.tiles, each.blocks // max(D, 1), each.tiles, 1, D, *packed.overridden),
+        **g.config,
+    )
+    if joint_parts is not None:
+        combine_rows[(triton.cdiv(S, 128),)](*joint_parts, joint, S, 1, g.splits, 128, num_warps=4)
+    if parts is not None:
+        combine_rows[(triton.cdiv(S * D, 128),)](*parts, marginals, S, D, each.splits, 128, num_warps=4)
+    return joint, marginals
+
+
+def agg_log_prob_marginals_backward(
+    d_joint: Tensor | None,
+    d_marginals: Tensor | None,
+    joint: Tensor,
+    marginals: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    weights: LogWeights,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    S, D, N = *z.shape, mu.shape[0]
+    if d_marginals is None or D == 0:
+        d_joint = torch.zeros_like(joint) if d_joint is None else d_joint
+        return agg_log_prob_backward(d_joint, joint, z, mu, logvar, weights, wanted)
+    packed = pack(z, mu, logvar, weights, marginals=True)
+    gradients = [
+        empty_like(x) if want and x is not None else None
+        for x, want in zip((z, mu, logvar, weights.log_w), wanted, strict=True)
+    ]
+    d_z, d_mu, d_logvar, d_log_w = gradients
+    joint_d_z, joint_shares = None, ()
+    if d_joint is not None:
+        if d_z is not None:
+            joint_d_z = d_z if d_z.dtype == packed.dtype else new(packed, S, D)
+        joint_shares = shares_of_rows(packed, d_joint, joint, joint_d_z)
+    shares = _shares_of_rows(packed, d_marginals, joint_d_z, d_z)
+    if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
+        g = grid(N, S, D, packed.dtype, z.device, reduce=True)
+        each = grid_per_dimension(N, S, D, packed.dtype, z.device, pull=True)
+        n = g.splits if joint_shares else 0
+        sums = None if d_mu is None and d_logvar is None else new(packed, n + each.splits, 2, N, D)
+        total_shares = new(packed, n, N)
+        common = None if d_log_w is None else new(packed, n + each.splits * D, N)
+        if joint_shares:
+            pull_on_columns(packed, g, *joint_shares, sums, total_shares, common)
+        _columns[(each.programs,)](
+            *(*_operands(packed), *shares),
+            *(None if x is None else x[n:] for x in (sums, common)),
+            *(S, N, D, each.blocks // D, each.tiles, *packed.overridden),
+            **each.config,
+        )
+        columns_gradients(packed, sums, total_shares, common, d_mu, d_logvar, d_log_w)
+    return [x for x in gradients if x is not None]
+
+
+def _shares_of_rows(
+    packed: Packed, d_marginals: Tensor, joint_d_z: Tensor | None, d_z: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """shift and factor [D, S] of the marginals' shares; writes d_z [S, D], with the joint's added, where it is wanted."""
+    S, N, D = packed.S, packed.N, packed.D
+    shifts, factors = new(packed, D, S), new(packed, D, S)
+    if S == 0:
+        return shifts, factors
+    each = grid_per_dimension(S, N, D, packed.dtype, d_marginals.device, pull=True)
+    ms, totals = new(packed, each.splits, D, S), new(packed, each.splits, D, S)
+    pulls = None if d_z is None else new(packed, each.splits, D, S)
+    _rows[(each.programs,)](
+        *(*_operands(packed), ms, totals, pulls, S, N, D, each.blocks // D, each.tiles, *packed.overridden),
+        **each.config,
+    )
+    _combine_rows_backward[(triton.cdiv(S * D, 128),)](
+        *(ms, totals, pulls, d_marginals, *d_marginals.stride(), shifts, factors, joint_d_z, d_z, S, D, each.splits),
+        BLOCK=128,
+        num_warps=4,
+    )
+    return shifts, factors

@@ -1,0 +1,144 @@
+"""The matrix log q(z_i | x_j) [S, N], and its gradients: the weights on the pairs are then given."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import add_up, empty_like
+from .log_sum_exp import summed
+from .pair_gradients import clear, columns_gradients, pull_columns, pull_samples
+from .posteriors import (
+    INV_KAPPA2,
+    LN2,
+    grid,
+    is_far,
+    minus_squares,
+    new,
+    offset,
+    owned,
+    pack,
+    passing,
+    square_sums,
+    step,
+)
+
+
+@triton.jit
+def _cross_log_prob(
+    samples, planes, far_columns, c, out, S, N, blocks, tiles,
+    D: tl.constexpr, RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    first_row = block.to(tl.int64) * RO * TO
+    row_lane, rows = owned(RO, TO)
+    column_lane, columns = passing(RP, TP)
+    z = samples + offset(first_row, D) + row_lane
+    inside_rows = row_lane + rows < tl.minimum(S - first_row, RO * TO).to(tl.int32)
+    out += (first_row + row_lane + rows) * N
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, RP * TP))):
+        first_column = tl.full([], RP * TP, tl.int64) * tile
+        ab = planes + (offset(first_column, D) + column_lane) * step(planes)
+        squares = square_sums(z, rows, ab, columns, is_far(far_columns, first_column), D, RO, RP, TO, TP, UNROLL)
+        log_q = minus_squares(tl.load(c + first_column + column_lane + columns), squares)
+        inside = inside_rows & (column_lane + columns < tl.minimum(N - first_column, RP * TP).to(tl.int32))
+        tl.store(out + first_column + column_lane + columns, log_q * tl.full([], LN2, log_q.dtype), inside)
+
+
+@triton.jit(do_not_specialize=["one"])
+def _rows(
+    samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, S, N, blocks, tiles, one,
+    D: tl.constexpr, RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """sums [splits, S, D] of r t a over ranges of columns"""
+    block = tl.program_id(0) % blocks
+    split = (tl.program_id(0) // blocks).to(tl.int64)
+    first_row = block.to(tl.int64) * RO * TO
+    row_lane, rows = owned(RO, TO)
+    column_lane, columns = passing(RP, TP)
+    inside_rows = row_lane + rows < tl.minimum(S - first_row, RO * TO).to(tl.int32)
+    z = samples + offset(first_row, D) + row_lane
+    far_rows = is_far(far_samples, first_row)
+    one_time = tl.full([], 1.0, samples.dtype.element_ty)
+    to = sums + (split * S + first_row + row_lane) * D
+    clear(to, rows * D, inside_rows, D, RO, TO, TP, one)
+    grad += (first_row + row_lane + rows) * grad_row
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, RP * TP))):
+        first_column = tl.full([], RP * TP, tl.int64) * tile
+        ab = planes + (offset(first_column, D) + column_lane) * step(planes)
+        inside = inside_rows & (column_lane + columns < tl.minimum(N - first_column, RP * TP).to(tl.int32))
+        r = tl.load(grad + (first_column + column_lane + columns) * grad_column, inside, other=0.0)
+        far = is_far(far_columns, first_column)
+        pull_samples(
+            r, one_time, z, rows, ab, columns, far, far_rows, to, rows * D, inside_rows, one, D, RO, TO, TP
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["one"])
+def _columns(
+    samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, shares, S, N, blocks, tiles, one,
+    D: tl.constexpr, RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """sums [splits, 2, N, D] of r t and r t^2, and shares [splits, N] of r, of ranges of samples"""
+    block = tl.program_id(0) % blocks
+    split = (tl.program_id(0) // blocks).to(tl.int64)
+    first_column = block.to(tl.int64) * RO * TO
+    column_lane, columns = owned(RO, TO)
+    row_lane, rows = passing(RP, TP)
+    inside_columns = column_lane + columns < tl.minimum(N - first_column, RO * TO).to(tl.int32)
+    ab = planes + (offset(first_column, D) + column_lane) * step(planes)
+    far = is_far(far_columns, first_column)
+    to_t = sums + (2 * split * N + first_column + column_lane) * D
+    to_t2 = to_t + N.to(tl.int64) * D
+    clear(to_t, columns * D, inside_columns, D, RO, TO, TP, one)
+    clear(to_t2, columns * D, inside_columns, D, RO, TO, TP, one)
+    share = tl.zeros([RO, 1, TO, TP], samples.dtype.element_ty)
+    grad += (first_column + column_lane + columns) * grad_column
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(S, RP * TP))):
+        first_row = tl.full([], RP * TP, tl.int64) * tile
+        z = samples + offset(first_row, D) + row_lane
+        inside = inside_columns & (row_lane + rows < tl.minimum(S - first_row, RP * TP).to(tl.int32))
+        r = tl.load(grad + (first_row + row_lane + rows) * grad_row, inside, other=0.0)
+        share += summed(r, False)
+        far_rows = is_far(far_samples, first_row)
+        pull_columns(
+            r, z, rows, ab, columns, far, far_rows, to_t, to_t2, columns * D, inside_columns, one, D, RO, TO, TP
+        )  # fmt: skip
+    at = split * N + first_column + column_lane + columns
+    tl.store(shares + at, tl.sum(share, 3, keep_dims=True), inside_columns)
+
+
+def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    packed = pack(z, mu, logvar, None)
+    S, N, D = packed.S, packed.N, packed.D
+    out = new(packed, S, N)
+    if S and N:
+        g = grid(S, N, D, packed.dtype, z.device, reduce=False)
+        arguments = (packed.samples, packed.columns, packed.far_columns, packed.c, out, S, N, g.blocks, g.tiles, D)
+        _cross_log_prob[(g.programs,)](*arguments, **g.config)
+    return out
+
+
+def cross_log_prob_backward(
+    grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]
+) -> list[Tensor]:
+    packed = pack(z, mu, logvar, None)
+    S, N, D = packed.S, packed.N, packed.D
+    inputs = (z, mu, logvar)
+    d_z, d_mu, d_logvar = gradients = [empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
+    operands = (packed.samples, packed.far_samples, packed.columns, packed.far_columns, grad, *grad.stride())
+    if d_z is not None and S > 0:
+        g = grid(S, N, D, packed.dtype, z.device, reduce=True)
+        sums = new(packed, g.splits, S, D)
+        _rows[(g.programs,)](*operands, sums, S, N, g.blocks, g.tiles, 1, D, **g.config)
+        scale = -1.0 if packed.dtype == torch.float64 else -INV_KAPPA2.value
+        add_up(sums.view(1, g.splits, S * D), [d_z.view(-1)], scale)
+    if N > 0 and not (d_mu is None and d_logvar is None):
+        g = grid(N, S, D, packed.dtype, z.device, reduce=True)
+        sums, shares = new(packed, g.splits, 2, N, D), new(packed, g.splits, N)
+        _columns[(g.programs,)](*operands, sums, shares, S, N, g.blocks, g.tiles, 1, D, **g.config)
+        columns_gradients(packed, sums, shares, None, d_mu, d_logvar, None)
+    return [x for x in gradients if x is not None]
