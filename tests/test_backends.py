@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -122,3 +124,62 @@ joint, marginals = fastvae.agg_log_prob_marginals(z, mu, mu)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     assert float(run(f"exec({code!r})").stdout) < 2 * reference.CHUNK_BYTES / 2**20
+
+
+def test_triton_says_why_it_is_not_available() -> None:
+    """Without Triton, or with no GPU for it; and nothing of it is imported before it is asked for."""
+    status = "print(*backends.status('triton')[1:])"
+    nothing = "import sys; sys.modules['triton'] = None; " + status
+    assert run(nothing, TRITON_INTERPRET="").stdout.startswith("False Triton cannot be imported")
+    if backends.status("triton").available and not torch.cuda.is_available():
+        assert "no GPU" in run(status, TRITON_INTERPRET="").stdout
+    computing = "fastvae.kl_gauss(torch.zeros(2, 2), torch.zeros(2, 2)); import sys; print('triton' in sys.modules)"
+    assert run(computing, FASTVAE_BACKEND="", TRITON_INTERPRET="").stdout.strip() == "False"
+
+
+def test_triton_computes_on_the_cpu_only_in_its_interpreter() -> None:
+    pytest.importorskip("triton")
+    code = "backends.triton.kl_gauss(torch.zeros(2, 2), torch.zeros(2, 2), None, None, 'sum')"
+    failed = run(f"import fastvae.backends.triton; {code}", TRITON_INTERPRET="")
+    assert "RuntimeError: backend 'triton' computes on cpu tensors only in Triton's interpreter" in failed.stderr
+    assert run(f"import fastvae.backends.triton; print({code})", TRITON_INTERPRET="1").stdout == "tensor(0.)\n"
+
+
+def test_triton_has_the_functions_of_the_contract_and_no_others() -> None:
+    from fastvae.backends import contract, triton
+
+    promised = {name for name in vars(contract.Backend) if not name.startswith("_")}
+    assert promised == {f"{op}{direction}" for op in triton.OPS for direction in ("", "_backward")}
+    with pytest.raises(AttributeError, match="no attribute 'kl'"):
+        _ = triton.kl
+
+
+def test_autotuning_measures_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    from fastvae.kernels.triton import _launch
+
+    timed: list[int] = []
+
+    def seconds(run: Callable[[], int], **_: object) -> float:
+        timed.append(run())
+        return [3.0, 1.0, 2.0][timed[-1]]
+
+    monkeypatch.setattr(_launch, "_tuned", {})
+    monkeypatch.setattr(triton.testing, "do_bench", seconds)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    configs = [{"n": 0}, {"n": 1}, {"n": 2}]
+
+    def fastest(*problem: object) -> int:
+        return _launch.fastest(lambda config: config["n"], configs, *problem)
+
+    assert fastest("op", 1000) == 0
+    monkeypatch.setattr(_launch, "AUTOTUNE", True)
+    assert [fastest("op", 1000), fastest("op", 1024), fastest("op", 600)] == [1, 1, 1]  # one size to a power of 2
+    assert timed == [0, 1, 2]
+    _launch._tuned.clear()  # as in another process
+    assert fastest("op", 1000) == 1
+    assert timed == [0, 1, 2]
+    assert fastest("op", 1025) == 1
+    assert timed == [0, 1, 2] * 2

@@ -5,7 +5,7 @@ import math
 import pytest
 import scipy.stats
 import torch
-from conftest import Target
+from conftest import TRITON, Target, computing_on
 from helpers import DTYPES, normals
 
 import fastvae
@@ -45,6 +45,21 @@ def test_known_answers(word: int, answer: tuple[int, ...]) -> None:
     words = torch.full((6,), word)
     assert tuple(int(w) for w in philox.philox4x32(tuple(words[:4]), tuple(words[4:]))) == answer
     assert tuple(philox_in_integers([word] * 4, [word] * 2)) == answer
+
+
+def test_known_answers_of_the_triton_kernel() -> None:
+    """And its words for any counter and key, by Python's own integers."""
+    triton_philox = pytest.importorskip("philox_kernel")
+    groups = [0, 1, 2, WORD - 1, WORD, WORD + 1, 2**40 + 5, 2**62 - 1]
+    with computing_on(next(iter(TRITON.values()))) as target:
+        for seed in SEEDS:
+            key = torch.tensor((seed + 2**63) % 2**64 - 2**63, device=target.device)
+            words = triton_philox.words(torch.tensor(groups, device=target.device), key).tolist()
+            for group, got in zip(groups, words, strict=True):
+                counter = [group % WORD, group // WORD, 0, 0]
+                assert got == philox_in_integers(counter, [seed % WORD, (seed // WORD) % WORD])
+            if seed == 0:
+                assert words[0] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -1,6 +1,7 @@
 """What the launchers share: rows and dtypes as kernels want them, tiles for elementwise work, the choice of a
 configuration, and the kernel that adds up what several programs left."""
 
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -22,6 +23,17 @@ Config = dict[str, Any]  # keyword arguments of a kernel: block sizes, what depe
 Result = TypeVar("Result")
 
 
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉; Triton's own takes microseconds, as does its next_power_of_2."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is not below n, and 1 for n below 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@functools.cache
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """The dtype that a kernel on tensors of this dtype computes in, as a `tl.constexpr` parameter."""
     return tl.float64 if accumulation_dtype(dtype) == torch.float64 else tl.float32
@@ -47,20 +59,21 @@ def empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@functools.lru_cache
 def tile(n_rows: int, n_columns: int, elements: int = 0, num_warps: int = 4) -> Config:
     """Tiles for elementwise work on [n_rows, n_columns]: unless `elements` says how many, 16 for each thread where
     that leaves enough programs, else 4; and columns that waste less than a quarter of a block."""
     elements = elements or (2048 if n_rows * n_columns >= 1 << 20 else 512)
-    columns = min(elements, max(4, triton.next_power_of_2(n_columns)))
-    while columns > 16 and triton.cdiv(n_columns, columns) * columns > 1.25 * n_columns:
+    columns = min(elements, max(4, next_power_of_2(n_columns)))
+    while columns > 16 and cdiv(n_columns, columns) * columns > 1.25 * n_columns:
         columns //= 2
-    block_rows = min(elements // columns, triton.next_power_of_2(max(n_rows, 1)))
-    column_blocks = max(1, triton.cdiv(n_columns, columns))
+    block_rows = min(elements // columns, next_power_of_2(n_rows))
+    column_blocks = max(1, cdiv(n_columns, columns))
     return {"column_blocks": column_blocks, "BLOCK_B": block_rows, "BLOCK_D": columns, "num_warps": num_warps}
 
 
 def row_blocks(n_rows: int, config: Config) -> int:
-    return triton.cdiv(n_rows, config["BLOCK_B"])
+    return cdiv(n_rows, config["BLOCK_B"])
 
 
 def fastest(run: Callable[[Config], Result], configs: Sequence[Config], *problem: Any) -> Result:
@@ -71,7 +84,7 @@ def fastest(run: Callable[[Config], Result], configs: Sequence[Config], *problem
     path = Path(triton.knobs.cache.dir) / "fastvae-tuned.json"
     if not _tuned and path.exists():
         _tuned.update(json.loads(path.read_text()))
-    rounded = [triton.next_power_of_2(p) if isinstance(p, int) and p > 0 else str(p) for p in problem]
+    rounded = [next_power_of_2(p) if isinstance(p, int) and p > 0 else str(p) for p in problem]
     key = json.dumps([torch.cuda.get_device_name(), *rounded, configs])
     if key not in _tuned:
         times = [triton.testing.do_bench(lambda c=c: run(c), return_mode="median") for c in configs]
@@ -110,7 +123,7 @@ def _add_up_one(partials, out, columns, P, n, scale, BLOCK_P: tl.constexpr, BLOC
 def add_up(partials: Tensor, outs: Sequence[Tensor], scale: float = 1.0) -> None:
     """Each out [n] becomes scale * the sum over P of its partials [len(outs), P, n], in float64; one or two outs."""
     _, P, n = partials.shape
-    columns = min(16, triton.next_power_of_2(max(n, 1)))
-    block = {"BLOCK_P": min(1024 // columns, triton.next_power_of_2(P)), "BLOCK_N": columns}
+    columns = min(16, next_power_of_2(n))
+    block = {"BLOCK_P": min(1024 // columns, next_power_of_2(P)), "BLOCK_N": columns}
     second = (partials[1], outs[1]) if len(outs) == 2 else (None, None)
-    _add_up[(triton.cdiv(n, columns), len(outs))](partials[0], outs[0], *second, P, n, scale, **block, num_warps=4)
+    _add_up[(cdiv(n, columns), len(outs))](partials[0], outs[0], *second, P, n, scale, **block, num_warps=4)

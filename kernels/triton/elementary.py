@@ -7,10 +7,6 @@
 import triton
 import triton.language as tl
 
-LOG2E_HI = tl.constexpr(1.44269502162933349609375)  # log2(e) in float32, and the rest of it
-LOG2E_LO = tl.constexpr(1.92596299e-8)
-LN2 = tl.constexpr(0.69314718055994530942)
-
 
 @triton.jit
 def polynomial(x, COEFFICIENTS: tl.constexpr):
@@ -29,11 +25,13 @@ def exp(x, ACC: tl.constexpr, SCALE: tl.constexpr = 1.0):
     if ACC.is_fp64():
         y = tl.exp(SCALE * x)
     else:
+        HI: tl.constexpr = SCALE * 1.44269502162933349609375  # log2(e) in float32, and the rest of it
+        LO: tl.constexpr = SCALE * 1.92596299e-8
         x = tl.clamp(x, -104.0 / SCALE, 89.0 / SCALE, propagate_nan=tl.PropagateNan.ALL)  # t and its error are finite
-        t = x * (SCALE * LOG2E_HI)
-        error = tl.fma(x, tl.full(x.shape, SCALE * LOG2E_HI, ACC), -t)
-        error = tl.fma(x, tl.full(x.shape, SCALE * LOG2E_LO, ACC), error)
-        y = tl.exp2(t) * tl.fma(error, tl.full(x.shape, LN2, ACC), tl.full(x.shape, 1.0, ACC))
+        t = x * HI
+        error = tl.fma(x, tl.full(x.shape, HI, ACC), -t)
+        error = tl.fma(x, tl.full(x.shape, LO, ACC), error)
+        y = tl.exp2(t) * tl.fma(error, tl.full(x.shape, 0.69314718055994530942, ACC), tl.full(x.shape, 1.0, ACC))
     return y
 
 

@@ -6,6 +6,7 @@ Sums over tiles are kept element by element of a tile and meet at the end: in a 
 stays in, or altogether. Sums of several programs become partials in float64, which a second launch adds up.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,11 +19,8 @@ from fastvae.backends.contract import accumulation_dtype, kl_scale, kl_shape
 from ._launch import Config, accumulator, add_up, empty_like, fastest, row_blocks, rows, same_layout, tile
 from .elementary import exp, exp_tail, expm1, times
 
-ELEMENTS = tl.constexpr(0)  # what is summed over: nothing,
-ROWS = tl.constexpr(1)  # each row,
-COLUMNS = tl.constexpr(2)  # each column,
-ALL = tl.constexpr(3)  # everything
-_SUMS_OVER = {"none": ELEMENTS.value, "sample": ROWS.value, "dim": COLUMNS.value}
+# What is summed over. (A string: Triton looks up each global constant of a kernel again at every launch.)
+_SUMS_OVER = {"none": "nothing", "sample": "rows", "dim": "columns"}  # else "all"
 
 MAX_PROGRAMS = 2048  # that leave partial sums: enough to fill any GPU, few enough to add up in microseconds
 ONE_PROGRAM = 16384  # elements that one program sums in less time than a second launch takes
@@ -63,7 +61,7 @@ def _kl_gauss(
 ):  # fmt: skip
     """Out: [B, D], [B], partials [programs / column_blocks, D] or partials [programs], by OVER."""
     program = tl.program_id(0)
-    if OVER == ROWS:
+    if OVER == "rows":
         first, last, step = program * column_blocks, (program + 1) * column_blocks, 1
     else:  # the number of programs is a multiple of column_blocks where OVER is COLUMNS
         first, last, step = program, tl.cdiv(B, BLOCK_B) * column_blocks, tl.num_programs(0)
@@ -78,19 +76,19 @@ def _kl_gauss(
             row, column, inside, ACC,
         )  # fmt: skip
         kl = tl.fma(2 * half_u, half_u, 0.5 * exp_tail(x, e_x, ACC))
-        if OVER == ELEMENTS:
+        if OVER == "nothing":
             tl.store(out + row[:, None] * D + column[None, :], kl, inside)
         else:
             total += kl
-    if OVER == ROWS:
+    if OVER == "rows":
         row = program.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
         tl.store(out + row, tl.sum(total, 1), row < B)
-    elif OVER == COLUMNS:
+    elif OVER == "columns":
         column = (program % column_blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
         partial = (program // column_blocks).to(tl.int64) * D
         result = tl.sum(total, 0).to(tl.float64) * tl.full([BLOCK_D], scale, tl.float64)
         tl.store(out + partial + column, result.to(out.dtype.element_ty), column < D)
-    elif OVER == ALL:
+    elif OVER == "all":
         result = tl.sum(total).to(tl.float64) * tl.full((), scale, tl.float64)
         tl.store(out + program, result.to(out.dtype.element_ty))
 
@@ -111,11 +109,11 @@ def _kl_gauss_backward(
         row = (i // column_blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
         column = (i % column_blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = (row < B)[:, None] & (column < D)[None, :]
-        if OVER == ELEMENTS:
+        if OVER == "nothing":
             g = tl.load(grad + row[:, None] * grad_row + column[None, :] * grad_column, inside, other=0.0)
-        elif OVER == ROWS:
+        elif OVER == "rows":
             g = tl.load(grad + row * grad_row, row < B, other=0.0)[:, None]
-        elif OVER == COLUMNS:
+        elif OVER == "columns":
             g = tl.load(grad + column * grad_column, column < D, other=0.0)[None, :]
         else:
             g = tl.load(grad)
@@ -148,40 +146,41 @@ def _kl_gauss_backward(
         tl.store(logvar_partials + partial, tl.sum(d_logvar_total, 0).to(tl.float64), column < D)
 
 
-def _configs(B: int, D: int, over: int) -> list[Config]:
+@functools.lru_cache
+def _configs(B: int, D: int, over: str) -> list[Config]:
     """A fixed tile, and others to try where there is enough work for the choice to matter."""
-    if B * D <= ONE_PROGRAM and over in (COLUMNS.value, ALL.value):
+    if B * D <= ONE_PROGRAM and over in ("columns", "all"):
         return [tile(B, D, 8192, 8)]
     return [tile(B, D), *(tile(B, D, *other) for other in ((1024, 4), (4096, 8)) if B * D >= 1 << 20)]
 
 
-def _programs(B: int, D: int, over: int, config: Config) -> int:
+def _programs(B: int, D: int, over: str, config: Config) -> int:
     """How many programs, of which a multiple of column_blocks where they keep to their columns."""
     blocks, tiles = config["column_blocks"], row_blocks(B, config) * config["column_blocks"]
-    if over == ROWS.value:
+    if over == "rows":
         return row_blocks(B, config)
-    if over == ELEMENTS.value:
+    if over == "nothing":
         return tiles
     if B * D <= ONE_PROGRAM:
-        return blocks if over == COLUMNS.value else 1
-    return max(1, min(tiles, MAX_PROGRAMS) // blocks) * blocks if over == COLUMNS.value else min(tiles, MAX_PROGRAMS)
+        return blocks if over == "columns" else 1
+    return max(1, min(tiles, MAX_PROGRAMS) // blocks) * blocks if over == "columns" else min(tiles, MAX_PROGRAMS)
 
 
 def kl_gauss(
     mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
 ) -> Tensor:
     B, D = mu.shape
-    over, scale = _SUMS_OVER.get(reduction, ALL.value), kl_scale(reduction, B, D)
+    over, scale = _SUMS_OVER.get(reduction, "all"), kl_scale(reduction, B, D)
     out = torch.empty(kl_shape(reduction, B, D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
     inputs = [a for x in (mu, logvar, prior_mu, prior_logvar) for a in rows(x, B)]
-    if over in (ELEMENTS.value, ALL.value) and same_layout(B, mu, logvar, prior_mu, prior_logvar):
+    if over in ("nothing", "all") and same_layout(B, mu, logvar, prior_mu, prior_logvar):
         B, D = 1, B * D
 
     def run(config: Config) -> Tensor:
         meta = {**config, "OVER": over, "ACC": accumulator(mu.dtype), "enable_fp_fusion": False}
         programs = _programs(B, D, over, config)
-        P = programs // config["column_blocks"] if over == COLUMNS.value else programs  # partial sums of each result
-        if over in (ELEMENTS.value, ROWS.value) or P == 1:
+        P = programs // config["column_blocks"] if over == "columns" else programs  # partial sums of each result
+        if over in ("nothing", "rows") or P == 1:
             _kl_gauss[(programs,)](*inputs, out, B, D, scale, **meta)
         else:
             partials = torch.empty((1, P, out.numel()), dtype=torch.float64, device=mu.device)
@@ -202,28 +201,29 @@ def kl_gauss_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     B, D = mu.shape
-    over, scale = _SUMS_OVER.get(reduction, ALL.value), kl_scale(reduction, B, D)
+    over, scale = _SUMS_OVER.get(reduction, "all"), kl_scale(reduction, B, D)
     likes = (mu, logvar, prior_mu, prior_logvar)
     gradients = [empty_like(x) if x is not None and want else None for x, want in zip(likes, wanted, strict=True)]
     # A prior that is one row for many has the sum of their gradients.
     summed = [g is not None and g.shape[0] == 1 != B for g in gradients]
     sums = [g for g, is_sum in zip(gradients, summed, strict=True) if is_sum and g is not None]
     inputs = [a for x in likes for a in rows(x, B)]
-    grad_row = grad.stride(0) if over in (ELEMENTS.value, ROWS.value) else 0
-    grad_column = grad.stride(-1) if over in (ELEMENTS.value, COLUMNS.value) else 0
-    if not sums and same_layout(B, *likes) and (over == ALL.value or (over == ELEMENTS.value and grad.is_contiguous())):
+    grad_row = grad.stride(0) if over in ("nothing", "rows") else 0
+    grad_column = grad.stride(-1) if over in ("nothing", "columns") else 0
+    if not sums and same_layout(B, *likes) and (over == "all" or (over == "nothing" and grad.is_contiguous())):
         B, D = 1, B * D
 
     def run(config: Config) -> list[Tensor]:
-        programs = _programs(B, D, COLUMNS.value if sums else ELEMENTS.value, config)
-        partials = torch.empty(
-            (len(sums), programs // config["column_blocks"], D), dtype=torch.float64, device=mu.device
-        )
-        remaining = iter(partials)
-        elementwise = [None if is_sum else g for g, is_sum in zip(gradients, summed, strict=True)]
+        programs = _programs(B, D, "columns" if sums else "nothing", config)
+        targets = [*gradients, None, None]  # [B, D], and the partials of priors
+        if sums:
+            shape = (len(sums), programs // config["column_blocks"], D)
+            partials = torch.empty(shape, dtype=torch.float64, device=mu.device)
+            remaining = iter(partials)
+            targets[2:] = [None if s else g for g, s in zip(gradients[2:], summed[2:], strict=True)]
+            targets += [next(remaining) if s else None for s in summed[2:]]
         _kl_gauss_backward[(programs,)](
-            *(*inputs, grad, grad_row, grad_column, *elementwise),
-            *(next(remaining) if is_sum else None for is_sum in summed[2:]),
+            *(*inputs, grad, grad_row, grad_column, *targets),
             *(B, D, scale),
             **(config | {"OVER": over, "ACC": accumulator(mu.dtype), "enable_fp_fusion": False}),
         )
@@ -231,5 +231,5 @@ def kl_gauss_backward(
             add_up(partials, sums)
         return [g for g in gradients if g is not None]
 
-    configs = _configs(B, D, COLUMNS.value if sums else ELEMENTS.value)
+    configs = _configs(B, D, "columns" if sums else "nothing")
     return fastest(run, configs, "kl_gauss_backward", mu.dtype, over, len(sums), B, D)

@@ -4,7 +4,7 @@ The rows of a sample are counted l B + b, so that element e = (l B + b) D + d ha
 start at multiples of 4, each Philox block is computed once for its four elements; else once for each of them.
 """
 
-import math
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from fastvae.backends.contract import accumulation_dtype
 
-from ._launch import Config, accumulator, add_up, empty_like, fastest, row_blocks, rows, same_layout, tile
+from ._launch import Config, accumulator, add_up, cdiv, empty_like, fastest, row_blocks, rows, same_layout, tile
 from .elementary import exp, exp_tail, expm1, times
 from .philox import normals_of_elements, normals_of_groups
 
-LOG_2PI = tl.constexpr(math.log(2 * math.pi))
 FULL = 1024  # programs that fill any GPU: with fewer tiles of [B, D], the backward splits L over programs
 
 
@@ -72,7 +71,7 @@ def _sample_gauss(
             p += tl.sum(tl.where(inside, x * x, 0.0), 1)
         if kl is not None:
             k += tl.sum(tl.fma(m, m, exp_tail(v, exp(v, ACC), ACC)), 1)  # 0 outside
-    constant = tl.full([BLOCK_B], LOG_2PI, ACC) * D
+    constant = tl.full([BLOCK_B], 1.83787706640934548356, ACC) * D  # D log(2 pi)
     if log_q is not None:
         tl.store(log_q + row, -0.5 * (constant + q), row < n_rows)
     if log_p is not None:
@@ -129,6 +128,7 @@ def _aligned(n_rows: int, D: int) -> bool:
     return D % 4 == 0 or n_rows == 1
 
 
+@functools.lru_cache
 def _configs(n_rows: int, D: int, aligned: bool, dtype: torch.dtype) -> list[Config]:
     """A fixed tile, and others to try where there is enough work for the choice to matter."""
     if n_rows * D < 1 << 20:
@@ -198,8 +198,8 @@ def sample_gauss_backward(
 
     def run(config: Config) -> list[Tensor]:
         tiles = row_blocks(B, config) * config["column_blocks"]
-        samples = max(1, triton.cdiv(L, max(1, FULL // max(1, tiles))))  # of one program
-        parts = max(1, triton.cdiv(L, samples))
+        samples = max(1, cdiv(L, max(1, FULL // max(1, tiles))))  # of one program
+        parts = max(1, cdiv(L, samples))
         targets: list[Tensor | None] = gradients
         if parts > 1:
             partials = torch.empty((len(results), parts, B * D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
