@@ -68,8 +68,8 @@ template <class T> FASTVAE_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> n) {
 #else
     using E = Elementary<T>;
     // One power of two is left to a multiplication, which overflows as it should.
-    const IVec<T> bits = ((IVec<T>)(n + (E::kRound - 1))) << E::kMantissa;
-    return select<T>(n < E::kMinExponent, Vec<T>{}, T(2) * (Vec<T>)((IVec<T>)p + bits));
+    const Bits<T> bits = ((Bits<T>)(n + (E::kRound - 1))) << E::kMantissa;
+    return select<T>(n < E::kMinExponent, Vec<T>{}, T(2) * (Vec<T>)((Bits<T>)p + bits));
 #endif
 }
 
@@ -105,7 +105,7 @@ template <class T> FASTVAE_INLINE Vec<T> exp2_term(Vec<T> x) {
         p = polynomial<T>(f, E::kExp2Term);
     else
         p = polynomial<T>(f, E::kExp2) * f + T(1);
-    const Vec<T> r = (Vec<T>)((IVec<T>)p + ((IVec<T>)rounded << E::kMantissa));
+    const Vec<T> r = (Vec<T>)((Bits<T>)p + ((Bits<T>)rounded << E::kMantissa));
     return select<T>(x < E::kMinExponent, Vec<T>{}, r);
 #endif
 }

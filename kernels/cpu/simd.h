@@ -31,18 +31,22 @@
 
 namespace fastvae::FASTVAE_ISA {
 
-// Vec<T> and its integer twin IVec<T>: GCC and Clang vector types, with the usual operators per lane.
+// Vec<T>, its integer twin IVec<T>, and Bits<T>, whose additions wrap around: GCC and Clang vector types, with the
+// usual operators per lane.
 template <class T> struct VecTypes;
 template <> struct VecTypes<float> {
     typedef float Float __attribute__((vector_size(FASTVAE_VECTOR_BYTES)));
     typedef int32_t Int __attribute__((vector_size(FASTVAE_VECTOR_BYTES)));
+    typedef uint32_t Unsigned __attribute__((vector_size(FASTVAE_VECTOR_BYTES)));
 };
 template <> struct VecTypes<double> {
     typedef double Float __attribute__((vector_size(FASTVAE_VECTOR_BYTES)));
     typedef int64_t Int __attribute__((vector_size(FASTVAE_VECTOR_BYTES)));
+    typedef uint64_t Unsigned __attribute__((vector_size(FASTVAE_VECTOR_BYTES)));
 };
 template <class T> using Vec = typename VecTypes<T>::Float;
 template <class T> using IVec = typename VecTypes<T>::Int;
+template <class T> using Bits = typename VecTypes<T>::Unsigned;
 template <class T> constexpr int kLanes = FASTVAE_VECTOR_BYTES / int(sizeof(T));
 
 // Whether a * b + c is one operation, rounded once.
