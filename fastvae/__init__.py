@@ -11,6 +11,7 @@ from .evaluate import (
 )
 from .importance import effective_sample_size, elbo, iw_elbo, mc_iw_elbo
 from .information import cross_entropy, entropy, kl_discrete
+from .mixture import GaussianMixture
 from .objectives import ELBO, IWAE, BetaTCVAE, InfoVAE
 from .ops.aggregate import (
     ColumnWeights,
@@ -33,6 +34,7 @@ __all__ = [
     "BetaTCVAE",
     "ColumnWeights",
     "DecoderMI",
+    "GaussianMixture",
     "GaussianSample",
     "InfoVAE",
     "KLDecomposition",

@@ -285,6 +285,16 @@ def agg_log_prob_marginals(
     return _over_batches(AggLogProbMarginals.apply, z, mu, logvar, *log_weights)
 
 
+def mixture_sums(z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What EM needs of points z `[S, D]` and N components, without autograd: log p(z_i) `[S]`, and the gradients of
+    its sum with respect to log_w `[N]`, mu and logvar `[N, D]`. All of one dtype, that of the results."""
+    weights = (log_w, None, None, None, None)
+    joint = _agg_log_prob(z, mu, logvar, *weights)
+    wanted = [False, True, True, True]
+    d_mu, d_logvar, d_log_w = _agg_log_prob_backward(torch.ones_like(joint), joint, z, mu, logvar, *weights, wanted)
+    return joint, d_log_w, d_mu, d_logvar
+
+
 def _over_batches(function: Callable[..., Any], z: Tensor, mu: Tensor, logvar: Tensor, *weights: Any) -> Any:
     """`function` of z [S, D], mu and logvar [N, D], for each index of the batch axes before them."""
     batch = z.shape[:-2]
