@@ -32,7 +32,7 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 
 echo "== testing"
-workers=$("$python" -c 'import xdist' 2> /dev/null && echo "-n $(($(nproc) < 8 ? $(nproc) : 8))")
+workers=$("$python" -c 'import xdist' 2> /dev/null && echo "-n $(($(nproc) < 12 ? $(nproc) : 12))")
 FASTVAE_BACKEND='' timeout 210 "$python" -m pytest -q -k "triton or cuda" $workers --junitxml="$out/tests.xml" "${tests[@]}" \
   > "$out/tests.txt" 2>&1 || status=1
 tail -n 25 "$out/tests.txt"

@@ -62,11 +62,12 @@ TARGETS = {**REFERENCE, **NATIVE, **TRITON}
 
 @contextlib.contextmanager
 def computing_on(target: Target) -> Iterator[Target]:
-    """Compute there, or skip the test where that cannot be; with FASTVAE_REQUIRE_NATIVE=1 a native library
-    that does not load is a failure."""
+    """Compute there, or skip the test where that cannot be; with FASTVAE_REQUIRE_NATIVE=1 a native library that does
+    not load is a failure, and on Linux so is a missing Triton."""
     available, why_not = backends.status(target.backend)[1:]
     if not available:
-        required = target.backend == "native" and os.environ.get("FASTVAE_REQUIRE_NATIVE") == "1"
+        needed = ("native", "triton") if platform.system() == "Linux" else ("native",)
+        required = target.backend in needed and os.environ.get("FASTVAE_REQUIRE_NATIVE") == "1"
         (pytest.fail if required else pytest.skip)(why_not)
     with contextlib.ExitStack() as stack:
         stack.enter_context(fastvae.use_backend(target.backend))

@@ -67,9 +67,13 @@ def tile(n_rows: int, n_columns: int, elements: int = 0, num_warps: int = 4) -> 
     columns = min(elements, max(4, next_power_of_2(n_columns)))
     while columns > 16 and cdiv(n_columns, columns) * columns > 1.25 * n_columns:
         columns //= 2
-    block_rows = min(elements // columns, next_power_of_2(n_rows))
     column_blocks = max(1, cdiv(n_columns, columns))
-    return {"column_blocks": column_blocks, "BLOCK_B": block_rows, "BLOCK_D": columns, "num_warps": num_warps}
+    return {
+        "column_blocks": column_blocks,
+        "BLOCK_B": elements // columns,
+        "BLOCK_D": columns,
+        "num_warps": num_warps,
+    }
 
 
 def row_blocks(n_rows: int, config: Config) -> int:
@@ -97,7 +101,7 @@ def fastest(run: Callable[[Config], Result], configs: Sequence[Config], *problem
 _tuned: dict[str, int] = {}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _add_up(partials, out, partials2, out2, P, n, scale: tl.float64, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """out[i] = scale * sum_p partials[p, i], in the order of p whatever the launch; likewise out2, where given."""
     columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
@@ -124,6 +128,6 @@ def add_up(partials: Tensor, outs: Sequence[Tensor], scale: float = 1.0) -> None
     """Each out [n] becomes scale * the sum over P of its partials [len(outs), P, n], in float64; one or two outs."""
     _, P, n = partials.shape
     columns = min(16, next_power_of_2(n))
-    block = {"BLOCK_P": min(1024 // columns, next_power_of_2(P)), "BLOCK_N": columns}
+    block = {"BLOCK_P": 1024 // columns, "BLOCK_N": columns}
     second = (partials[1], outs[1]) if len(outs) == 2 else (None, None)
     _add_up[(cdiv(n, columns), len(outs))](partials[0], outs[0], *second, P, n, scale, **block, num_warps=4)

@@ -53,7 +53,7 @@ def _terms(
     return x, exp(x, ACC), half_u, inverse_sigma
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["column_blocks"])
 def _kl_gauss(
     mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
     out, B, D, scale: tl.float64, column_blocks,
@@ -93,7 +93,7 @@ def _kl_gauss(
         tl.store(out + program, result.to(out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["column_blocks"])
 def _kl_gauss_backward(
     mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
     grad, grad_row, grad_column, d_mu, d_logvar, d_prior_mu, d_prior_logvar, mu_partials, logvar_partials,

@@ -32,7 +32,7 @@ def _normals(row, first_column, D, seed, ALIGNED: tl.constexpr, ACC: tl.constexp
     return eps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["L", "column_blocks"])
 def _sample_gauss(
     mu, mu_stride, logvar, logvar_stride, seed, z, log_q, log_p, kl, L, B, D, column_blocks,
     WRAPS: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -80,7 +80,7 @@ def _sample_gauss(
         tl.store(kl + row, 0.5 * k, row < B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["L", "samples", "column_blocks"])
 def _sample_gauss_backward(
     d_z, d_log_q, d_log_p, d_kl, mu, mu_stride, logvar, logvar_stride, seed, d_mu, d_logvar, L, B, D, samples,
     column_blocks,
