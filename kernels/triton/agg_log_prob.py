@@ -15,7 +15,7 @@ from torch import Tensor
 from fastvae.backends.contract import LogWeights
 
 from ._launch import empty_like
-from .log_sum_exp import across_lanes, add_terms, combine_ranges, hint, log_of, share_factor, shift, summed, times
+from .log_sum_exp import across_lanes, add_terms, combine_ranges, hint, log_of, nothing, share_factor, summed, times
 from .pair_gradients import clear, columns_gradients, pull_columns, pull_samples
 from .posteriors import (
     INF,
@@ -56,10 +56,10 @@ def joint_sums(
     inside = row < tl.minimum(S - first_row, ROWS).to(tl.int32)
     z = samples + offset(first_row, D) + row_lane
     if BACKWARD:
-        m = hint(tl.load(known + first_row + row, inside, other=-INF))
+        m = hint(tl.load(known + first_row + row, inside, other=0.0))
+        total = tl.zeros_like(m)
     else:
-        m = tl.full([RO, 1, TO, TP], -INF, samples.dtype.element_ty)
-    total = tl.zeros_like(m)
+        m, total = nothing([RO, 1, TO, TP], samples.dtype.element_ty)
     carry = tl.zeros_like(m)
     if d_z is not None:
         far_rows = is_far(far_samples, first_row)
@@ -86,6 +86,30 @@ def joint_sums(
     return m, total
 
 
+@triton.jit
+def joint_program(
+    program, samples, far_samples, planes, far_columns,
+    c, log_w, own, own_low, own_high, log_w_own, log_w_next,
+    known, d_z, joint, ms, totals, S, N, blocks, tiles, one,
+    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """joint [S], or where that is None m and total of each range, [splits, S]."""
+    block = program % blocks
+    split = program // blocks
+    m, total = joint_sums(
+        block, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own,
+        log_w_next, known, d_z, S, N, tiles, one, D, OWN, NEXT, BACKWARD, RO, RP, TO, TP, UNROLL,
+    )  # fmt: skip
+    lane, rows = owned(RO, TO)
+    i = block.to(tl.int64) * (RO * TO) + lane + rows
+    if joint is not None:
+        tl.store(joint + i, log_of(m, total), i < S)
+    else:
+        tl.store(ms + split.to(tl.int64) * S + i, m, i < S)
+        tl.store(totals + split.to(tl.int64) * S + i, total, i < S)
+
+
 @triton.jit(do_not_specialize=["one"])
 def _rows(
     samples, far_samples, planes, far_columns,
@@ -94,20 +118,11 @@ def _rows(
     D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """joint [S], or where that is None m and total of each range, [splits, S]."""
-    block = tl.program_id(0) % blocks
-    split = tl.program_id(0) // blocks
-    m, total = joint_sums(
-        block, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own, log_w_next,
-        known, d_z, S, N, tiles, one, D, OWN, NEXT, BACKWARD, RO, RP, TO, TP, UNROLL,
+    joint_program(
+        tl.program_id(0), samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own,
+        log_w_next, known, d_z, joint, ms, totals, S, N, blocks, tiles, one, D, OWN, NEXT, BACKWARD,
+        RO, RP, TO, TP, UNROLL,
     )  # fmt: skip
-    lane, rows = owned(RO, TO)
-    i = block.to(tl.int64) * RO * TO + lane + rows
-    if joint is not None:
-        tl.store(joint + i, log_of(m, total), i < S)
-    else:
-        tl.store(ms + split.to(tl.int64) * S + i, m, i < S)
-        tl.store(totals + split.to(tl.int64) * S + i, total, i < S)
 
 
 @triton.jit
@@ -121,16 +136,16 @@ def combine_rows(ms, totals, out, S, D, splits, BLOCK: tl.constexpr):
 
 @triton.jit
 def _combine_rows_backward(
-    ms, totals, parts, d_joint, grad_stride, shifts, factors, d_z, S, splits,
+    ms, totals, parts, d_joint, grad_stride, m_out, factors, d_z, S, splits,
     D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """Shares are factor 2^(s - shift), with those [S]; d_z [S, D] from its parts, each relative to its range's m."""
+    """Shares are factor 2^(s - m), with those [S]; d_z [S, D] from its parts, each relative to its range's m."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < S
     m, total = combine_ranges(ms + i, totals + i, splits, S.to(tl.int64), inside)
     g = tl.load(d_joint + i * grad_stride, inside, other=0.0).to(m.dtype)
     factor = share_factor(g, total)
-    tl.store(shifts + i, shift(m), inside)
+    tl.store(m_out + i, m, inside)
     tl.store(factors + i, factor, inside)
     if d_z is not None:
         for first in range(0, D, DK):
@@ -140,7 +155,7 @@ def _combine_rows_backward(
             for k in range(splits):
                 m_k = tl.load(ms + S.to(tl.int64) * k + i, inside, other=0.0)
                 part = tl.load(parts + (S.to(tl.int64) * k + i)[:, None] * D + d, mask, other=0.0)
-                x += times(tl.exp2(m_k - shift(m))[:, None], part)
+                x += times(tl.exp2(m_k - m)[:, None], part)
             x = times(factor[:, None] * -inverse_kappa2(m.dtype), x)
             tl.store(d_z + i[:, None] * D + d, x.to(d_z.dtype.element_ty), mask)
 
@@ -149,7 +164,7 @@ def _combine_rows_backward(
 def _columns(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
-    shifts, factors, sums, shares, common_shares, S, N, blocks, tiles, one,
+    ms, factors, sums, shares, common_shares, S, N, blocks, tiles, one,
     D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -183,8 +198,8 @@ def _columns(
             s, log_w, own, log_w_own, log_w_next, meets, first_row, row, first_column, column, N, OWN, NEXT, COLUMNS
         )
         there = row < tl.minimum(S - first_row, ROWS).to(tl.int32)
-        p = tl.exp2(s - tl.load(shifts + first_row + row_lane + rows, there, other=INF))
-        r = times(tl.load(factors + first_row + row_lane + rows, there, other=0.0), p)
+        p = tl.exp2(s - tl.load(ms + first_row + row_lane + rows, there, other=INF))
+        r = p * tl.load(factors + first_row + row_lane + rows, there, other=0.0)
         part = summed(r, False)
         share += part
         if common_shares is not None:
@@ -229,11 +244,11 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
 
 
 def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """shift and factor [S], the shares of row i being factor 2^(s_ij - shift); writes d_z [S, D] where it is wanted."""
+    """m and factor [S], the shares of row i being factor 2^(s_ij - m); writes d_z [S, D] where it is wanted."""
     S, N, D = packed.S, packed.N, packed.D
-    shifts, factors = new(packed, S), new(packed, S)
+    m, factors = new(packed, S), new(packed, S)
     if S == 0:
-        return shifts, factors
+        return m, factors
     g = grid(S, N, D, packed.dtype, d_joint.device, reduce=True)
     ms, totals = new(packed, g.splits, S), new(packed, g.splits, S)
     parts = None if d_z is None else new(packed, g.splits, S, D)
@@ -244,18 +259,18 @@ def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor |
         **g.config,
     )
     _combine_rows_backward[(triton.cdiv(S, 32),)](
-        *(ms, totals, parts, d_joint, d_joint.stride(0), shifts, factors, d_z, S, g.splits, D, 32, 32), num_warps=4
+        *(ms, totals, parts, d_joint, d_joint.stride(0), m, factors, d_z, S, g.splits, D, 32, 32), num_warps=4
     )
-    return shifts, factors
+    return m, factors
 
 
 def pull_on_columns(
-    packed: Packed, g: Grid, shifts: Tensor, factors: Tensor, sums: Tensor | None, shares: Tensor, common: Tensor | None
+    packed: Packed, g: Grid, m: Tensor, factors: Tensor, sums: Tensor | None, shares: Tensor, common: Tensor | None
 ) -> None:
     """Writes sums [splits, 2, N, D], shares [splits, N], and those that pull on log_w."""
     _columns[(g.programs,)](
         *_operands(packed),
-        *(shifts, factors, sums, shares, common, packed.S, packed.N, g.blocks, g.tiles, 1),
+        *(m, factors, sums, shares, common, packed.S, packed.N, g.blocks, g.tiles, 1),
         *(packed.D, *packed.overridden),
         **g.config,
     )
@@ -277,12 +292,12 @@ def agg_log_prob_backward(
         for x, want in zip((z, mu, logvar, weights.log_w), wanted, strict=True)
     ]
     d_z, d_mu, d_logvar, d_log_w = gradients
-    shifts, factors = shares_of_rows(packed, d_joint, joint, d_z)
+    m, factors = shares_of_rows(packed, d_joint, joint, d_z)
     if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
         g = grid(N, S, D, packed.dtype, z.device, reduce=True)
         sums = None if d_mu is None and d_logvar is None else new(packed, g.splits, 2, N, D)
         shares = new(packed, g.splits, N)
         common = None if d_log_w is None else new(packed, g.splits, N)
-        pull_on_columns(packed, g, shifts, factors, sums, shares, common)
+        pull_on_columns(packed, g, m, factors, sums, shares, common)
         columns_gradients(packed, sums, shares, common, d_mu, d_logvar, d_log_w)
     return [x for x in gradients if x is not None]

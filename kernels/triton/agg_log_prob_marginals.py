@@ -17,8 +17,8 @@ from torch import Tensor
 from fastvae.backends.contract import LogWeights
 
 from ._launch import empty_like
-from .agg_log_prob import agg_log_prob_backward, combine_rows, joint_sums, pull_on_columns, shares_of_rows
-from .log_sum_exp import across_lanes, add_terms, combine_ranges, log_of, share_factor, shift, summed, times
+from .agg_log_prob import agg_log_prob_backward, combine_rows, joint_program, pull_on_columns, shares_of_rows
+from .log_sum_exp import across_lanes, add_terms, combine_ranges, log_of, nothing, share_factor, summed, times
 from .pair_gradients import columns_gradients, far_t
 from .posteriors import (
     INF,
@@ -51,14 +51,13 @@ def marginal_sums(
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
     """m and total [RO, 1, TO, 1] of a block of samples in dimension d over a range of columns; with PULL also
-    sum_j 2^(s - shift) t a."""
+    sum_j 2^(s - m) t a."""
     first_row = block.to(tl.int64) * (RO * TO)
     row_lane, rows = owned(RO, TO)
     column_lane, columns = passing(RP, TP)
     z = tl.load(samples + offset(first_row, D) + d * PANEL + row_lane + rows)
     far_rows = is_far(far_samples, first_row)
-    m = tl.full([RO, 1, TO, TP], -INF, z.dtype)
-    total = tl.zeros_like(m)
+    m, total = nothing([RO, 1, TO, TP], z.dtype)
     carry = tl.zeros_like(m)
     pull = tl.zeros_like(m)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, RP * TP))):
@@ -80,8 +79,35 @@ def marginal_sums(
             pull = tl.fma(pull, rescale, summed(p * t * a, False))
     highest, sum_of_lanes = across_lanes(m, total)
     if PULL:
-        pull = tl.sum(pull * tl.exp2(m - shift(highest)), 3, keep_dims=True)
+        pull = tl.sum(pull * tl.exp2(m - highest), 3, keep_dims=True)
     return highest, sum_of_lanes, pull
+
+
+@triton.jit
+def _marginal_program(
+    program, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own, log_w_next,
+    marginals, ms, totals, pulls, S, N, D, blocks, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
+):  # fmt: skip
+    """marginals [S, D], or where that is None m, total and the pull on z of each range, [splits, D, S]; the last may be
+    None."""
+    block = program % blocks
+    d = program // blocks % D
+    split = program // blocks // D
+    m, total, pull = marginal_sums(
+        block, d, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high,
+        log_w_own, log_w_next, S, N, D, tiles, OWN, NEXT, pulls is not None, RO, RP, TO, TP,
+    )  # fmt: skip
+    lane, rows = owned(RO, TO)
+    i = block.to(tl.int64) * (RO * TO) + lane + rows
+    if marginals is not None:
+        tl.store(marginals + i * D + d, log_of(m, total), i < S)
+    else:
+        at = (split.to(tl.int64) * D + d) * S + i
+        tl.store(ms + at, m, i < S)
+        tl.store(totals + at, total, i < S)
+        if pulls is not None:
+            tl.store(pulls + at, pull, i < S)
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -92,40 +118,22 @@ def _joint_and_marginals(
     joint_programs, joint_blocks, joint_tiles, blocks, tiles, one,
     D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+    EACH_RO: tl.constexpr, EACH_RP: tl.constexpr, EACH_TO: tl.constexpr, EACH_TP: tl.constexpr,
 ):  # fmt: skip
-    """Programs for the joint come first, because they take longest. Results [S] and [S, D], or where one is None m and
-    total of each range, [splits, S] or [splits, D, S]."""
+    """Programs for the joint come first, because they take longest."""
     program = tl.program_id(0)
-    lane, rows = owned(RO, TO)
     if program < joint_programs:
-        block = program % joint_blocks
-        split = program // joint_blocks
-        m, total = joint_sums(
-            block, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high,
-            log_w_own, log_w_next, None, None, S, N, joint_tiles, one,
+        joint_program(
+            program, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own,
+            log_w_next, None, None, joint, joint_ms, joint_totals, S, N, joint_blocks, joint_tiles, one,
             D, OWN, NEXT, False, RO, RP, TO, TP, UNROLL,
         )  # fmt: skip
-        i = block.to(tl.int64) * (RO * TO) + lane + rows
-        if joint is not None:
-            tl.store(joint + i, log_of(m, total), i < S)
-        else:
-            tl.store(joint_ms + split.to(tl.int64) * S + i, m, i < S)
-            tl.store(joint_totals + split.to(tl.int64) * S + i, total, i < S)
     else:
-        program -= joint_programs
-        block = program % blocks
-        d = program // blocks % D
-        split = program // blocks // D
-        m, total, _ = marginal_sums(
-            block, d, split, samples, far_samples, planes, far_columns, marginal_c, log_w, own, own_low, own_high,
-            log_w_own, log_w_next, S, N, D, tiles, OWN, NEXT, False, RO, RP, TO, TP,
+        _marginal_program(
+            program - joint_programs, samples, far_samples, planes, far_columns, marginal_c, log_w, own, own_low,
+            own_high, log_w_own, log_w_next, marginals, ms, totals, None, S, N, D, blocks, tiles,
+            OWN, NEXT, EACH_RO, EACH_RP, EACH_TO, EACH_TP,
         )  # fmt: skip
-        i = block.to(tl.int64) * (RO * TO) + lane + rows
-        if marginals is not None:
-            tl.store(marginals + i * D + d, log_of(m, total), i < S)
-        else:
-            tl.store(ms + (split.to(tl.int64) * D + d) * S + i, m, i < S)
-            tl.store(totals + (split.to(tl.int64) * D + d) * S + i, total, i < S)
 
 
 @triton.jit
@@ -135,29 +143,18 @@ def _rows(
     ms, totals, pulls, S, N, D, blocks, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """m, total and the pull on z of each range, [splits, D, S]; the last may be None."""
-    block = tl.program_id(0) % blocks
-    d = tl.program_id(0) // blocks % D
-    split = tl.program_id(0) // blocks // D
-    m, total, pull = marginal_sums(
-        block, d, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high,
-        log_w_own, log_w_next, S, N, D, tiles, OWN, NEXT, pulls is not None, RO, RP, TO, TP,
+    _marginal_program(
+        tl.program_id(0), samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own,
+        log_w_next, None, ms, totals, pulls, S, N, D, blocks, tiles, OWN, NEXT, RO, RP, TO, TP,
     )  # fmt: skip
-    lane, rows = owned(RO, TO)
-    i = block.to(tl.int64) * (RO * TO) + lane + rows
-    at = (split.to(tl.int64) * D + d) * S + i
-    tl.store(ms + at, m, i < S)
-    tl.store(totals + at, total, i < S)
-    if pulls is not None:
-        tl.store(pulls + at, pull, i < S)
 
 
 @triton.jit
 def _combine_rows_backward(
-    ms, totals, pulls, d_marginals, grad_row, grad_column, shifts, factors, joint_d_z, d_z, S, D, splits,
+    ms, totals, pulls, d_marginals, grad_row, grad_column, m_out, factors, joint_d_z, d_z, S, D, splits,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """shifts and factors [D, S] of the shares, and d_z [S, D] with the joint's added, which may be None, as d_z may."""
+    """m and factors [D, S] of the shares, and d_z [S, D] with the joint's added, which may be None, as d_z may."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = S.to(tl.int64) * D
     inside = at < size
@@ -166,13 +163,13 @@ def _combine_rows_backward(
     m, total = combine_ranges(ms + at, totals + at, splits, size, inside)
     g = tl.load(d_marginals + i * grad_row + d * grad_column, inside, other=0.0).to(m.dtype)
     factor = share_factor(g, total)
-    tl.store(shifts + at, shift(m), inside)
+    tl.store(m_out + at, m, inside)
     tl.store(factors + at, factor, inside)
     if d_z is not None:
         x = tl.zeros([BLOCK], m.dtype)
         for k in range(splits):
             m_k = tl.load(ms + size * k + at, inside, other=0.0)
-            x += times(tl.exp2(m_k - shift(m)), tl.load(pulls + size * k + at, inside, other=0.0))
+            x += times(tl.exp2(m_k - m), tl.load(pulls + size * k + at, inside, other=0.0))
         x = times(-factor * inverse_kappa2(m.dtype), x)
         if joint_d_z is not None:
             x += tl.load(joint_d_z + i * D + d, inside, other=0.0)
@@ -183,7 +180,7 @@ def _combine_rows_backward(
 def _columns(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
-    shifts, factors, sums, common_shares, S, N, D, blocks, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
+    ms, factors, sums, common_shares, S, N, D, blocks, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """sums [splits, 2, N, D] of r t and of r (t^2 - kappa^2), and [splits, D, N] of the r that pull on log_w, which may
@@ -217,8 +214,8 @@ def _columns(
         )  # fmt: skip
         there = row < tl.minimum(S - first_row, RP * TP).to(tl.int32)
         of_row = d.to(tl.int64) * S + first_row + row_lane
-        p = tl.exp2(s - tl.load(shifts + of_row + rows, there, other=INF))
-        r = times(tl.load(factors + of_row + rows, there, other=0.0), p)
+        p = tl.exp2(s - tl.load(ms + of_row + rows, there, other=INF))
+        r = p * tl.load(factors + of_row + rows, there, other=0.0)
         part = summed(r, False)
         r0 += part
         if common_shares is not None:
@@ -260,7 +257,7 @@ def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWe
         *((joint, None, None) if joint_parts is None else (None, *joint_parts)),
         *((marginals, None, None) if parts is None else (None, *parts)),
         *(S, N, g.programs, g.blocks, g.tiles, each.blocks // max(D, 1), each.tiles, 1, D, *packed.overridden),
-        **g.config,
+        **(g.config | {f"EACH_{k}": v for k, v in each.config.items() if k in ("RO", "RP", "TO", "TP")}),
     )
     if joint_parts is not None:
         combine_rows[(triton.cdiv(S, 128),)](*joint_parts, joint, S, 1, g.splits, 128, num_warps=4)
@@ -318,11 +315,11 @@ def agg_log_prob_marginals_backward(
 def _shares_of_rows(
     packed: Packed, d_marginals: Tensor, joint_d_z: Tensor | None, d_z: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """shift and factor [D, S] of the marginals' shares; writes d_z [S, D], with the joint's added, where it is wanted."""
+    """m and factor [D, S] of the marginals' shares; writes d_z [S, D], with the joint's added, where it is wanted."""
     S, N, D = packed.S, packed.N, packed.D
-    shifts, factors = new(packed, D, S), new(packed, D, S)
+    m, factors = new(packed, D, S), new(packed, D, S)
     if S == 0:
-        return shifts, factors
+        return m, factors
     each = grid_per_dimension(S, N, D, packed.dtype, d_marginals.device, pull=True)
     ms, totals = new(packed, each.splits, D, S), new(packed, each.splits, D, S)
     pulls = None if d_z is None else new(packed, each.splits, D, S)
@@ -331,8 +328,8 @@ def _shares_of_rows(
         **each.config,
     )
     _combine_rows_backward[(triton.cdiv(S * D, 128),)](
-        *(ms, totals, pulls, d_marginals, *d_marginals.stride(), shifts, factors, joint_d_z, d_z, S, D, each.splits),
+        *(ms, totals, pulls, d_marginals, *d_marginals.stride(), m, factors, joint_d_z, d_z, S, D, each.splits),
         BLOCK=128,
         num_warps=4,
     )
-    return shifts, factors
+    return m, factors

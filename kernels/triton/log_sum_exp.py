@@ -1,16 +1,20 @@
-"""A streaming log2 sum_j 2^s_j over tiles: neutral element (-inf, 0), a tile of terms at a time, ranges of columns put
-together pairwise."""
+"""A streaming log2 sum_j 2^s_j over tiles, a tile of terms at a time, as a maximum m and total = sum_j 2^(s_j - m);
+ranges of columns are put together in order.
+
+m is kept finite, so that no difference is NaN: the neutral element is (-largest, 0), and where terms are infinite total
+is. NaN is passed over by the maximum, and found in the total.
+"""
 
 import triton
 import triton.language as tl
 
-from .posteriors import INF, LN2, LOG2E
+from .posteriors import LN2, LOG2E, largest
 
 
 @triton.jit
-def shift(m):
-    """What terms are taken relative to. Infinite maxima are the sum's own business: 2^-inf is 0, 2^inf infinite."""
-    return tl.where(m - m == 0, m, 0.0)
+def nothing(SHAPE: tl.constexpr, dtype: tl.constexpr):
+    """m and total of no terms"""
+    return tl.zeros(SHAPE, dtype) - largest(dtype), tl.zeros(SHAPE, dtype)
 
 
 @triton.jit
@@ -32,17 +36,16 @@ def summed(s, ACROSS: tl.constexpr):
 
 @triton.jit
 def add_terms(m, total, carry, s, ACROSS: tl.constexpr):
-    """The sum so far with a tile of terms; then 2^(s - shift), their sum, and what the sum so far was multiplied by.
+    """The sum so far with a tile of terms; then 2^(s - m), their sum, and what the sum so far was multiplied by.
     `carry` is what `total` has too much, after Kahan: tiles may be thousands."""
-    new = tl.maximum(m, highest(s, ACROSS))
-    by = shift(new)
-    p = tl.exp2(s - by)
+    new = tl.minimum(tl.maximum(m, highest(s, ACROSS)), largest(m.dtype))
+    p = tl.exp2(s - new)
     part = summed(p, ACROSS)
-    rescale = tl.exp2(m - by)
+    rescale = tl.exp2(m - new)
     old = total * rescale
     term = part - carry * rescale
     total = old + term
-    carry = tl.where(tl.abs(total) < INF, (total - old) - term, 0.0)
+    carry = (total - old) - term
     return new, total, carry, p, part, rescale
 
 
@@ -50,13 +53,13 @@ def add_terms(m, total, carry, s, ACROSS: tl.constexpr):
 def across_lanes(m, total):
     """[RO, 1, TO, TP] -> [RO, 1, TO, 1]"""
     new = tl.max(m, 3, keep_dims=True)
-    return new, tl.sum(total * tl.exp2(m - shift(new)), 3, keep_dims=True)
+    return new, tl.sum(total * tl.exp2(m - new), 3, keep_dims=True)
 
 
 @triton.jit
 def log_of(m, total):
     """In nats"""
-    wide = shift(m).to(tl.float64) * tl.full([], LN2, tl.float64) + tl.log(total.to(tl.float64))
+    wide = m.to(tl.float64) * tl.full([], LN2, tl.float64) + tl.log(total.to(tl.float64))
     return wide.to(m.dtype)
 
 
@@ -67,12 +70,12 @@ def hint(log_sum):
     eps: tl.constexpr = 2.3e-16 if log_sum.dtype == tl.float64 else 1.2e-7
     m = log_sum * LOG2E
     m = m - (1.0 + 32 * eps * tl.abs(m))
-    return tl.where(m - m == 0, m, -INF)
+    return tl.where(m - m == 0, m, -largest(m.dtype))
 
 
 @triton.jit
 def share_factor(g, total):
-    """Shares of one row are 2^(s - shift) times this, so that they add up to g."""
+    """Shares of one row are 2^(s - m) times this, so that they add up to g."""
     return tl.where(total == 0, 0.0, g / total)
 
 
@@ -83,13 +86,12 @@ def times(g, x):
 
 
 @triton.jit
-def combine_ranges(shifts, totals, splits, stride, inside):
-    """m and total of a row from those of its ranges of columns, `stride` apart; shifts and totals point at the first."""
-    m = tl.full(inside.shape, -INF, shifts.dtype.element_ty)
+def combine_ranges(ms, totals, splits, stride, inside):
+    """m and total of a row from those of its ranges of columns, `stride` apart; the pointers are to the first ones."""
+    m, total = nothing(inside.shape, ms.dtype.element_ty)
     for k in range(splits):
-        m = tl.maximum(m, tl.load(shifts + k * stride, inside, other=-INF))
-    total = tl.zeros(inside.shape, shifts.dtype.element_ty)
+        m = tl.maximum(m, tl.load(ms + stride * k, inside, other=0.0))
     for k in range(splits):
-        m_k = tl.load(shifts + k * stride, inside, other=-INF)
-        total += tl.load(totals + k * stride, inside, other=0.0) * tl.exp2(m_k - shift(m))
+        m_k = tl.load(ms + stride * k, inside, other=0.0)
+        total += tl.load(totals + stride * k, inside, other=0.0) * tl.exp2(m_k - m)
     return m, total

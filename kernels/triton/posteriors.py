@@ -336,7 +336,7 @@ def minus_square(c, t):
     if t.dtype == tl.float64:
         s = minus_squares(c, t * t)
     else:
-        s = tl.fma(-t, t, c)
+        s = tl.fma(t * -1.0, t, c)  # -t would be 0 - t, an instruction
     return s
 
 
@@ -396,9 +396,7 @@ def square_sums(
         for d in range(FOLD, D, FOLD):
             z += FOLD * PANEL
             planes += FOLD * PANEL * step(planes)
-            total += _squares(
-                z, rows, planes, columns, far, tl.minimum(D - d, FOLD), RO, RP, TO, TP, UNROLL
-            )
+            total += _squares(z, rows, planes, columns, far, tl.minimum(D - d, FOLD), RO, RP, TO, TP, UNROLL)
     return total
 
 
@@ -511,15 +509,12 @@ def grid(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.dev
     return _grid(SMALL if small else tile, 4 if small else 2, owned, passing, 1, D + 8, sms)
 
 
-def grid_per_dimension(
-    owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, pull: bool
-) -> Grid:
+def grid_per_dimension(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, pull: bool) -> Grid:
     """The same with programs for each dimension alone; `pull`: whether they sum gradients. An exponential takes as long
-    as eight FMAs; the tiles only have to leave room for them. The forward shares the joint's."""
+    as eight FMAs: what is left to save is what is done once for a row and a tile, so many columns pass at a time."""
     sms = multiprocessors(device)
     small = triton.cdiv(owned, 128) * triton.cdiv(passing, 128) < sms
-    halved = int(dtype == torch.float64)
-    tile = (8 >> halved, 4, 16 << halved, 16 >> halved, 1) if pull else (8, 8 >> halved + int(D > FOLD.value), 16, 16, 2)
+    tile = (4, (8 if pull else 16) >> int(dtype == torch.float64), 32, 8, 1)
     return _grid(SMALL if small else tile, 4 if small else 2, owned, passing, D, 6, sms)
 
 
