@@ -13,6 +13,7 @@ from helpers import (
     LAYOUTS,
     OPS,
     Expected,
+    Results,
     assert_accurate,
     assert_same,
     cast,
@@ -184,6 +185,19 @@ def test_compile_where_nothing_wants_a_gradient(backend: Target, name: str) -> N
     inputs = {key: x.detach() for key, x in op.inputs.items()}
     compiled = torch.compile(op.fast, fullgraph=True, backend="aot_eager")
     assert_same(evaluate(compiled, inputs), evaluate(op.fast, inputs))
+    torch._dynamo.reset()
+
+
+def test_compile_one_tensor_in_two_places(backend: Target, name: str) -> None:
+    op = op_named(name, torch.float64, 4, 4, 3)
+    first = next(iter(op.inputs))
+    shared = {key: x for key, x in op.inputs.items() if key == first or x.shape != op.inputs[first].shape}
+
+    def twice(**inputs: Tensor) -> Results:
+        return op.fast(**{key: inputs.get(key, inputs[first]) for key in op.inputs})
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    assert_same(evaluate(compiled, shared), evaluate(twice, shared))
     torch._dynamo.reset()
 
 

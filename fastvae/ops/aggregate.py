@@ -228,7 +228,7 @@ def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
         >>> responsibilities = log_q.softmax(1)
     """
     z, mu, logvar, _ = _checked(z, mu, logvar)
-    return _over_batches(CrossLogProb.apply, z, mu, logvar)
+    return _over_batches(CrossLogProb.call, z, mu, logvar)
 
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeights | None = None) -> Tensor:
@@ -256,7 +256,7 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeight
         >>> entropy = -fastvae.agg_log_prob(z, mu, logvar).mean()
     """
     z, mu, logvar, log_weights = _checked(z, mu, logvar, weights)
-    return _over_batches(AggLogProb.apply, z, mu, logvar, *log_weights)
+    return _over_batches(AggLogProb.call, z, mu, logvar, *log_weights)
 
 
 def agg_log_prob_marginals(
@@ -282,7 +282,7 @@ def agg_log_prob_marginals(
         >>> total_correlation = (joint - marginals.sum(-1)).mean()
     """
     z, mu, logvar, log_weights = _checked(z, mu, logvar, weights)
-    return _over_batches(AggLogProbMarginals.apply, z, mu, logvar, *log_weights)
+    return _over_batches(AggLogProbMarginals.call, z, mu, logvar, *log_weights)
 
 
 def mixture_sums(z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

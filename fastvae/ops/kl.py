@@ -118,11 +118,11 @@ def kl_gauss(
     )
     if free_bits:
         n_rows = arguments[0].shape[0]
-        dims = KLGauss.apply(*arguments, "dim").clamp(min=free_bits)
+        dims = KLGauss.call(*arguments, "dim").clamp(min=free_bits)
         if reduction == "dim":
             return dims
         return dims.sum() * {"sum": n_rows, "mean": 1 / max(D, 1), "batchmean": 1}[reduction]
-    kl = KLGauss.apply(*arguments, reduction)
+    kl = KLGauss.call(*arguments, reduction)
     if len(shape) != 2 and reduction in ("none", "sample"):
         kl = kl.reshape(shape if reduction == "none" else shape[:-1])
     return kl

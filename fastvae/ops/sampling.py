@@ -159,7 +159,7 @@ def _sample(
     if not any(asked):
         return ()
     seed_tensor = _seed(mu, seed, generator)
-    results = SampleGauss.apply(as_rows(mu), as_rows(logvar), seed_tensor, n_samples, asked)
+    results = SampleGauss.call(as_rows(mu), as_rows(logvar), seed_tensor, n_samples, asked)
     if len(shape) == 2:
         return results
     samples = () if n_samples is None else (n_samples,)
