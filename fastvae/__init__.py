@@ -22,7 +22,7 @@ from .ops.aggregate import (
 )
 from .ops.kl import kl_gauss
 from .ops.sampling import GaussianSample, reparameterize, sample_gauss
-from .priors import StandardNormal
+from .priors import DiagonalGaussian, MixturePrior, StandardNormal, VampPrior
 from .vae import VAE, LogLikelihood, VAEOutput
 
 __version__ = "0.1.0"
@@ -34,13 +34,16 @@ __all__ = [
     "BetaTCVAE",
     "ColumnWeights",
     "DecoderMI",
+    "DiagonalGaussian",
     "GaussianMixture",
     "GaussianSample",
     "InfoVAE",
     "KLDecomposition",
     "LogLikelihood",
+    "MixturePrior",
     "StandardNormal",
     "VAEOutput",
+    "VampPrior",
     "active_units",
     "agg_entropy",
     "agg_log_prob",

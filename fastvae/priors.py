@@ -6,14 +6,16 @@ Carlo form, the mean of log q(z|x) − log p(z).
 """
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .backends.contract import accumulation_dtype
-from .ops._checks import check_count, check_tensor
+from .ops._checks import check_count, check_device, check_tensor
+from .ops.aggregate import ColumnWeights, agg_log_prob, agg_log_prob_marginals, log_prob_gauss
 from .ops.kl import kl_gauss
+from .ops.sampling import reparameterize
 
 
 class Prior(Protocol):
@@ -75,3 +77,181 @@ class StandardNormal(nn.Module):
         if not torch.compiler.is_compiling() and dim == 0:
             raise ValueError("dim: not known before the VAE has seen data; give it as StandardNormal(dim)")
         return torch.randn(n, dim, device=self.dim.device)
+
+
+class DiagonalGaussian(nn.Module):
+    """p(z) = N(mu, diag exp(logvar)), learned with the VAE; it starts at N(0, I).
+
+    Args:
+        dim: D, the number of latent dimensions.
+
+    Attributes:
+        mu, logvar: the parameters, `[D]` each.
+
+    Example:
+        >>> vae = fastvae.VAE(encoder, decoder, prior=fastvae.DiagonalGaussian(16))
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        check_count("dim", dim, least=1)
+        self.mu, self.logvar = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z) in nats, `[..., D]` to `[...]`, in float32 (float64 for float64 inputs)."""
+        return log_prob_gauss(z, self.mu, self.logvar)
+
+    def marginal_log_prob(self, z: Tensor) -> Tensor:
+        """log p_d(z_d) in nats, `[..., D]` to `[..., D]`, in float32 (float64 for float64 inputs)."""
+        check_tensor("z", z)
+        return log_prob_gauss(z[..., None], self.mu[:, None], self.logvar[:, None])
+
+    def kl(self, mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", free_bits: float = 0.0) -> Tensor:
+        """KL(q(z|x) ‖ p(z)) in nats, by `kl_gauss`."""
+        return kl_gauss(mu, logvar, self.mu, self.logvar, reduction=reduction, free_bits=free_bits)
+
+    def sample(self, n: int) -> Tensor:
+        """`[n, D]`, from torch's generator; differentiable.
+
+        Raises:
+            ValueError: a negative `n`.
+        """
+        check_count("n", n)
+        return reparameterize(self.mu.expand(n, -1), self.logvar.expand(n, -1))
+
+
+class _Mixture(nn.Module):
+    """p(z) = sum_k w_k N(z; mu_k, diag exp(logvar_k)): what the mixtures have in common, given `components`."""
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(log w `[K]`, mu `[K, D]`, logvar `[K, D]`), differentiable."""
+        raise NotImplementedError
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z) in nats, `[..., D]` to `[...]`, in float32 (float64 for float64 inputs), by `agg_log_prob`."""
+        log_w, mu, logvar = self._components_for(z)
+        joint = agg_log_prob(z.reshape(-1, z.shape[-1]), mu, logvar, weights=ColumnWeights(log_w))
+        return joint.reshape(z.shape[:-1])
+
+    def marginal_log_prob(self, z: Tensor) -> Tensor:
+        """log p_d(z_d) in nats, `[..., D]` to `[..., D]`, in float32 (float64 for float64 inputs), by
+        `agg_log_prob_marginals`."""
+        log_w, mu, logvar = self._components_for(z)
+        rows = z.reshape(-1, z.shape[-1])
+        return agg_log_prob_marginals(rows, mu, logvar, weights=ColumnWeights(log_w))[1].reshape(z.shape)
+
+    def sample(self, n: int) -> Tensor:
+        """`[n, D]`, from torch's generator; differentiable in mu and logvar.
+
+        Raises:
+            ValueError: a negative `n`.
+        """
+        check_count("n", n)
+        log_w, mu, logvar = self.components()
+        chosen = torch.multinomial(log_w.detach().float().exp(), max(n, 1), replacement=True)[:n]
+        return reparameterize(mu[chosen], logvar[chosen])
+
+    def _components_for(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        check_tensor("z", z)
+        log_w, mu, logvar = self.components()
+        check_device("z", z, "the prior's mu", mu)
+        if z.shape[-1] != mu.shape[1]:
+            raise ValueError(f"z: expected [..., {mu.shape[1]}], got shape {tuple(z.shape)}")
+        return log_w, mu, logvar
+
+
+class MixturePrior(_Mixture):
+    """p(z) = sum_k w_k N(z; mu_k, diag exp(logvar_k)), learned with the VAE.
+
+    It starts with the mean and the variance of N(0, I), half of that between the components and half within, all of
+    the same weight.
+
+    Args:
+        n_components: K.
+        dim: D, the number of latent dimensions.
+
+    Attributes:
+        logits: the weights are their softmax, `[K]`.
+        mu, logvar: the components' parameters, `[K, D]` each.
+
+    Example:
+        >>> vae = fastvae.VAE(encoder, decoder, prior=fastvae.MixturePrior(50, 16))
+    """
+
+    def __init__(self, n_components: int, dim: int):
+        super().__init__()
+        check_count("n_components", n_components, least=1)
+        check_count("dim", dim, least=1)
+        self.logits = nn.Parameter(torch.zeros(n_components))
+        between = 0.5 if n_components > 1 else 0.0
+        self.mu = nn.Parameter(math.sqrt(between) * torch.randn(n_components, dim))
+        self.logvar = nn.Parameter(torch.full((n_components, dim), math.log(1 - between)))
+
+    @classmethod
+    def from_parameters(cls, weights: Tensor, means: Tensor, variances: Tensor) -> "MixturePrior":
+        """The prior with these weights `[K]`, means and variances `[K, D]`, as a fitted `GaussianMixture` has them.
+
+        Example:
+            >>> gm = fastvae.GaussianMixture(50).fit(z)
+            >>> prior = fastvae.MixturePrior.from_parameters(gm.weights_, gm.means_, gm.variances_)
+        """
+        for name, x in (("weights", weights), ("means", means), ("variances", variances)):
+            check_tensor(name, x)
+        if means.ndim != 2 or variances.shape != means.shape or weights.shape != means.shape[:1]:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (weights, means, variances))
+            raise ValueError(f"weights, means, variances: expected shapes (K,), (K, D) and (K, D), got {shapes}")
+        prior = cls(*means.shape).to(means.device)
+        with torch.no_grad():
+            parameters = (prior.logits, prior.mu, prior.logvar)
+            for parameter, value in zip(parameters, (weights.log(), means, variances.log()), strict=True):
+                parameter.copy_(value)
+        return prior
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(log w `[K]`, mu `[K, D]`, logvar `[K, D]`), differentiable."""
+        return self.logits.log_softmax(0), self.mu, self.logvar
+
+
+class VampPrior(_Mixture):
+    """p(z) = 1/K sum_k q(z|u_k): the aggregate posterior of K pseudo-inputs u, learned with the VAE.
+
+    Its cost is a pass of the K pseudo-inputs through the encoder, at each call.
+
+    Args:
+        n_components: K.
+        encoder: module or function from x `[K, ...]` to (mu, logvar), `[K, D]` each: the VAE's own.
+        x: examples `[n, ...]`, n >= K, of which K drawn at random are the pseudo-inputs to start from.
+        limits: (low, high) of the examples' values, to which pseudo-inputs are clamped; None for no limits.
+
+    Attributes:
+        pseudo_inputs: u, `[K, ...]`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    Source: Tomczak & Welling 2018.
+
+    Example:
+        >>> prior = fastvae.VampPrior(100, encoder, x_train, limits=(0, 1))
+        >>> vae = fastvae.VAE(encoder, decoder, prior=prior)
+    """
+
+    def __init__(self, n_components: int, encoder: Any, x: Tensor, *, limits: tuple[float, float] | None = None):
+        super().__init__()
+        check_count("n_components", n_components, least=1)
+        check_tensor("x", x)
+        if not callable(encoder):
+            raise TypeError(f"encoder: expected a module or function to (mu, logvar), got {type(encoder).__name__}")
+        if len(x) < n_components:
+            raise ValueError(f"x: expected at least the {n_components} examples of n_components, got {len(x)}")
+        if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
+            raise ValueError(f"limits: expected (low, high) with low < high, got {limits}")
+        self.encoder, self.limits = encoder, limits
+        chosen = torch.randperm(len(x))[:n_components]
+        self.pseudo_inputs = nn.Parameter(x.detach()[chosen.to(x.device)].clone())
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(log w `[K]`, mu `[K, D]`, logvar `[K, D]`), differentiable."""
+        u = self.pseudo_inputs if self.limits is None else self.pseudo_inputs.clamp(*self.limits)
+        mu, logvar = self.encoder(u)
+        return mu.new_full((len(mu),), -math.log(len(mu)), dtype=accumulation_dtype(mu.dtype)), mu, logvar

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from .likelihoods import Likelihood, make_likelihood
+from .mixture import GaussianMixture
 from .objectives import ELBO, Objective
 from .ops._checks import check_choice, check_count, check_tensor
 from .ops._library import declare
-from .ops.sampling import sample_gauss
-from .priors import Prior, StandardNormal
+from .ops.sampling import reparameterize, sample_gauss
+from .priors import MixturePrior, Prior, StandardNormal
+from .streams import open_posteriors
 
 # Opaque to the compiler, which would else compute a schedule again in the backward, from the counter that the
 # forward has moved on by then.
@@ -220,6 +222,55 @@ class VAE(nn.Module):
     def sample(self, n: int) -> Tensor:
         """Means E[x|z] of n draws z from the prior, `[n, *x's]`, from torch's generator."""
         return self.decode(self._sample_prior(n))
+
+    @torch.no_grad()
+    def fit_prior(
+        self,
+        loader: Any,
+        n_components: int,
+        *,
+        n_samples: int = 1,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        seed: int | None = None,
+        **mixture_options: Any,
+    ) -> GaussianMixture:
+        """Ex-post density estimation: fits a Gaussian mixture to samples of the aggregate posterior q(z) of a trained
+        VAE, and makes it the prior, so that `sample` draws where the decoder has been trained.
+
+        The encoder and the decoder stay as they are; every later loss and log p(x) is that of the model with the new
+        prior, a `MixturePrior`. Put the module in eval mode before.
+
+        Args:
+            loader: the examples: an iterable of batches x, or (x, labels), such as a DataLoader; or one tensor.
+            n_components: K.
+            n_samples: samples z of each example's posterior, all in memory at once.
+            device: where to encode and fit; None for that of the VAE's parameters.
+            progress: show a progress bar on stderr.
+            seed: of the samples and of the fit; None draws from torch's generator.
+            **mixture_options: of `GaussianMixture`: `tol`, `max_iter`, `n_init`, `init`, `reg_covar`.
+
+        Returns:
+            The fitted mixture.
+
+        Raises:
+            TypeError, ValueError: as in `GaussianMixture` and `kl_decomposition_dataset`.
+
+        Source: Ghosh et al. 2020, section 4.
+
+        Example:
+            >>> vae.eval().fit_prior(DataLoader(data, 256), n_components=50)
+            >>> images = vae.sample(64)
+        """
+        check_count("n_samples", n_samples, least=1)
+        mixture = GaussianMixture(n_components, seed=seed, **mixture_options)
+        if device is None:
+            device = next((p.device for p in self.parameters()), None)
+        posteriors = open_posteriors(loader, self.encode, chunk_size=4096, device=device, progress=progress)
+        z = reparameterize(*posteriors.read(slice(None)), n_samples, seed=seed)  # [L, N, D]
+        mixture.fit(z.flatten(0, 1))
+        self.prior = MixturePrior.from_parameters(mixture.weights_, mixture.means_, mixture.variances_).to(z)
+        return mixture
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -1,10 +1,16 @@
-"""StandardNormal: the prior protocol against torch.distributions."""
+"""The priors: their protocol against torch.distributions, and in a VAE."""
+
+import math
 
 import pytest
 import torch
 from torch import distributions as D
+from torch import nn
 
-from fastvae import StandardNormal
+import fastvae
+from fastvae import VAE, DiagonalGaussian, MixturePrior, StandardNormal, VampPrior
+
+DIM = 3
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (31, 10), (4, 7, 3), (2, 0, 5)])
@@ -52,6 +58,227 @@ def test_it_learns_its_dimension_and_keeps_it():
     assert copy.sample(0).shape == (0, 6)
 
 
+# Learned priors
+
+
+class Encoder(nn.Module):
+    """x [B, 5] to (mu, logvar) [B, 3]"""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 2 * DIM)
+
+    def forward(self, x):
+        return self.linear(x).chunk(2, dim=1)
+
+
+def jittered(prior):
+    """With parameters off their start, in float64."""
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return prior.double()
+
+
+def learned(name):
+    """(a prior that is not at its start, its distribution in torch)"""
+    torch.manual_seed(0)
+    if name == "diagonal":
+        prior = jittered(DiagonalGaussian(DIM))
+        return prior, D.Independent(D.Normal(prior.mu, prior.logvar.exp().sqrt()), 1)
+    if name == "mixture":
+        prior = jittered(MixturePrior(7, DIM))
+        logits, mu, logvar = prior.logits, prior.mu, prior.logvar
+    else:
+        prior = jittered(VampPrior(7, Encoder(), torch.randn(20, 5), limits=(-1, 1)))
+        mu, logvar = prior.encoder(prior.pseudo_inputs.clamp(-1, 1))
+        logits = torch.zeros(7, dtype=torch.float64)
+    components = D.Independent(D.Normal(mu, logvar.exp().sqrt()), 1)
+    return prior, D.MixtureSameFamily(D.Categorical(logits=logits), components)
+
+
+LEARNED = ("diagonal", "mixture", "vamp")
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("shape", [(1,), (31,), (4, 7), ()])
+def test_learned_densities_and_their_gradients_are_torchs(name, shape):
+    prior, expected = learned(name)
+    z = 2 * torch.randn(*shape, DIM, dtype=torch.float64)
+    log_prob = prior.log_prob(z)
+    torch.testing.assert_close(log_prob, expected.log_prob(z))
+    parameters = list(prior.parameters())
+    ours = torch.autograd.grad(log_prob.sum(), parameters, retain_graph=True)
+    theirs = torch.autograd.grad(expected.log_prob(z).sum(), parameters, retain_graph=True, materialize_grads=True)
+    torch.testing.assert_close(ours, theirs)
+    assert prior.marginal_log_prob(z).shape == z.shape
+    assert prior.log_prob(z.new_zeros(2, 0, DIM)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_marginals_are_the_joint_integrated(name):
+    prior, _ = learned(name)
+    line = torch.linspace(-12, 12, 121, dtype=torch.float64)
+    z0 = torch.tensor([-0.7, 0.4], dtype=torch.float64)
+    others = torch.cartesian_prod(line, line)
+    grid = torch.cat((z0[:, None, None].expand(2, len(others), 1), others.expand(2, -1, -1)), -1)
+    integral = prior.log_prob(grid).logsumexp(-1) + 2 * math.log(0.2)
+    z = torch.zeros(2, DIM, dtype=torch.float64)
+    z[:, 0] = z0
+    torch.testing.assert_close(prior.marginal_log_prob(z)[:, 0], integral, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_priors_sample_what_they_say(name):
+    prior, expected = learned(name)
+    torch.manual_seed(1)
+    z = prior.sample(50_000)
+    torch.manual_seed(1)
+    assert torch.equal(z, prior.sample(50_000))
+    error = (expected.variance / len(z)).sqrt()
+    assert ((z.mean(0) - expected.mean).abs() < 5 * error).all()
+    torch.testing.assert_close(z.var(0), expected.variance, rtol=0.05, atol=0)
+    torch.testing.assert_close(
+        prior.log_prob(z).mean(), expected.log_prob(expected.sample((50_000,))).mean(), rtol=0, atol=0.05
+    )
+    assert prior.sample(0).shape == (0, DIM)
+    with pytest.raises(ValueError, match=r"^n: "):
+        prior.sample(-1)
+
+
+def test_diagonal_gaussian_has_kl_gauss_and_its_options():
+    prior, _ = learned("diagonal")
+    mu, logvar = torch.randn(2, 31, DIM, dtype=torch.float64)
+    q = D.Normal(mu, torch.exp(0.5 * logvar))
+    dims = D.kl_divergence(q, D.Normal(prior.mu, prior.logvar.exp().sqrt())).mean(0)
+    torch.testing.assert_close(prior.kl(mu, logvar), dims.sum())
+    torch.testing.assert_close(prior.kl(mu, logvar, reduction="dim"), dims)
+    floor = dims.median().item()
+    torch.testing.assert_close(prior.kl(mu, logvar, free_bits=floor), dims.clamp(min=floor).sum())
+
+
+def test_priors_start_near_the_standard_normal():
+    z = torch.randn(1000, 16)
+    normal = StandardNormal().log_prob(z)
+    torch.testing.assert_close(DiagonalGaussian(16).log_prob(z), normal)
+    torch.testing.assert_close(MixturePrior(1, 16).log_prob(z), normal)
+    torch.manual_seed(0)
+    prior = MixturePrior(2000, 16)
+    moments = prior.sample(20_000)
+    assert moments.mean(0).abs().max() < 0.1
+    assert (moments.var(0) - 1).abs().max() < 0.15
+
+
+def test_a_mixture_prior_is_a_fitted_mixture():
+    torch.manual_seed(0)
+    z = torch.randn(300, DIM) * torch.tensor([0.1, 1.0, 3.0]) + 2
+    mixture = fastvae.GaussianMixture(4, seed=0).fit(z)
+    prior = MixturePrior.from_parameters(mixture.weights_, mixture.means_, mixture.variances_)
+    torch.testing.assert_close(prior.log_prob(z), mixture.score_samples(z), rtol=1e-5, atol=1e-4)
+    assert prior.mu.dtype == torch.float32
+    copy = MixturePrior(4, DIM)
+    copy.load_state_dict(prior.state_dict())
+    assert torch.equal(copy.log_prob(z), prior.log_prob(z))
+
+
+def make_vae(name, **options):
+    torch.manual_seed(0)
+    encoder, decoder = Encoder(), nn.Linear(DIM, 5)
+    prior = {
+        "standard": lambda: StandardNormal(DIM),
+        "diagonal": lambda: DiagonalGaussian(DIM),
+        "mixture": lambda: MixturePrior(6, DIM),
+        "vamp": lambda: VampPrior(6, encoder, torch.randn(50, 5)),
+    }[name]()
+    return VAE(encoder, decoder, likelihood="gaussian", prior=prior, **options)
+
+
+def bent(n=512):
+    """Points along a bent line in 5 dimensions: no Gaussian."""
+    t = torch.linspace(-2, 2, n)
+    points = torch.stack((t, t**2 - 1, t.sin(), t.abs(), -t), 1)
+    return points + 0.05 * torch.randn(n, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "objective", [fastvae.ELBO(), fastvae.IWAE(4, gradient="dreg"), fastvae.BetaTCVAE(), fastvae.InfoVAE()]
+)
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_vae_trains_its_prior(name, objective):
+    vae, x = make_vae(name, objective=objective), bent()
+    before = [p.detach().clone() for p in vae.prior.parameters()]
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2)
+    first = vae(x).loss.item()
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = vae(x).loss
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < first
+    assert all((p - old).abs().max() > 1e-3 for p, old in zip(vae.prior.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["mixture", "vamp"])
+def test_the_kl_of_a_mixture_is_by_monte_carlo(name):
+    vae, x = make_vae(name).double(), bent().double()
+    torch.manual_seed(1)
+    out = vae(x)
+    torch.manual_seed(1)
+    z, log_q, _, _ = fastvae.sample_gauss(out.mu, out.logvar, 1, outputs=("z", "log_q"))
+    torch.testing.assert_close(out.z, z[0])
+    torch.testing.assert_close(out.kl, (log_q[0] - vae.prior.log_prob(z[0])).mean())
+    with pytest.raises(ValueError, match=r"^free_bits: .*closed form"):
+        make_vae(name, objective=fastvae.ELBO(free_bits=0.1))(x.float())
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_decomposition_has_the_priors_factorization(name):
+    prior, _ = learned(name)
+    mu, logvar = torch.randn(2, 40, DIM, dtype=torch.float64)
+    z = fastvae.reparameterize(mu, logvar, seed=0)
+    terms = fastvae.kl_decomposition(z, mu, logvar, prior=prior)
+    expected = (prior.log_prob(z) - prior.marginal_log_prob(z).sum(1)).mean()
+    torch.testing.assert_close(terms.prior_factorization, expected)
+    assert (terms.prior_factorization.abs() < 1e-12) == (name == "diagonal")
+    monte_carlo = (fastvae.log_prob_gauss(z, mu, logvar) - prior.log_prob(z)).mean()
+    torch.testing.assert_close(terms.mi + terms.tc + terms.dim_kl.sum() - terms.prior_factorization, monte_carlo)
+    out = make_vae(name, objective=fastvae.BetaTCVAE())(bent())
+    torch.testing.assert_close(out.kl, out.loss - out.nell)
+    assert (out.terms["prior_factorization"].abs() < 1e-5) == (name == "diagonal")
+
+
+def test_a_vamp_prior_is_the_aggregate_posterior_of_its_pseudo_inputs():
+    encoder, x = Encoder(), torch.randn(6, 5)
+    prior = VampPrior(6, encoder, x)  # all of them, in some order
+    z = torch.randn(9, DIM)
+    torch.testing.assert_close(prior.log_prob(z), fastvae.agg_log_prob(z, *encoder(x)))
+    vae = VAE(encoder, nn.Linear(DIM, 5), prior=prior)
+    assert len({id(p) for p in vae.parameters()}) == len(list(vae.parameters())) == 5
+    assert vae.prior.encoder is vae.encoder
+
+
+@pytest.mark.parametrize("name", ["standard", *LEARNED])
+def test_fit_prior_samples_where_the_data_are(name):
+    vae, x = make_vae(name), bent()
+    with torch.no_grad():
+        mu, logvar = vae.encode(x)
+        old = fastvae.agg_log_prob(vae.prior.sample(2000), mu, logvar).mean()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.zeros(len(x))), 100, shuffle=True)
+    mixture = vae.eval().fit_prior(loader, 8, n_samples=2, seed=0, max_iter=50)
+    assert isinstance(vae.prior, MixturePrior)
+    assert isinstance(mixture, fastvae.GaussianMixture)
+    z = fastvae.reparameterize(mu, logvar)
+    assert mixture.score(z) > fastvae.log_prob_gauss(z, z.mean(0), z.var(0).log()).mean()
+    torch.testing.assert_close(vae.prior.log_prob(z), mixture.score_samples(z), rtol=1e-4, atol=1e-3)
+    new = fastvae.agg_log_prob(vae.prior.sample(2000), mu, logvar).mean()
+    entropy = fastvae.agg_entropy(z, mu, logvar)
+    assert (new + entropy).abs() < min((old + entropy).abs(), 0.5)
+    assert vae.sample(4).shape == (4, 5)
+    assert vae(x).loss.isfinite()
+    again = make_vae(name).eval()
+    assert torch.equal(again.fit_prior(x, 8, seed=0).means_, make_vae(name).eval().fit_prior(x, 8, seed=0).means_)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "name"),
     [
@@ -59,8 +286,23 @@ def test_it_learns_its_dimension_and_keeps_it():
         (lambda: StandardNormal(2.5), TypeError, "dim"),
         (lambda: StandardNormal(2).sample(-1), ValueError, "n"),
         (lambda: StandardNormal().log_prob(torch.zeros(2, 3, dtype=torch.int64)), TypeError, "z"),
+        (lambda: DiagonalGaussian(0), ValueError, "dim"),
+        (lambda: DiagonalGaussian(2).marginal_log_prob(torch.zeros(2, dtype=torch.int64)), TypeError, "z"),
+        (lambda: MixturePrior(0, 2), ValueError, "n_components"),
+        (lambda: MixturePrior(2, 2.0), TypeError, "dim"),
+        (lambda: MixturePrior(2, 3).log_prob(torch.zeros(4, 2)), ValueError, "z"),
+        (
+            lambda: MixturePrior.from_parameters(torch.ones(2), torch.ones(3, 2), torch.ones(3, 2)),
+            ValueError,
+            "weights",
+        ),
+        (lambda: VampPrior(3, nn.Linear(2, 2), torch.zeros(2, 2)), ValueError, "x"),
+        (lambda: VampPrior(3, None, torch.zeros(4, 2)), TypeError, "encoder"),
+        (lambda: VampPrior(3, nn.Linear(2, 2), torch.zeros(4, 2), limits=(1, 0)), ValueError, "limits"),
+        (lambda: make_vae("standard").fit_prior(bent(), 0), ValueError, "n_components"),
+        (lambda: make_vae("standard").fit_prior(bent(3), 4), ValueError, "x"),
     ],
 )
 def test_errors_name_the_argument(call, error, name):
-    with pytest.raises(error, match=rf"^{name}: "):
+    with pytest.raises(error, match=rf"^{name}[:,] "):
         call()
