@@ -197,7 +197,8 @@ def test_compile_one_tensor_in_two_places(backend: Target, name: str) -> None:
         return op.fast(**{key: inputs.get(key, inputs[first]) for key in op.inputs})
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
-    assert_same(evaluate(compiled, shared), evaluate(twice, shared))
+    for ours, eager in zip(evaluate(compiled, shared), evaluate(twice, shared), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-13, atol=1e-13)  # its gradients meet in another order
     torch._dynamo.reset()
 
 
