@@ -17,7 +17,7 @@ from fastvae.backends.contract import accumulation_dtype
 
 # Whether kernels run in Triton's interpreter, on tensors of any device: decided when Triton is first imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
-AUTOTUNE = os.environ.get("FASTVAE_AUTOTUNE") == "1"
+AUTOTUNE = os.environ.get("FASTVAE_AUTOTUNE") == "1" and not INTERPRETED
 
 Config = dict[str, Any]  # keyword arguments of a kernel: block sizes, what depends on them, and launch options
 Result = TypeVar("Result")

@@ -25,7 +25,7 @@ FULL = 1024  # programs that fill any GPU: with fewer tiles of [B, D], the backw
 def _normals(row, first_column, D, seed, ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr):
     """eps of the rows [BB] (int64) and the columns from first_column [BB, BD]; seed is a number."""
     if ALIGNED:
-        group = (row * D + first_column)[:, None] // 4 + tl.arange(0, BLOCK_D // 4)[None, :]
+        group = ((row * D + first_column) >> 2)[:, None] + tl.arange(0, BLOCK_D // 4)[None, :]
         eps = normals_of_groups(group, seed, ACC)
     else:
         eps = normals_of_elements((row * D + first_column)[:, None] + tl.arange(0, BLOCK_D)[None, :], seed, ACC)
@@ -133,7 +133,7 @@ def _configs(n_rows: int, D: int, aligned: bool, dtype: torch.dtype) -> list[Con
     """A fixed tile, and others to try where there is enough work for the choice to matter."""
     if n_rows * D < 1 << 20:
         return [tile(n_rows, D)]
-    # 16 elements for each thread, or 8 where they would take more registers than a quarter of those of 512 threads
+    # 16 elements for each thread, or 8 where 16 take so many registers that too few threads have room
     sizes = [(2048, 4), (1024, 4), (4096, 8)] if aligned and dtype != torch.float64 else [(1024, 4), (512, 4)]
     return [tile(n_rows, D, *size) for size in sizes]
 
