@@ -77,3 +77,13 @@ def test_beta_tcvae(tmp_path):
     assert elbo == tc["KL"][1]
     assert ours < 0.7 * elbo
     assert picture.stat().st_size > 10_000
+
+
+def test_the_bound_of_em_touches_the_likelihood():
+    rows = re.findall(r"^EM step +\d+ +(\S+) +(\S+) +(\S+) +(\S+)$", printed_by("em_is_elbo.py"), re.MULTILINE)
+    assert len(rows) == 12
+    for log_likelihood, before, after, gap in (map(float, row) for row in rows):
+        assert before <= after == log_likelihood
+        assert gap == pytest.approx(log_likelihood - before, abs=2e-6)
+    log_likelihoods = [float(row[0]) for row in rows]
+    assert log_likelihoods == sorted(log_likelihoods)
