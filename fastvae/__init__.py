@@ -9,6 +9,7 @@ from .evaluate import (
     kl_decomposition_dataset,
     mi_bounds,
 )
+from .holes import PriorHole, prior_hole
 from .importance import effective_sample_size, elbo, iw_elbo, mc_iw_elbo
 from .information import cross_entropy, entropy, kl_discrete
 from .mixture import GaussianMixture
@@ -41,6 +42,7 @@ __all__ = [
     "KLDecomposition",
     "LogLikelihood",
     "MixturePrior",
+    "PriorHole",
     "StandardNormal",
     "VAEOutput",
     "VampPrior",
@@ -63,6 +65,7 @@ __all__ = [
     "log_prob_gauss",
     "mc_iw_elbo",
     "mi_bounds",
+    "prior_hole",
     "reparameterize",
     "sample_gauss",
     "use_backend",

@@ -6,6 +6,7 @@ name says. Nothing here is differentiable; `kl_decomposition` is, on a batch.
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from .ops._checks import check_choice, check_count, check_number, check_tensor
 from .ops.aggregate import ColumnWeights, agg_log_prob_marginals, log_prob_gauss
 from .ops.sampling import reparameterize
 from .priors import Prior
-from .streams import open_posteriors, shown
+from .streams import Posteriors, open_posteriors, shown
 from .vae import VAE
 
 
@@ -101,21 +102,48 @@ def kl_decomposition_dataset(
     else:
         conditional = log_prob_gauss(z, mu, logvar).flatten()
     z = z.flatten(0, 1)  # [S, D]
+    joint, marginals = log_q(stream, z, chunk_size=chunk_size, progress=progress)
+    result = decompose(z, conditional, joint, marginals, prior, "uniform", N)
+    warn_if_saturated(result, N)
+    return result
+
+
+def log_q(
+    stream: Posteriors, z: Tensor, own: Tensor | None = None, *, chunk_size: int, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """log 1/N sum_j q(z_i|x_j) `[S]`, and of each dimension `[S, D]`, over all N posteriors; in float64. The sum leaves
+    out column own_i where `own` `[S]` is given, and none where that is -1."""
     joint = torch.full(z.shape[:1], -math.inf, dtype=torch.float64, device=z.device)
     marginals = torch.full(z.shape, -math.inf, dtype=torch.float64, device=z.device)
-    weights = ColumnWeights(-math.log(N))
-    for first in shown(range(0, N, chunk_size), "columns", progress):
-        columns = stream.read(slice(first, first + chunk_size))
+    for columns, weights in column_chunks(stream, own, chunk_size, progress):
         for total, part in zip((joint, marginals), agg_log_prob_marginals(z, *columns, weights=weights), strict=True):
             torch.logaddexp(total, part.double(), out=total)
-    result = decompose(z, conditional, joint, marginals, prior, "uniform", N)
-    if result.saturation > 0.5:
+    return joint, marginals
+
+
+def column_chunks(
+    stream: Posteriors, own: Tensor | None, chunk_size: int, progress: bool
+) -> Iterator[tuple[tuple[Tensor, Tensor], ColumnWeights]]:
+    """(mu, logvar) of some posteriors at a time, each of weight 1/N, but of 0 for the samples that are its own."""
+    N = len(stream.mu)
+    for first in shown(range(0, N, chunk_size), "columns", progress):
+        columns = stream.read(slice(first, first + chunk_size))
+        if own is None:
+            yield columns, ColumnWeights(-math.log(N))
+        else:
+            here = (own >= first) & (own < first + len(columns[0]))
+            yield columns, ColumnWeights(-math.log(N), (own - first).where(here, -1), -math.inf)
+
+
+def warn_if_saturated(terms: KLDecomposition, n_examples: int) -> None:
+    """For the caller of the caller."""
+    if terms.saturation > 0.5:
         warnings.warn(
-            f"mi: {result.mi:.2f} nats is at the ceiling of log {N} = {math.log(N):.2f} that {N} examples set; of the"
-            " distribution they come from it is an underestimate, and tc and agg_kl rest on the same log q(z)",
-            stacklevel=3,
+            f"mi: {terms.mi:.2f} nats is at the ceiling of log {n_examples} = {math.log(n_examples):.2f} that"
+            f" {n_examples} examples set; of the distribution they come from it is an underestimate, and tc and agg_kl"
+            " rest on the same log q(z)",
+            stacklevel=4,
         )
-    return result
 
 
 def mi_bounds(

@@ -12,6 +12,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from .holes import PriorHole
 from .ops.aggregate import agg_log_prob, agg_log_prob_marginals
 from .ops.kl import kl_gauss
 from .priors import StandardNormal
@@ -131,6 +132,66 @@ def aggregate(figure: Any, mu: Tensor, logvar: Tensor, labels: Tensor, reach: fl
     left.plot([], [], **Q_STYLE, label="q(z)")
     left.plot([], [], **PRIOR_STYLE, label="p(z), 1, 2, 3 σ")
     left.legend(frameon=False, loc="lower left", fontsize=8, borderaxespad=0.2)
+
+
+def plot_prior_hole(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_pairs: int = 3) -> None:
+    """Where the prior has holes, as `prior_hole` found them: density maps of q(z) over those of p(z) in the pairs of
+    dimensions with the largest shares, and histograms of log q(z) of data and of the prior's samples.
+
+    The line is each pair's threshold, outside of which is its hole: the prior's samples that are there are drawn.
+    p(z) is a kernel density estimate from its samples. mu, logvar `[N, D]`: the posteriors.
+    """
+    n_pairs = min(n_pairs, len(hole.pairs))
+    if n_pairs:
+        maps, histogram = figure.subfigures(1, 2, width_ratios=(n_pairs, 1.6))
+        _pair_maps(maps, hole, mu.cpu(), logvar.cpu(), n_pairs)
+    else:
+        histogram = figure
+
+    axes = histogram.subplots()
+    data, prior, threshold = hole.log_q_data.cpu(), hole.log_q_prior.cpu(), float(hole.threshold)
+    high = max(float(prior.max()), float(data.max()))
+    low = min(float(prior.quantile(0.002)), 2 * threshold - high)  # room for the words
+    bins = torch.linspace(low, high, 41).numpy()
+    for values, color, label in ((data, DATA, "encoded data"), (prior, MODEL, "samples of p(z)")):
+        look: Any = {"bins": bins, "weights": torch.full_like(values, 1 / len(values)).numpy(), "color": color}
+        axes.hist(values.numpy(), alpha=0.4, **look)
+        axes.hist(values.numpy(), histtype="step", lw=1.5, label=label, **look)
+    axes.axvline(threshold, color="black", lw=1, ls="--")
+    axes.axvspan(low, threshold, color=MUTED, alpha=0.15, lw=0)
+    place: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right", "va": "top"}
+    axes.annotate(f"{float(hole.share):.1%} of the samples\nare from holes", (threshold, 0.97), xytext=(-6, 0), **place)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.84), fontsize=9)
+    axes.set(xlim=(low, high), xlabel="nats", ylabel="share", title="log q(z)")
+
+
+def _pair_maps(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_pairs: int) -> None:
+    """q(z) over p(z) in pairs of dimensions, all on one scale of z."""
+    panels = figure.subplots(2, n_pairs, squeeze=False, sharex=True, sharey=True)
+    pairs, thresholds, z_prior = hole.pairs[:n_pairs].cpu(), hole.pair_threshold.tolist(), hole.z_prior.cpu()
+    reach = 1.15 * float(torch.cat((z_prior, mu))[:, pairs].abs().flatten().quantile(0.998))
+    line = torch.linspace(-reach, reach, 121)
+    grid = torch.cartesian_prod(line, line).to(mu)
+    for column, dims in enumerate(pairs):
+        points = z_prior[:, dims]
+        width = 2 * points.std(0).log() - math.log(len(points)) / 3  # Scott's rule in two dimensions: n^(-1/6)
+        posteriors, kernels = (mu[:, dims], logvar[:, dims]), (points, width.expand_as(points))
+        log_q, log_p = (agg_log_prob(grid, *columns).view(len(line), -1).T for columns in (posteriors, kernels))
+        largest = float(max(log_q.max(), log_p.max()).exp())  # of both: one scale of densities
+        for axes, log_density, colors in zip(panels[:, column], (log_q, log_p), ("Blues", "Reds"), strict=True):
+            picture: Any = {"origin": "lower", "extent": 2 * (-reach, reach), "vmin": 0, "vmax": largest}
+            axes.imshow(log_density.exp().numpy(), cmap=colors, interpolation="bilinear", **picture)
+            axes.contour(line, line, log_q, levels=[thresholds[column]], colors=DATA, linewidths=1, linestyles="solid")
+            axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
+        outside = points[agg_log_prob(points, *posteriors) < thresholds[column]]
+        panels[1, column].scatter(*outside.T.numpy(), s=5, color="black", linewidths=0)
+        panels[0, column].set_title(f"{float(hole.pair_share[column]):.1%} from holes")
+        panels[1, column].set_xlabel(f"$z_{{{dims[0]}}}$")
+        for axes in panels[:, column]:
+            axes.set_ylabel(f"$z_{{{dims[1]}}}$", labelpad=0 if column == 0 else 3)
+    for axes, name, color in zip(panels[:, 0], ("q(z)", "p(z)"), (DATA, MODEL), strict=True):
+        place: Any = {"xytext": (5, -5), "xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
+        axes.annotate(name, (0, 1), color=color, weight="bold", **place)
 
 
 def _as_list(axes: Any) -> Sequence[Any]:
