@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastvae.backends.contract import LogWeights
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -41,6 +43,8 @@ class Case(NamedTuple):
     instructions: float = math.inf  # per element of a program's tile, at most
     wide: bool = False  # whether all loads and stores of rows are of 16 bytes
     shares: Mapping[str, float] = MappingProxyType({})  # of the longest innermost loop, at least: {"FFMA": 0.6}
+    loops: tuple[Mapping[str, float], ...] = ()  # for each, an innermost loop that has at least these shares
+    stack: int = 0  # bytes, at most, of registers spilled outside the innermost loops
 
 
 class Report(NamedTuple):
@@ -93,8 +97,47 @@ def sample_backward(L: int, B: int, D: int, outputs: str, dtype: torch.dtype = t
     return lambda: op("sample_gauss_backward", *upstream, x, x, meta(dtype=torch.int64), L, [True, True])
 
 
+class Pairs(NamedTuple):
+    """A problem for the cross-evaluated kernels, with weights for own columns and the next where `own`."""
+
+    S: int
+    N: int
+    D: int
+    own: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return tuple(meta(n, self.D, dtype=self.dtype) for n in (self.S, self.N, self.N))
+
+    @property
+    def weights(self) -> LogWeights:
+        if self.own:
+            return LogWeights(meta(self.N, dtype=self.dtype), None, meta(self.S, dtype=torch.int64), -0.5, 0.5)
+        return LogWeights(None, -1.0, None, None, None)
+
+    def result(self, *shape: int) -> Tensor:
+        return meta(*shape, dtype=torch.promote_types(self.dtype, torch.float32))
+
+
+def pairs(name: str, *problem: Any, want_z: bool = True) -> Callable[[], object]:
+    """A cross-evaluated op, or its backward for all gradients, or for all but that of z."""
+    p = Pairs(*problem)
+    joint, marginals, matrix = p.result(p.S), p.result(p.S, p.D), p.result(p.S, p.N)
+    wanted = [want_z, True, True, p.own]
+    results = {
+        "cross_log_prob_backward": (matrix,),
+        "agg_log_prob_backward": (joint, joint),
+        "agg_log_prob_marginals_backward": (joint, marginals, joint, marginals),
+    }
+    weights = () if name.startswith("cross") else (p.weights,)
+    last = () if name not in results else (wanted[:3],) if name.startswith("cross") else (wanted,)
+    return lambda: op(name, *results.get(name, ()), *p.inputs, *weights, *last)
+
+
 MANY = 1 << 20
 HALF, DOUBLE = torch.bfloat16, torch.float64
+PACK = 224  # registers of the kernel that packs, which takes no time; the others launched with it have 128
 CASES = {
     "kl_gauss sum": Case(kl(MANY, 128, "batchmean"), "_kl_gauss", 64, instructions=46, wide=True),
     "kl_gauss sample": Case(kl(MANY, 128, "sample"), "_kl_gauss", 64, instructions=46, wide=True),
@@ -115,6 +158,51 @@ CASES = {
     ),
     "sample_gauss_backward all": Case(sample_backward(8, 507, 33, "zqpk"), "_sample_gauss_backward"),
     "sample_gauss_backward float64": Case(sample_backward(2, 97, 64, "zqpk", DOUBLE), "_sample_gauss_backward"),
+    "cross_log_prob": Case(
+        pairs("cross_log_prob", 8192, 8192, 64), "_cross_log_prob", PACK, loops=({"FFMA": 0.84},), stack=96
+    ),
+    "cross_log_prob_backward": Case(
+        pairs("cross_log_prob_backward", 8192, 8192, 64),
+        "_cross_rows",
+        PACK,
+        loops=({"FFMA": 0.49, "FMUL": 0.26},),
+        stack=96,
+    ),
+    "agg_log_prob": Case(
+        pairs("agg_log_prob", 16384, 16384, 64), "_joint_rows", PACK, loops=({"FFMA": 0.84},), stack=144
+    ),
+    "agg_log_prob D 512 own": Case(
+        pairs("agg_log_prob", 64, 10**6, 512, True), "_joint_rows", PACK, loops=({"FFMA": 0.68},), stack=320
+    ),
+    "agg_log_prob small bfloat16": Case(pairs("agg_log_prob", 256, 256, 33, False, HALF), "_joint_rows", PACK),
+    "agg_log_prob_backward": Case(
+        pairs("agg_log_prob_backward", 16384, 16384, 64),
+        "_joint_columns",
+        PACK,
+        loops=({"FFMA": 0.78}, {"FFMA": 0.53, "FMUL": 0.19}),
+        stack=96,
+    ),
+    "agg_log_prob_backward float64": Case(
+        pairs("agg_log_prob_backward", 4096, 4096, 10, True, DOUBLE),
+        "_joint_rows",
+        PACK,
+        loops=({"DFMA": 0.5},),
+        stack=128,
+    ),
+    "agg_log_prob_marginals": Case(
+        pairs("agg_log_prob_marginals", 8192, 8192, 32),
+        "_joint_and_marginals",
+        PACK,
+        loops=({"FFMA": 0.84}, {"MUFU": 0.08}),
+        stack=144,
+    ),
+    "agg_log_prob_marginals_backward": Case(
+        pairs("agg_log_prob_marginals_backward", 8192, 8192, 32),
+        "_marginal_columns",
+        PACK,
+        loops=({"MUFU": 0.05},),
+        stack=96,
+    ),
 }
 
 

@@ -55,7 +55,7 @@ def test_compiles_for_every_target(reports: list[Report], name: str) -> None:
 
 def test_registers_and_shared_memory(reports: list[Report], name: str) -> None:
     for report in of_case(reports, name):
-        assert report.stack == 0, f"{report.kernel} spills on {report.target}"
+        assert report.stack <= CASES[name].stack, f"{report.kernel} spills {report.stack} bytes on {report.target}"
         assert report.shared <= CASES[name].shared, report
         assert report.registers <= (512 if report.target.startswith("gfx") else CASES[name].registers), report
 
@@ -65,7 +65,8 @@ def test_instructions(reports: list[Report], name: str) -> None:
     case = CASES[name]
     report = next(r for r in of_case(reports, name) if (r.target, r.kernel) == (READ, case.kernel))
     assert sum(report.instructions.values()) > 50
-    assert not {"LDL", "STL"} & set(report.instructions), "local memory"
+    for code in report.loops if case.stack else [report.instructions]:
+        assert not {"LDL", "STL"} & set(code), "local memory"
     assert not {"ATOM", "ATOMG", "RED"} & set(report.instructions), "atomics"
     if report.elements:
         assert sum(report.instructions.values()) / report.elements <= case.instructions
@@ -73,6 +74,9 @@ def test_instructions(reports: list[Report], name: str) -> None:
         narrow = sum(n for width, n in report.accesses.items() if width != "128")
         assert report.accesses["128"] >= report.elements / 8
         assert narrow <= 4, report.accesses
+    for least in case.loops:
+        shares = [{opcode: loop.get(opcode, 0) / sum(loop.values()) for opcode in least} for loop in report.loops]
+        assert any(all(share[opcode] >= least[opcode] for opcode in least) for share in shares), shares
     if case.shares:
         loop = max(report.loops, key=lambda loop: sum(loop.values()))
         for opcode, least in case.shares.items():

@@ -111,7 +111,7 @@ def joint_program(
 
 
 @triton.jit(do_not_specialize=["one"])
-def _rows(
+def _joint_rows(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
     known, d_z, joint, ms, totals, S, N, blocks, tiles, one,
@@ -161,7 +161,7 @@ def _combine_rows_backward(
 
 
 @triton.jit(do_not_specialize=["one"])
-def _columns(
+def _joint_columns(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
     ms, factors, sums, shares, common_shares, S, N, blocks, tiles, one,
@@ -232,7 +232,7 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
         return joint
     g = grid(S, N, D, packed.dtype, z.device, reduce=False)
     ms, totals = (None, None) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
-    _rows[(g.programs,)](
+    _joint_rows[(g.programs,)](
         *_operands(packed),
         *(None, None, joint if g.splits == 1 else None, ms, totals, S, N, g.blocks, g.tiles, 1),
         *(D, *packed.overridden, False),
@@ -252,7 +252,7 @@ def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor |
     g = grid(S, N, D, packed.dtype, d_joint.device, reduce=True)
     ms, totals = new(packed, g.splits, S), new(packed, g.splits, S)
     parts = None if d_z is None else new(packed, g.splits, S, D)
-    _rows[(g.programs,)](
+    _joint_rows[(g.programs,)](
         *_operands(packed),
         *(joint, parts, None, ms, totals, S, N, g.blocks, g.tiles, 1),
         *(D, *packed.overridden, True),
@@ -268,7 +268,7 @@ def pull_on_columns(
     packed: Packed, g: Grid, m: Tensor, factors: Tensor, sums: Tensor | None, shares: Tensor, common: Tensor | None
 ) -> None:
     """Writes sums [splits, 2, N, D], shares [splits, N], and those that pull on log_w."""
-    _columns[(g.programs,)](
+    _joint_columns[(g.programs,)](
         *_operands(packed),
         *(m, factors, sums, shares, common, packed.S, packed.N, g.blocks, g.tiles, 1),
         *(packed.D, *packed.overridden),

@@ -137,7 +137,7 @@ def _joint_and_marginals(
 
 
 @triton.jit
-def _rows(
+def _marginal_rows(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
     ms, totals, pulls, S, N, D, blocks, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
@@ -177,7 +177,7 @@ def _combine_rows_backward(
 
 
 @triton.jit
-def _columns(
+def _marginal_columns(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
     ms, factors, sums, common_shares, S, N, D, blocks, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
@@ -302,7 +302,7 @@ def agg_log_prob_marginals_backward(
         common = None if d_log_w is None else new(packed, n + each.splits * D, N)
         if joint_shares:
             pull_on_columns(packed, g, *joint_shares, sums, total_shares, common)
-        _columns[(each.programs,)](
+        _marginal_columns[(each.programs,)](
             *(*_operands(packed), *shares),
             *(None if x is None else x[n:] for x in (sums, common)),
             *(S, N, D, each.blocks // D, each.tiles, *packed.overridden),
@@ -323,7 +323,7 @@ def _shares_of_rows(
     each = grid_per_dimension(S, N, D, packed.dtype, d_marginals.device, pull=True)
     ms, totals = new(packed, each.splits, D, S), new(packed, each.splits, D, S)
     pulls = None if d_z is None else new(packed, each.splits, D, S)
-    _rows[(each.programs,)](
+    _marginal_rows[(each.programs,)](
         *(*_operands(packed), ms, totals, pulls, S, N, D, each.blocks // D, each.tiles, *packed.overridden),
         **each.config,
     )

@@ -48,8 +48,8 @@ def _cross_log_prob(
         tl.store(out + first_column + column_lane + columns, log_q * tl.full([], LN2, log_q.dtype), inside)
 
 
-@triton.jit(do_not_specialize=["one"])
-def _rows(
+@triton.jit(do_not_specialize=["grad_row", "grad_column", "one"])
+def _cross_rows(
     samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, S, N, blocks, tiles, one,
     D: tl.constexpr, RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -77,8 +77,8 @@ def _rows(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["one"])
-def _columns(
+@triton.jit(do_not_specialize=["grad_row", "grad_column", "one"])
+def _cross_columns(
     samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, shares, S, N, blocks, tiles, one,
     D: tl.constexpr, RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -133,12 +133,12 @@ def cross_log_prob_backward(
     if d_z is not None and S > 0:
         g = grid(S, N, D, packed.dtype, z.device, reduce=True)
         sums = new(packed, g.splits, S, D)
-        _rows[(g.programs,)](*operands, sums, S, N, g.blocks, g.tiles, 1, D, **g.config)
+        _cross_rows[(g.programs,)](*operands, sums, S, N, g.blocks, g.tiles, 1, D, **g.config)
         scale = -1.0 if packed.dtype == torch.float64 else -INV_KAPPA2.value
         add_up(sums.view(1, g.splits, S * D), [d_z.view(-1)], scale)
     if N > 0 and not (d_mu is None and d_logvar is None):
         g = grid(N, S, D, packed.dtype, z.device, reduce=True)
         sums, shares = new(packed, g.splits, 2, N, D), new(packed, g.splits, N)
-        _columns[(g.programs,)](*operands, sums, shares, S, N, g.blocks, g.tiles, 1, D, **g.config)
+        _cross_columns[(g.programs,)](*operands, sums, shares, S, N, g.blocks, g.tiles, 1, D, **g.config)
         columns_gradients(packed, sums, shares, None, d_mu, d_logvar, None)
     return [x for x in gradients if x is not None]

@@ -22,8 +22,9 @@ threads, a thread holds RO * RP pairs in registers, RO samples (or columns) of t
 those that pass by, and sums over passing ones end in TP neighbouring lanes.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -124,7 +125,7 @@ def _pack_columns(
         near = (tl.abs(b) <= MAX_OFFSET) & (a <= MODERATE)
         too_far |= tl.where(mask & (near == 0), 1, 0)
         plane = planes + 2 * (at + d[None, :] * PANEL)
-        tl.store(plane, tl.where(mask, a, 0.0), (d < D)[None, :])
+        tl.store(plane, tl.where(mask, a, 1.0), (d < D)[None, :])
         tl.store(plane + 1, tl.where(mask, b, 0.0), (d < D)[None, :])
         if marginal_c is not None:
             c_d = (lv + LOG_2PI) * tl.full([], -0.5 * LOG2E, tl.float64)
@@ -470,7 +471,13 @@ class Grid(NamedTuple):
 
 
 THREADS = 256
-WARP = 64 if torch.version.hip else 32
+
+
+@functools.cache
+def _target(driver: Any) -> tuple[str, int]:
+    """Backend and threads in a warp"""
+    target = driver.get_current_target()
+    return target.backend, target.warp_size
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -481,11 +488,17 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def _grid(
-    tile: tuple[int, int, int, int, int], per_sm: int, owned: int, passing: int, copies: int, steps: int, sms: int
+    tile: tuple[int, int, int, int, int], owned: int, passing: int, copies: int, steps: int, device: torch.device
 ) -> Grid:
+    sms, per_sm = multiprocessors(device), 2
     RO, RP, TO, TP, unroll = tile
-    config = {"RO": RO, "RP": RP, "TO": TO, "TP": TP, "UNROLL": unroll, "num_warps": THREADS // WARP}
-    if WARP == 32:
+    if triton.cdiv(owned, RO * TO) * triton.cdiv(passing, RP * TP) * copies < sms:
+        RO, RP, TO, TP, unroll = SMALL
+    while RO > 1 and RO * TO >= 2 * owned:
+        RO //= 2
+    backend, warp = ("", 32) if INTERPRETED else _target(triton.runtime.driver.active)
+    config = {"RO": RO, "RP": RP, "TO": TO, "TP": TP, "UNROLL": unroll, "num_warps": THREADS // warp}
+    if backend == "cuda":
         config["maxnreg"] = 65536 // THREADS // per_sm
     blocks, tiles = triton.cdiv(owned, RO * TO), triton.cdiv(passing, RP * TP)
     splits = _splits(blocks * copies, tiles, steps, per_sm * sms)
@@ -500,22 +513,21 @@ def grid(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.dev
     over what passes by, across lanes, which should then be few.
 
     The register tile is 8 x 8 or 4 x 16 pairs, so that a step in d loads 16 to 20 words for 128 FMAs and 128 registers
-    hold it: two programs of 256 threads on a multiprocessor. Half as many pairs where they are of float64, or summed in
-    two levels."""
-    sms = multiprocessors(device)
-    halved = int(dtype == torch.float64) + int(D > FOLD.value)
-    tile = (4, 16 >> halved, 32, 8, 1) if reduce else (8, 8 >> halved, 16, 16, 2)
-    small = triton.cdiv(owned, 128) * triton.cdiv(passing, 128) < sms
-    return _grid(SMALL if small else tile, 4 if small else 2, owned, passing, 1, D + 8, sms)
+    hold it: two programs of 256 threads on a multiprocessor. Half as many pairs where they are summed in two levels, a
+    quarter of float64."""
+    if dtype == torch.float64:
+        tile = (4, 4, 32, 8, 1)
+    else:
+        halved = int(D > FOLD.value)
+        tile = (4, 16 >> halved, 32, 8, 1) if reduce else (8, 8 >> halved, 16, 16, 2)
+    return _grid(tile, owned, passing, 1, D + 8, device)
 
 
 def grid_per_dimension(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, pull: bool) -> Grid:
     """The same with programs for each dimension alone; `pull`: whether they sum gradients. An exponential takes as long
     as eight FMAs: what is left to save is what is done once for a row and a tile, so many columns pass at a time."""
-    sms = multiprocessors(device)
-    small = triton.cdiv(owned, 128) * triton.cdiv(passing, 128) < sms
-    tile = (4, (8 if pull else 16) >> int(dtype == torch.float64), 32, 8, 1)
-    return _grid(SMALL if small else tile, 4 if small else 2, owned, passing, D, 6, sms)
+    tile = (4, 4 if dtype == torch.float64 else 8 if pull else 16, 32, 8, 1)
+    return _grid(tile, owned, passing, D, 6, device)
 
 
 def _splits(blocks: int, tiles: int, steps: int, slots: int) -> int:

@@ -1,0 +1,158 @@
+"""What only the Triton kernels have: tiles of several sizes, ranges of columns put together, panels that are far.
+
+That they compute what every backend must is tested with each op; here they are made to choose as they would for larger
+problems, or on a larger GPU, than the interpreter can finish.
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import TRITON, Target, computing_on
+from helpers import (
+    HALVES,
+    Expected,
+    Named,
+    aggregate,
+    assert_same,
+    cast,
+    cross,
+    evaluate,
+    needing_gradients,
+    op_named,
+    samples,
+)
+from torch import Tensor
+
+import fastvae
+from fastvae import ColumnWeights
+
+pytest.importorskip("triton")
+from fastvae.kernels.triton import posteriors
+
+PAIRS = ("cross_log_prob", "agg_log_prob", "agg_log_prob_marginals")
+
+
+@pytest.fixture(params=TRITON)
+def backend(request: pytest.FixtureRequest) -> Target:
+    with computing_on(TRITON[request.param]) as target:
+        yield target
+
+
+@pytest.fixture(params=PAIRS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[2, 5])
+def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many ranges of whatever passes by, some of them empty."""
+    monkeypatch.setattr(posteriors, "_splits", lambda *_: request.param)
+    return request.param
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU so large that everything is small."""
+    monkeypatch.setattr(posteriors, "multiprocessors", lambda _: 10**6)
+    monkeypatch.setattr(posteriors, "_splits", lambda *_: 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ranges_are_put_together(backend: Target, name: str, splits: int, dtype: torch.dtype) -> None:
+    op = op_named(name, dtype, S=131, N=260, D=9)
+    Expected(op.formula, op.inputs, op.centred).check(evaluate(op.fast, op.inputs))
+
+
+def test_a_row_may_have_no_weight_in_some_ranges(backend: Target, splits: int) -> None:
+    """Own columns alone have weights: all but one range are empty sums."""
+    inputs = samples(140, 270, 3, torch.float32)
+    own = torch.arange(140) * 7 % 270
+    own[3] = -1
+    weights = ColumnWeights(-math.inf, own, 0.0)
+    results = evaluate(lambda **x: fastvae.agg_log_prob_marginals(**x, weights=weights), inputs)
+    drawn = {"z": inputs["z"], **{key: inputs[key][own.clamp(min=0)] for key in ("mu", "logvar")}}
+    joint = fastvae.log_prob_gauss(**{key: x.detach() for key, x in drawn.items()})
+    assert results[0][3] == -math.inf
+    assert (results[1][3] == -math.inf).all()
+    assert (results[2][3] == 0).all()
+    torch.testing.assert_close(results[0][own >= 0], joint[own >= 0])
+    assert all(r.isfinite().all() for r in results[2:])
+
+
+@pytest.mark.parametrize("D", [1, 33])
+def test_small_tiles(backend: Target, name: str, D: int, small_tiles: None) -> None:
+    op = op_named(name, torch.float32, S=37, N=150, D=D)
+    Expected(op.formula, op.inputs, op.centred).check(evaluate(op.fast, op.inputs))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_small_tiles_in_half_precision(backend: Target, name: str, dtype: torch.dtype, small_tiles: None) -> None:
+    op = op_named(name, dtype, S=19, N=140, D=5)
+    Expected(op.formula, op.inputs, op.centred).check(evaluate(op.fast, op.inputs))
+
+
+@pytest.mark.parametrize("name", PAIRS[1:])
+def test_gradcheck_of_ranges(backend: Target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(posteriors, "_splits", lambda *_: 2)
+    op = op_named(name, torch.float64, S=2, N=130, D=2)
+    others = {key: x.detach() for key, x in op.inputs.items() if key != "z"}
+    assert torch.autograd.gradcheck(lambda z: op.fast(z=z, **others), (op.inputs["z"],))
+
+
+def far_panels(dtype: torch.dtype) -> Named:
+    """Three panels of columns of which the second has one column far off, and a sample at it; two of samples."""
+    inputs = {key: x.detach() for key, x in samples(150, 300, 4, torch.float64).items()}
+    inputs["mu"][200, 1] = 3e5
+    inputs["z"][140] = inputs["mu"][200]
+    return needing_gradients(cast(inputs, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_some_panels_are_far(backend: Target, name: str, dtype: torch.dtype) -> None:
+    n = PAIRS.index(name)  # of results, or none
+    inputs = far_panels(dtype)
+    Expected(lambda **x: aggregate(**x)[:n] if n else cross(**x), inputs, ("z", "mu")).check(
+        evaluate(getattr(fastvae, name), inputs)
+    )
+
+
+def test_an_outlier_costs_the_others_no_digits(backend: Target) -> None:
+    """The centre leaves the largest and the smallest mean out, so a far column changes nothing for other panels."""
+    plain = {key: x.detach() for key, x in samples(40, 300, 4, torch.float32).items()}
+    moved = {key: x.clone() for key, x in plain.items()}
+    moved["mu"][200] = 1e7
+    for inputs in (plain, moved):
+        inputs["log_w"] = torch.zeros(300)
+        inputs["log_w"][200] = -math.inf
+
+    def fast(z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor) -> Tensor:
+        return fastvae.agg_log_prob(z, mu, logvar, weights=ColumnWeights(log_w))
+
+    error = (fast(**moved) - fast(**plain)).abs().max()
+    assert error <= 4 * torch.finfo(torch.float32).eps * fast(**plain).abs().max()
+
+
+def test_same_bits_whatever_else_is_asked_for(backend: Target, splits: int) -> None:
+    """A gradient does not depend on which others are wanted, nor on the run."""
+    op = op_named("agg_log_prob", torch.float32, S=131, N=150, D=7)
+    everything = evaluate(op.fast, op.inputs)
+    assert_same(evaluate(op.fast, op.inputs), everything)
+    for n, asked in enumerate(op.inputs):
+        inputs = {key: x.detach().requires_grad_(key == asked) for key, x in op.inputs.items()}
+        assert_same(evaluate(op.fast, inputs)[1:], [everything[1 + n]])
+
+
+@pytest.mark.parametrize("S", [64, 1000, 16384, 10**6])
+@pytest.mark.parametrize("N", [64, 1000, 16384, 10**6])
+def test_grids_cover_everything_and_fill_the_chip(S: int, N: int) -> None:
+    g = posteriors.grid(S, N, 64, torch.float32, torch.device("meta"), reduce=False)
+    RO, RP, TO, TP = (g.config[key] for key in ("RO", "RP", "TO", "TP"))
+    assert TO * TP == posteriors.THREADS
+    assert posteriors.PANEL.value % (RO * TO) == posteriors.PANEL.value % (RP * TP) == 0
+    assert g.blocks * RO * TO >= S
+    assert g.splits * g.tiles * RP * TP >= N
+    assert (g.splits - 1) * g.tiles * RP * TP < N or g.splits == 1
+    waves = g.programs / (2 * 132)
+    work = S * N / 128**2
+    assert waves / math.ceil(waves) > 0.85 or work < 8 * 264, (g, waves)
