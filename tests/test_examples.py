@@ -87,3 +87,17 @@ def test_the_bound_of_em_touches_the_likelihood():
         assert gap == pytest.approx(log_likelihood - before, abs=2e-6)
     log_likelihoods = [float(row[0]) for row in rows]
     assert log_likelihoods == sorted(log_likelihoods)
+
+
+def test_priors_print_a_table_and_draw(tmp_path):
+    """The README's, but for the numbers: its training takes minutes."""
+    table = printed_by("priors.py", "--steps", "2", "--out", tmp_path / "hole.png").splitlines()
+    readme = (ROOT / "README.md").read_text()
+    assert table[0] in readme
+    assert [row.split(" | ")[0] for row in table[2:]] == ["| N(0, I)", "| mixture of 100", "| VampPrior of 100"]
+    for row in table[2:]:
+        name, elbo, iw, _, *shares = row.strip("| ").split(" | ")
+        assert f"| {name} | -" in readme
+        assert float(elbo) <= float(iw) < -400  # hardly trained
+        assert all(0 <= float(share.rstrip("%")) < 20 for share in shares)
+    assert (tmp_path / "hole.png").stat().st_size > 100_000
