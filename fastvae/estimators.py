@@ -187,8 +187,9 @@ def kl_decomposition(
 
     Raises:
         TypeError: an input is not a floating-point tensor, or `prior` lacks a method.
-        ValueError: as in `estimator_weights`, or shapes or devices do not match, or `own` is missing, or names no
-            column (on CPU tensors; on a GPU, and under the compiler, the result is then NaN).
+        ValueError: as in `estimator_weights`, or shapes or devices do not match, those that `prior` gives among
+            them; `own` is missing, or names no column (on CPU tensors; on a GPU, and under the compiler, the result
+            is then NaN).
 
     Source: Zheng, eq. 17-21; Chen et al. 2018; Esmaeili et al. 2019.
 
@@ -233,7 +234,8 @@ def decompose(
         prior_marginals = -0.5 * (z.to(joint.dtype) ** 2 + math.log(2 * math.pi))
         prior_joint = prior_marginals.sum(-1)
     else:
-        prior_joint, prior_marginals = prior.log_prob(z), prior.marginal_log_prob(z)
+        prior_joint = check_log_prob("log_prob", prior.log_prob(z), z.shape[:1])
+        prior_marginals = check_log_prob("marginal_log_prob", prior.marginal_log_prob(z), z.shape)
     mi = (conditional - joint).mean()
     agg_kl = (joint - prior_joint).mean()
     return KLDecomposition(
@@ -257,8 +259,21 @@ def _name(estimator: str | None, dataset_size: int | None) -> str:
 
 
 def check_prior(prior: Prior | None) -> None:
-    if prior is not None and not (hasattr(prior, "log_prob") and hasattr(prior, "marginal_log_prob")):
+    if prior is None:
+        return
+    if isinstance(prior, type):
+        raise TypeError(f"prior: expected an object, such as {prior.__name__}(), got the class")
+    if not (hasattr(prior, "log_prob") and hasattr(prior, "marginal_log_prob")):
         raise TypeError(f"prior: expected an object with log_prob and marginal_log_prob, got {type(prior).__name__}")
+
+
+def check_log_prob(method: str, log_p: Tensor, shape: torch.Size) -> Tensor:
+    """What a method of a prior gave, which must not broadcast to something else."""
+    if not isinstance(log_p, Tensor):
+        raise TypeError(f"prior: expected a tensor from {method}, got {type(log_p).__name__}")
+    if log_p.shape != shape:
+        raise ValueError(f"prior: expected {tuple(shape)} from {method}, got {tuple(log_p.shape)}")
+    return log_p
 
 
 def _check_drawn(own: Tensor | None, n_columns: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .estimators import check_log_prob
 from .likelihoods import Likelihood, make_likelihood
 from .mixture import GaussianMixture
 from .objectives import ELBO, Objective
@@ -288,7 +289,8 @@ class VAE(nn.Module):
 
     def _log_pz(self, z: Tensor) -> Tensor:
         """log p(z), z `[..., D]` to `[...]`."""
-        return self.prior.log_prob(z.flatten(0, -2)).view(z.shape[:-1])
+        rows = z.flatten(0, -2)
+        return check_log_prob("log_prob", self.prior.log_prob(rows), rows.shape[:1]).view(z.shape[:-1])
 
     def _sample_prior(self, n: int, like: Tensor | None = None) -> Tensor:
         """`[n, D]` from p(z), in the dtype of the parameters, or of `like` where there are none."""

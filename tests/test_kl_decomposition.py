@@ -62,6 +62,15 @@ class Correlated(nn.Module):
         return log_normal(z, torch.zeros_like(z[0]), (self.scale.tril() ** 2).sum(1).log())
 
 
+class Giving(fastvae.StandardNormal):
+    """N(0, I), but for a method that gives something else, whatever z is."""
+
+    def __init__(self, **results: Any):
+        super().__init__()
+        for method, result in results.items():
+            setattr(self, method, lambda z, result=result: result)
+
+
 def mixing(D: int) -> Tensor:
     return (torch.eye(D).double() + 0.5 * draw(D, D, seed=40).tril(-1)).requires_grad_()
 
@@ -415,6 +424,13 @@ def test_half_precision_sums_in_float32(backend: Target, estimator: str) -> None
         (ValueError, "dataset_size", {"estimator": "loo", "dataset_size": 3}),
         (TypeError, "prior", {"prior": torch.zeros(3)}),
         (TypeError, "prior", {"prior": torch.distributions.Normal(0.0, 1.0)}),
+        (TypeError, "prior", {"prior": fastvae.StandardNormal}),
+        (ValueError, "prior", {"prior": Giving(log_prob=torch.zeros(4, 3))}),
+        (ValueError, "prior", {"prior": Giving(log_prob=torch.zeros(4, 1))}),  # would broadcast to [4, 4]
+        (ValueError, "prior", {"prior": Giving(log_prob=torch.zeros(()))}),
+        (TypeError, "prior", {"prior": Giving(log_prob=0.0)}),
+        (ValueError, "prior", {"prior": Giving(marginal_log_prob=torch.zeros(4))}),
+        (ValueError, "prior", {"prior": Giving(marginal_log_prob=torch.zeros(4, 1))}),
     ],
     ids=str,
 )

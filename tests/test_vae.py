@@ -372,6 +372,13 @@ def give(posterior):
     return lambda x: posterior
 
 
+def prior_of(log_prob):
+    """N(0, I), but for what `log_prob` makes of the log-densities of its dimensions, `[S, D]`."""
+    prior = StandardNormal(D)
+    prior.log_prob = lambda z: log_prob(prior.marginal_log_prob(z))
+    return prior
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -382,6 +389,9 @@ def give(posterior):
         (lambda: make_vae(likelihood="bernoulli", total_count=3), TypeError, ".*total_count"),
         (lambda: make_vae(prior=StandardNormal), TypeError, "prior: "),
         (lambda: make_vae(prior=3), TypeError, "prior: .*log_prob"),
+        (lambda: make_vae(prior=prior_of(lambda p: p))(binary(7, 4, 5)), ValueError, r"prior: .*\(7,\).*\(7, 3\)"),
+        (lambda: make_vae(prior=prior_of(lambda p: p.sum(1, True)))(binary(7, 4, 5)), ValueError, "prior: .*log_prob"),
+        (lambda: make_vae(prior=prior_of(lambda p: p.sum()))(binary(7, 4, 5)), ValueError, "prior: .*log_prob"),
         (lambda: make_vae(objective=ELBO), TypeError, "objective: "),
         (lambda: make_vae(objective=lambda *args: 0), TypeError, "objective: .*k, m"),
         (lambda: make_vae()([1.0]), TypeError, "x: "),
