@@ -84,15 +84,10 @@ def estimator_weights(
         >>> weights = fastvae.estimator_weights("mss", len(mu), 60_000, own=torch.arange(len(mu)))
         >>> log_qz = fastvae.agg_log_prob(z, mu, logvar, weights=weights)
     """
-    estimator = _name(estimator, dataset_size)
+    estimator = check_estimator(estimator, dataset_size)
     check_count("n_columns", n_columns, least=1)
-    if dataset_size is None:
-        if estimator not in ("uniform", "loo"):
-            raise ValueError(f"dataset_size: expected the size of the data set for {estimator!r}, got None")
-    else:
-        check_count("dataset_size", dataset_size, least=1)
-        if dataset_size < n_columns:
-            raise ValueError(f"dataset_size: expected at least the batch's {n_columns} posteriors, got {dataset_size}")
+    if dataset_size is not None and dataset_size < n_columns:
+        raise ValueError(f"dataset_size: expected at least the batch's {n_columns} posteriors, got {dataset_size}")
     B, N, M = n_columns, dataset_size, n_columns - 1
     if estimator == "uniform":
         return ColumnWeights(-math.log(B), own)
@@ -198,7 +193,7 @@ def kl_decomposition(
         >>> loss = nell + terms.mi + 6 * terms.tc + terms.dim_kl.sum()
     """
     check_prior(prior)
-    estimator = _name(estimator, dataset_size)
+    estimator = check_estimator(estimator, dataset_size)
     weights = _sample_weights(z, mu, dataset_size, estimator, own)
     if weights is not None:
         _check_drawn(weights.own, mu.shape[-2])
@@ -251,10 +246,15 @@ def decompose(
     )
 
 
-def _name(estimator: str | None, dataset_size: int | None) -> str:
+def check_estimator(estimator: str | None, dataset_size: int | None) -> str:
+    """The estimator's name; raises what `estimator_weights` does, as far as that can be known without a batch."""
     if estimator is None:
-        return "uniform" if dataset_size is None else "stratified"
+        estimator = "uniform" if dataset_size is None else "stratified"
     check_choice("estimator", estimator, ESTIMATORS)
+    if dataset_size is not None:
+        check_count("dataset_size", dataset_size, least=1)
+    elif estimator not in ("uniform", "loo"):
+        raise ValueError(f"dataset_size: expected the size of the data set for {estimator!r}, got None")
     return estimator
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .backends.contract import accumulation_dtype
-from .estimators import agg_entropy, estimator_weights, kl_decomposition
+from .estimators import agg_entropy, check_estimator, estimator_weights, kl_decomposition
 from .importance import GRADIENTS, effective_sample_size, mc_iw_elbo
 from .ops._checks import check_choice, check_count, check_device, check_number, check_tensor
 from .ops.aggregate import agg_log_prob, log_prob_gauss
@@ -232,7 +232,7 @@ class BetaTCVAE:
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
             _check_weight(name, getattr(self, name))
-        _check_estimator(self.estimator, self.dataset_size)
+        check_estimator(self.estimator, self.dataset_size)
 
     def __call__(
         self,
@@ -306,7 +306,7 @@ class InfoVAE:
                 raise ValueError(f"{name}: expected None for divergence={self.divergence!r}, got {getattr(self, name)}")
         _check_bandwidth(self.bandwidth)
         if self.divergence == "agg_kl":
-            _check_estimator(self.estimator, self.dataset_size)
+            check_estimator(self.estimator, self.dataset_size)
 
     def __call__(
         self,
@@ -402,10 +402,3 @@ def _check_bandwidth(bandwidth: Any) -> None:
         check_number("bandwidth", bandwidth)
         if not 0 < bandwidth < math.inf:
             raise ValueError(f"bandwidth: expected a finite number > 0, got {bandwidth}")
-
-
-def _check_estimator(estimator: Any, dataset_size: Any) -> None:
-    """Raise what `estimator_weights` will when it has seen a batch."""
-    if dataset_size is not None:
-        check_count("dataset_size", dataset_size, least=1)
-    estimator_weights(estimator, dataset_size or 2, dataset_size, own=torch.empty(0, dtype=torch.int64))
