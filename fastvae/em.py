@@ -148,7 +148,7 @@ def seed_components(x: Tensor, n_components: int, generator: torch.Generator | N
     """
     S = len(x)
     points = x.to(accumulation_dtype(x.dtype))
-    draws = torch.rand(n_components, dtype=torch.float64, generator=generator).to(x.device)
+    draws = torch.rand(n_components, dtype=torch.float64, generator=generator, device="cpu").to(x.device)
     chosen = (draws[0] * S).long()
     seeds = [points[chosen]]
     squared = torch.full((S,), torch.inf, dtype=points.dtype, device=x.device)  # distance from the nearest seed

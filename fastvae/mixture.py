@@ -196,7 +196,7 @@ class GaussianMixture:
         """(points `[n, D]`, in the dtype of those it was fitted to, the components they are from `[n]`)."""
         check_count("n_samples", n_samples, least=1)
         mixture = self._fitted()
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
         labels = torch.multinomial(mixture.weights.cpu(), n_samples, True, generator=generator)
         labels = labels.to(mixture.means.device)
         x = reparameterize(mixture.means[labels], mixture.variances[labels].log(), seed=seed)
@@ -242,7 +242,7 @@ class GaussianMixture:
             means, pooled = em.seed_components(x, K, generator)
             pooled = pooled.where(pooled > 0, overall)  # 0 where every point is a seed
         else:
-            rows = torch.randperm(len(x), generator=generator)[:K]
+            rows = torch.randperm(len(x), generator=generator, device="cpu")[:K]
             means, pooled = x[rows.to(x.device)].double(), overall
         return self._regularized(torch.full_like(pooled[:1], 1 / K).expand(K), means, pooled.expand(K, D), x.dtype)
 
@@ -264,7 +264,7 @@ class GaussianMixture:
         self._dtype = dtype
 
     def _generator(self) -> torch.Generator | None:
-        return None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        return None if self.seed is None else torch.Generator("cpu").manual_seed(self.seed)
 
     def _fitted(self, x: Tensor | None = None) -> Mixture:
         if not hasattr(self, "weights_"):
@@ -286,7 +286,7 @@ class GaussianMixture:
             raise ValueError(f"x: expected points [S, D], got shape {tuple(x.shape)}")
         least = self.n_components if least is None else least
         if len(x) < least:
-            raise ValueError(f"x: expected at least {least} points, as many as components, got {len(x)}")
+            raise ValueError(f"x: expected at least {least} points, got {len(x)}")
         x = x.detach()
         low, high = x.aminmax(dim=0)
         if not (low.isfinite() & high.isfinite()).all():
