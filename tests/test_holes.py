@@ -10,7 +10,7 @@ from helpers import log_normal
 from torch import nn
 
 import fastvae
-from fastvae import VAE, MixturePrior, kl_decomposition_dataset, prior_hole
+from fastvae import VAE, MixturePrior, StandardNormal, kl_decomposition_dataset, prior_hole
 
 
 def posteriors(N=60, D=4, seed=0, logvar=-0.5):
@@ -111,7 +111,7 @@ def test_holes_are_found_where_they_are_and_go_when_the_prior_is_fitted():
     assert sorted(before.dims[:2].tolist()) == [0, 1]
     assert before.share_without[2] > before.share_without[1]
 
-    vae = VAE(lambda x: x.chunk(2, 1), nn.Linear(3, 6), likelihood="gaussian")
+    vae = VAE(lambda x: x.chunk(2, 1), nn.Linear(3, 6), likelihood="gaussian", prior=StandardNormal(3))
     x = torch.cat((mu, logvar), 1)
     of_vae = prior_hole(vae, x.split(100))
     assert of_vae.share == before.share
