@@ -70,15 +70,18 @@ def estimator_weights(
             `dataset_size` and stratified with it.
         n_columns: B, the number of posteriors cross-evaluated.
         dataset_size: N, the number of examples in the data set; at least B. `uniform` and `loo` do without it.
-        own: `[S]` int64, the column each sample was drawn from. `stratified`, `mss` and `loo` need it.
+        own: `[S]` int64, the column each sample was drawn from. `stratified`, `mss` and `loo` need it; −1, for a
+            sample drawn from none of them, is for `uniform` and `mws` only: rows of the others would not add up to 1.
 
     Returns:
         ColumnWeights for `agg_log_prob` and `agg_log_prob_marginals`.
 
     Raises:
+        TypeError: `own` is not an int64 tensor.
         ValueError: an unknown estimator; `stratified`, `mss` or `mws` without `dataset_size`; a `dataset_size`
-            below `n_columns`; one column with `loo`, or with `stratified` or `mss` and a larger data set; own
-            columns missing.
+            below `n_columns`; one column with `loo`, or with `stratified` or `mss` and a larger data set, such as a
+            last batch of one example, which `DataLoader(drop_last=True)` leaves out; own columns missing, or −1
+            among them where the estimator needs them (on CPU tensors).
 
     Example:
         >>> weights = fastvae.estimator_weights("mss", len(mu), 60_000, own=torch.arange(len(mu)))
@@ -88,15 +91,20 @@ def estimator_weights(
     check_count("n_columns", n_columns, least=1)
     if dataset_size is not None and dataset_size < n_columns:
         raise ValueError(f"dataset_size: expected at least the batch's {n_columns} posteriors, got {dataset_size}")
+    if own is not None and not (isinstance(own, Tensor) and own.dtype == torch.int64):
+        got = own.dtype if isinstance(own, Tensor) else type(own).__name__
+        raise TypeError(f"own: expected an int64 tensor, got {got}")
     B, N, M = n_columns, dataset_size, n_columns - 1
     if estimator == "uniform":
         return ColumnWeights(-math.log(B), own)
     if estimator != "mws":
-        if own is None:
-            raise ValueError(f"own: expected the column each sample was drawn from for {estimator!r}, got None")
+        _check_drawn(own, B)
         if M == 0 and (estimator == "loo" or N != 1):
             of = "" if N is None else f" of {N}"
-            raise ValueError(f"estimator: {estimator!r} cannot be had from one posterior{of}; expected at least 2")
+            raise ValueError(
+                f"estimator: {estimator!r} cannot be had from a batch of one posterior{of}; expected at least 2, so"
+                " give the DataLoader drop_last=True"
+            )
     if estimator == "loo":
         return ColumnWeights(-math.log(M), own, -math.inf)
     assert N is not None
@@ -128,15 +136,14 @@ def agg_entropy(
         estimator: `"uniform"`, `"stratified"`, `"mss"`, `"mws"` or `"loo"` (see `estimator_weights`); None for
             uniform without `dataset_size` and stratified with it. A mini-batch `uniform` estimate treats the
             batch as the whole data set: it is too low by up to log(N / B).
-        own: `[S]` int64, the column each sample was drawn from; None for i mod B where S is a multiple of B
-            because z has one sample, or L, of each posterior.
+        own: `[S]` int64, the column each sample was drawn from; may be None where z is `[B, D]` or `[L, B, D]`.
 
     Returns:
         A scalar in float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: an input is not a floating-point tensor.
-        ValueError: as in `estimator_weights`, or shapes or devices do not match.
+        ValueError: as in `estimator_weights`, −1 in `own` among it, or shapes or devices do not match.
 
     Source: Zheng, eq. 24, 25 and 29.
 
@@ -169,8 +176,8 @@ def kl_decomposition(
         z, mu, logvar, dataset_size, estimator: as in `agg_entropy`. A mini-batch `uniform` mi never exceeds
             log B, whatever the posteriors: it saturates, and `saturation` says how much. In expectation the true
             mi lies between `uniform` and `loo`.
-        own: `[S]` int64, the column each sample was drawn from; needed for every estimator, but where z has one
-            sample, or L, of each posterior.
+        own: `[S]` int64, the column each sample was drawn from; may be None where z is `[B, D]` or `[L, B, D]`,
+            else needed for every estimator.
         prior: p(z), an object with `log_prob(z)` and `marginal_log_prob(z)`; None for N(0, I).
         analytic_conditional: take mean log q(z_i|x_i) from its closed form, −½ sum_d (log 2 pi e + logvar), in
             place of its value at the samples. The variance of mi is then lower only where the posteriors overlap
@@ -280,7 +287,7 @@ def _check_drawn(own: Tensor | None, n_columns: int) -> None:
     """Every sample has a column that it was drawn from; values are looked at on a CPU only."""
     if own is None:
         raise ValueError("own: expected the column each sample was drawn from, as z has not one of each, got None")
-    eager = isinstance(own, Tensor) and own.device.type == "cpu" and not torch.compiler.is_compiling()
+    eager = own.device.type == "cpu" and not torch.compiler.is_compiling()
     if eager and own.numel() > 0 and own.min() < 0:
         raise ValueError(f"own: expected columns from 0 to {n_columns - 1}, got values from {int(own.min())}")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import ColumnWeights
+from fastvae.estimators import ESTIMATORS
 
 B, D = 4, 3
 GAUSSIAN = ("kl_gauss", "reparameterize", "sample_gauss")  # of mu and logvar
@@ -205,8 +206,25 @@ def test_own_columns_of_an_estimator() -> None:
     check(ValueError, "own", "agg_entropy", own=torch.arange(B - 1))
     check(TypeError, "own", "agg_entropy", own=list(range(B)))
     check(TypeError, "own", "agg_entropy", own=torch.arange(B).int(), dataset_size=60)
+    for estimator in ESTIMATORS:
+        for own in ("x", list(range(B)), torch.arange(B).float()):
+            with pytest.raises(TypeError, match=r"^own: expected"):
+                fastvae.estimator_weights(estimator, B, 60, own)
     with pytest.raises(ValueError, match=r"^n_columns: expected"):
         fastvae.estimator_weights("uniform", 0)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_sample_of_no_column_is_for_estimators_that_weigh_all_alike(estimator: str) -> None:
+    """The rows of the others would not add up to 1."""
+    own = torch.tensor([0, 1, 2, -1])
+    if estimator in ("uniform", "mws"):
+        everywhere = call("agg_entropy", estimator=estimator, dataset_size=60)
+        torch.testing.assert_close(call("agg_entropy", estimator=estimator, dataset_size=60, own=own), everywhere)
+    else:
+        check(ValueError, "own", "agg_entropy", estimator=estimator, dataset_size=60, own=own)
+        with pytest.raises(ValueError, match=r"^own: expected columns from 0 to 3, got values from -1"):
+            fastvae.estimator_weights(estimator, B, 60, own)
 
 
 def test_entropy_of_no_posteriors() -> None:
