@@ -63,11 +63,13 @@ def iw_elbo(
         log_px_z: log p(x|z), `[m, B]`, m samples of each posterior.
         log_pz: log p(z), `[m, B]`.
         log_qz_x: log q(z|x), `[m, B]`; for `"stl"` and `"dreg"` with the parameters of q stopped, as in
-            `log_prob_gauss(z, mu.detach(), logvar.detach())`, so that its gradient goes through z alone.
+            `log_prob_gauss(z, mu.detach(), logvar.detach())`, so that its gradient goes through z alone. Whether
+            they are cannot be seen here: where they are not, the gradient is wrong, and no error is raised.
         z: `[m, B, D]`, for `"dreg"`: the very tensor that the decoder, the prior and log q were given. The bound
             hooks it: in the backward, all of the gradient that reaches z on its way to the encoder is multiplied by
             w̃, nothing that goes to the decoder. So nothing else may use this z; a term that wants the same sample
-            takes it from before an alias, as in the example. Each bound needs an alias of its own.
+            takes it from before an alias, as in the example. Each bound needs an alias of its own, and refuses a
+            z that another has hooked.
         gradient: `"iwae"`, `"stl"` or `"dreg"`; see above. It changes the gradient, never the value.
 
     Returns:
@@ -79,7 +81,8 @@ def iw_elbo(
     Raises:
         TypeError: an input is not a floating-point tensor.
         ValueError: shapes or devices do not match, other axes, no samples, an unknown `gradient`, or `"dreg"`
-            without `z`.
+            without `z`, or with one that another bound has hooked (not seen under `torch.compile`). Parameters of q
+            that are not stopped, and other uses of z, raise nothing.
 
     Source: Burda et al. 2016; Zheng, eq. 38 to 40.
 
@@ -173,6 +176,10 @@ def _log_mean_w(log_w: Tensor, z: Tensor | None, gradient: str) -> Tensor:
             shape = ", ".join(map(str, log_w.shape))
             raise ValueError(f"z: expected [{shape}, D], the axes of log_px_z and D, got {tuple(z.shape)}")
         if log_w.requires_grad and z.requires_grad:
+            if not torch.compiler.is_compiling():
+                if hasattr(z, "_hooked_by_dreg"):
+                    raise ValueError("z: expected an alias for this bound alone, got one that another bound has hooked")
+                z._hooked_by_dreg = True  # type: ignore[attr-defined]
             w = alive.detach().softmax(-2)[..., None]
             z.register_hook(lambda grad: (grad * w).to(grad.dtype))
     return alive.logsumexp(-2).masked_fill(dead, -math.inf) - math.log(log_w.shape[-2])

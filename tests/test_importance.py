@@ -216,6 +216,16 @@ def test_a_term_that_takes_the_sample_from_before_the_alias_keeps_its_gradient()
     torch.testing.assert_close(list(gradients(1, 1)), both)
 
 
+def test_a_second_bound_of_the_same_z_is_refused():
+    x = MODEL.draw(5)
+    terms, z = weights(x, *(p.requires_grad_() for p in wrong_posterior(x)), (4,), "dreg")
+    iw_elbo(*terms, z=z, gradient="dreg")
+    for alias in (z.view_as(z), z[None]):
+        assert mc_iw_elbo(*(t[None] for t in terms), z=alias.view(1, 4, 5, D), gradient="dreg").isfinite().all()
+    with pytest.raises(ValueError, match=r"^z: expected an alias for this bound alone"):
+        iw_elbo(*terms, z=z, gradient="dreg")
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_a_row_without_weight_has_no_gradient_and_spoils_no_other(gradient):
     x = MODEL.draw(3)
