@@ -22,16 +22,17 @@ _snapshot = declare("snapshot(Tensor x) -> Tensor", torch.empty_like, lambda bac
 
 
 class VAEOutput(NamedTuple):
-    """What a forward pass of `VAE` gives; everything in nats per example, and differentiable.
+    """What a forward pass of `VAE` gives, in nats per example; `loss` is differentiable.
 
     Attributes:
         loss: what to minimize, a scalar.
         nell: mean −log p(x|z), the negative expected log-likelihood, a scalar.
-        kl: mean KL(q(z|x) ‖ p(z)), a scalar.
+        kl: mean KL(q(z|x) ‖ p(z)), a scalar. Both are differentiable too, but for those of `IWAE`.
         z: the samples `[B, D]`; `[k·m, B, D]` where the objective asks for several of each posterior.
         mu: the posteriors' means `[B, D]`.
         logvar: their log sigma² `[B, D]`.
-        terms: all terms of the objective by name: `nell`, `kl` and `elbo`, and those of its own.
+        terms: all terms of the objective by name: `nell`, `kl` and `elbo`, and those of its own, of which `ess`,
+            `saturation` and `mmd` are pure numbers.
     """
 
     loss: Tensor
