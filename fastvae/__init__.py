@@ -1,6 +1,7 @@
 """Fused kernels for variational autoencoders."""
 
 from .backends import use_backend
+from .divergences import mmd
 from .estimators import KLDecomposition, agg_entropy, estimator_weights, kl_decomposition
 from .evaluate import (
     DecoderMI,
@@ -65,6 +66,7 @@ __all__ = [
     "log_prob_gauss",
     "mc_iw_elbo",
     "mi_bounds",
+    "mmd",
     "prior_hole",
     "reparameterize",
     "sample_gauss",

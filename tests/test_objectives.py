@@ -11,10 +11,9 @@ from linear_gaussian import LinearGaussian
 from torch import nn
 
 import fastvae
-from fastvae import ELBO, IWAE, VAE, BetaTCVAE, InfoVAE, StandardNormal
+from fastvae import ELBO, IWAE, VAE, BetaTCVAE, InfoVAE, StandardNormal, mmd
 from fastvae.importance import GRADIENTS
 from fastvae.likelihoods import Gaussian
-from fastvae.objectives import mmd
 
 B, D = 31, 5
 
@@ -251,7 +250,7 @@ def test_mmd_is_unbiased():
 
 MMD_MEMORY = """
 import resource, torch
-from fastvae.objectives import mmd
+from fastvae import mmd
 z, y = torch.randn(2, 20_000, 2)
 mmd(z[:99], y[:99])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
