@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastvae.backends.contract import LogWeights
 
-from ._launch import empty_like
-from .log_sum_exp import across_lanes, add_terms, combine_ranges, hint, log_of, nothing, share_factor, summed, times
+from ._launch import cdiv, empty_like
+from .elementary import times
+from .log_sum_exp import across_lanes, add_terms, combine_ranges, hint, log_of, nothing, share_factor, summed
 from .pair_gradients import clear, columns_gradients, pull_columns, pull_samples
 from .posteriors import (
     INF,
@@ -110,7 +111,7 @@ def joint_program(
         tl.store(totals + split.to(tl.int64) * S + i, total, i < S)
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["S", "N", "blocks", "tiles", "one"])
 def _joint_rows(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
@@ -125,7 +126,7 @@ def _joint_rows(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "D", "splits"])
 def combine_rows(ms, totals, out, S, D, splits, BLOCK: tl.constexpr):
     """out [S, D] from m and total of each range of columns, [splits, D, S]"""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -134,7 +135,7 @@ def combine_rows(ms, totals, out, S, D, splits, BLOCK: tl.constexpr):
     tl.store(out + i % S * D + i // S, log_of(m, total), i < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grad_stride", "S", "splits"])
 def _combine_rows_backward(
     ms, totals, parts, d_joint, grad_stride, m_out, factors, d_z, S, splits,
     D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr,
@@ -160,7 +161,7 @@ def _combine_rows_backward(
             tl.store(d_z + i[:, None] * D + d, x.to(d_z.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["S", "N", "blocks", "tiles", "one"])
 def _joint_columns(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
@@ -239,7 +240,7 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
         **g.config,
     )
     if ms is not None:
-        combine_rows[(triton.cdiv(S, 128),)](ms, totals, joint, S, 1, g.splits, 128, num_warps=4)
+        combine_rows[(cdiv(S, 128),)](ms, totals, joint, S, 1, g.splits, 128, num_warps=4)
     return joint
 
 
@@ -258,7 +259,7 @@ def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor |
         *(D, *packed.overridden, True),
         **g.config,
     )
-    _combine_rows_backward[(triton.cdiv(S, 32),)](
+    _combine_rows_backward[(cdiv(S, 32),)](
         *(ms, totals, parts, d_joint, d_joint.stride(0), m, factors, d_z, S, g.splits, D, 32, 32), num_warps=4
     )
     return m, factors

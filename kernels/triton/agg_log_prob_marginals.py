@@ -16,21 +16,20 @@ from torch import Tensor
 
 from fastvae.backends.contract import LogWeights
 
-from ._launch import empty_like
+from ._launch import cdiv, empty_like
 from .agg_log_prob import agg_log_prob_backward, combine_rows, joint_program, pull_on_columns, shares_of_rows
-from .log_sum_exp import across_lanes, add_terms, combine_ranges, log_of, nothing, share_factor, summed, times
-from .pair_gradients import columns_gradients, far_t
+from .elementary import times
+from .log_sum_exp import across_lanes, add_terms, combine_ranges, log_of, nothing, share_factor, summed
+from .pair_gradients import columns_gradients, far_t, held_finite
 from .posteriors import (
     INF,
     PANEL,
     Packed,
     add_log_weights,
-    clip,
     grid,
     grid_per_dimension,
     inverse_kappa2,
     is_far,
-    largest,
     load_pair,
     meets_own,
     minus_square,
@@ -66,7 +65,7 @@ def marginal_sums(
         a, b = load_pair(planes + at * step(planes), columns)
         far = is_far(far_columns, first_column)
         if far | far_rows:
-            t = clip(far_t(z, a, b, far), -largest(z.dtype), largest(z.dtype))
+            t = far_t(z, a, b, far)
         else:
             t = tl.fma(z, a, b)
         meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, RP * TP)
@@ -76,6 +75,8 @@ def marginal_sums(
         )  # fmt: skip
         m, total, carry, p, _, rescale = add_terms(m, total, carry, s, False)
         if PULL:
+            if far | far_rows:
+                t = held_finite(t)
             pull = tl.fma(pull, rescale, summed(p * t * a, False))
     highest, sum_of_lanes = across_lanes(m, total)
     if PULL:
@@ -110,7 +111,7 @@ def _marginal_program(
             tl.store(pulls + at, pull, i < S)
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["S", "N", "joint_programs", "joint_blocks", "joint_tiles", "blocks", "tiles", "one"])
 def _joint_and_marginals(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64, marginal_c,
@@ -136,7 +137,7 @@ def _joint_and_marginals(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "N", "D", "blocks", "tiles"])
 def _marginal_rows(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
@@ -149,7 +150,7 @@ def _marginal_rows(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grad_row", "grad_column", "S", "D", "splits"])
 def _combine_rows_backward(
     ms, totals, pulls, d_marginals, grad_row, grad_column, m_out, factors, joint_d_z, d_z, S, D, splits,
     BLOCK: tl.constexpr,
@@ -176,7 +177,7 @@ def _combine_rows_backward(
         tl.store(d_z + i * D + d, x.to(d_z.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "N", "D", "blocks", "tiles"])
 def _marginal_columns(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
@@ -204,7 +205,7 @@ def _marginal_columns(
         first_row = tl.full([], RP * TP, tl.int64) * tile
         z = tl.load(samples + offset(first_row, D) + d * PANEL + row_lane + rows)
         if far | is_far(far_samples, first_row):
-            t = clip(far_t(z, a, b, far), -largest(z.dtype), largest(z.dtype))
+            t = far_t(z, a, b, far)
         else:
             t = tl.fma(z, a, b)
         meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, RO * TO)
@@ -225,6 +226,8 @@ def _marginal_columns(
             else:
                 common_share += part
         if sums is not None:
+            if far | is_far(far_samples, first_row):
+                t = held_finite(t)
             rt += summed(r * t, False)
             rt2 += summed(r * t * t, False)
     inside = column < tl.minimum(N - first_column, RO * TO).to(tl.int32)
@@ -260,9 +263,9 @@ def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWe
         **(g.config | {f"EACH_{k}": v for k, v in each.config.items() if k in ("RO", "RP", "TO", "TP")}),
     )
     if joint_parts is not None:
-        combine_rows[(triton.cdiv(S, 128),)](*joint_parts, joint, S, 1, g.splits, 128, num_warps=4)
+        combine_rows[(cdiv(S, 128),)](*joint_parts, joint, S, 1, g.splits, 128, num_warps=4)
     if parts is not None:
-        combine_rows[(triton.cdiv(S * D, 128),)](*parts, marginals, S, D, each.splits, 128, num_warps=4)
+        combine_rows[(cdiv(S * D, 128),)](*parts, marginals, S, D, each.splits, 128, num_warps=4)
     return joint, marginals
 
 
@@ -327,7 +330,7 @@ def _shares_of_rows(
         *(*_operands(packed), ms, totals, pulls, S, N, D, each.blocks // D, each.tiles, *packed.overridden),
         **each.config,
     )
-    _combine_rows_backward[(triton.cdiv(S * D, 128),)](
+    _combine_rows_backward[(cdiv(S * D, 128),)](
         *(ms, totals, pulls, d_marginals, *d_marginals.stride(), m, factors, joint_d_z, d_z, S, D, each.splits),
         BLOCK=128,
         num_warps=4,

@@ -26,7 +26,7 @@ from .posteriors import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "N", "blocks", "tiles"])
 def _cross_log_prob(
     samples, planes, far_columns, c, out, S, N, blocks, tiles,
     D: tl.constexpr, RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
@@ -48,7 +48,7 @@ def _cross_log_prob(
         tl.store(out + first_column + column_lane + columns, log_q * tl.full([], LN2, log_q.dtype), inside)
 
 
-@triton.jit(do_not_specialize=["grad_row", "grad_column", "one"])
+@triton.jit(do_not_specialize=["grad_row", "grad_column", "S", "N", "blocks", "tiles", "one"])
 def _cross_rows(
     samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, S, N, blocks, tiles, one,
     D: tl.constexpr, RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
@@ -77,7 +77,7 @@ def _cross_rows(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["grad_row", "grad_column", "one"])
+@triton.jit(do_not_specialize=["grad_row", "grad_column", "S", "N", "blocks", "tiles", "one"])
 def _cross_columns(
     samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, shares, S, N, blocks, tiles, one,
     D: tl.constexpr, RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,

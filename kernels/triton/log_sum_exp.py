@@ -80,12 +80,6 @@ def share_factor(g, total):
 
 
 @triton.jit
-def times(g, x):
-    """g x, but 0 where g is 0 even if x overflowed: no gradient in, none out."""
-    return tl.where(g == 0, 0.0, g * x)
-
-
-@triton.jit
 def combine_ranges(ms, totals, splits, stride, inside):
     """m and total of a row from those of its ranges of columns, `stride` apart; the pointers are to the first ones."""
     m, total = nothing(inside.shape, ms.dtype.element_ty)

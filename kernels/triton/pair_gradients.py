@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import cdiv
 from .log_sum_exp import summed
 from .posteriors import PANEL, Packed, inverse_kappa2, largest, load_pair, offset, step
 
@@ -25,10 +26,9 @@ def far_t(z, a, b, far_columns):
 
 
 @triton.jit
-def _finite_t(z, a, b, far_columns):
-    """The same, finite for finite inputs, so that 0 t is 0; near ones are finite anyway. NaN need not survive: r is NaN
-    then."""
-    t = far_t(z, a, b, far_columns)
+def held_finite(t):
+    """So that 0 t is 0 for finite inputs, where something is far; elsewhere t is finite anyway. NaN need not survive: r
+    is NaN then."""
     return tl.maximum(tl.minimum(t, largest(t.dtype)), -largest(t.dtype))
 
 
@@ -47,7 +47,7 @@ def _samples_sums(
 ):  # fmt: skip
     for k in range(0, n):
         a, b = load_pair(planes, columns)
-        t = _finite_t(tl.load(z + rows), a, b, far_columns) if FAR else tl.fma(tl.load(z + rows), a, b)
+        t = held_finite(far_t(tl.load(z + rows), a, b, far_columns)) if FAR else tl.fma(tl.load(z + rows), a, b)
         x = tl.where(lane == k, summed(r * t * a, True), x)
         z += PANEL
         planes += PANEL * step(planes)
@@ -81,7 +81,7 @@ def _columns_sums(
 ):  # fmt: skip
     for k in range(0, n):
         a, b = load_pair(planes, columns)
-        t = _finite_t(tl.load(z + rows), a, b, far_columns) if FAR else tl.fma(tl.load(z + rows), a, b)
+        t = held_finite(far_t(tl.load(z + rows), a, b, far_columns)) if FAR else tl.fma(tl.load(z + rows), a, b)
         rt = r * t
         x = tl.where(lane == k, summed(rt, True), x)
         x2 = tl.where(lane == k, summed(rt * t, True), x2)
@@ -113,13 +113,13 @@ def pull_columns(
         tl.store(to_t2 + at, tl.load(to_t2 + at, mask, other=0.0) + x2, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "n_sums", "n_shares", "n_common"])
 def _combine_columns(
     sums, shares, common_shares, planes, d_mu, d_logvar, d_log_w, N, n_sums, n_shares, n_common,
     D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients from the sums [n_sums, 2, N, D] of r t and r t^2, the shares [n_shares, N] of r, and those that pull
-    on log_w, [n_common, N]. Each gradient may be None."""
+    """The gradients from the sums [n_sums, 2, N, D] of r t and r t^2, the shares [n_shares, N] of r, and those that
+    pull on log_w, [n_common, N]. Each gradient may be None."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = j < N
     wide_N = N.to(tl.int64)
@@ -161,7 +161,7 @@ def columns_gradients(
 ) -> None:
     """Writes those gradients that are not None, from what programs left along the first axes."""
     counts = [0 if x is None else x.shape[0] for x in (sums, shares, common_shares)]
-    _combine_columns[(triton.cdiv(packed.N, 32),)](
+    _combine_columns[(cdiv(packed.N, 32),)](
         *(sums, shares, common_shares, packed.columns, d_mu, d_logvar, d_log_w, packed.N, *counts, packed.D, 32, 32),
         num_warps=4,
     )

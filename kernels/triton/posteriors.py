@@ -1,4 +1,4 @@
-"""The samples and the columns (posteriors) of the cross-evaluated kernels, packed once per call; tiles of pairs of them.
+"""The samples and the columns (posteriors) of the cross-evaluated kernels, packed once per call, and tiles of pairs.
 
 Packed, 128 samples or columns make a panel, [D][128], so that neighbours in memory are neighbours in a panel and a
 step in d is a constant. Columns have two numbers per dimension, side by side,
@@ -15,7 +15,8 @@ nothing wider is at hand to round from, kappa is 1.
 b costs |b| eps / 2 of t, no more than a half-ulp change of the centred mu would. A panel of columns where some |b|
 passes MAX_OFFSET, or a number is extreme or not finite, is `far`: b is -(mu - centre), and t = (z - centre + b) a takes
 three operations and rounds as the broadcast formula does. A panel of samples is far where one is extreme or not
-finite; that matters to gradients, where 0 t must be 0. Kernels look up which panels are far, tile by tile; a tile is within one.
+finite; that matters to gradients, where 0 t must be 0. Kernels look up which panels are far, tile by tile; a tile is
+within one.
 
 A tile is a tensor of pairs [RO, RP, TO, TP]. Triton spreads trailing axes over threads: where TO * TP is the number of
 threads, a thread holds RO * RP pairs in registers, RO samples (or columns) of those that the program owns against RP of
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from fastvae.backends.contract import LogWeights, accumulation_dtype
 
-from ._launch import INTERPRETED, Config, accumulator
+from ._launch import INTERPRETED, Config, accumulator, cdiv, next_power_of_2
 
 PANEL = tl.constexpr(128)
 FOLD = tl.constexpr(128)  # squares are summed over so many dimensions at a time
@@ -92,7 +93,8 @@ def _inverse_sigma(logvar, ACC: tl.constexpr):
     a = tl.exp(logvar.to(tl.float64) * -0.5)
     if tl.float32 == ACC:
         a *= tl.full([], KAPPA, tl.float64)
-    return clip(a, tl.full([], smallest, tl.float64), largest(ACC).to(tl.float64)).to(ACC)
+    held = clip(a, tl.full([], smallest, tl.float64), largest(ACC).to(tl.float64))
+    return tl.where(tl.abs(logvar) == INF, a, held).to(ACC)
 
 
 @triton.jit
@@ -178,7 +180,7 @@ def _pack_samples(
         tl.store(own_high + panel, tl.max(tl.where(drawn, column, -2), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "N", "D", "column_panels"])
 def _pack(
     z, z_row, z_col, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all: tl.float64, own,
     samples, packed_own, own_low, own_high, far_samples, planes, marginal_c, c, log2_w, far_columns,
@@ -219,14 +221,6 @@ class Packed(NamedTuple):
     log_w_next: float
 
     @property
-    def row_panels(self) -> int:
-        return self.samples.shape[0]
-
-    @property
-    def column_panels(self) -> int:
-        return self.columns.shape[0]
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.samples.dtype
 
@@ -249,7 +243,7 @@ def pack(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights | None, marg
     """One launch. z [S, D], mu and logvar [N, D], strided as they like; no weights: a weight of 1 for all."""
     (S, D), N = z.shape, mu.shape[0]
     dtype = accumulation_dtype(z.dtype)
-    row_panels, column_panels = -(-S // PANEL.value), -(-N // PANEL.value)
+    row_panels, column_panels = cdiv(S, PANEL.value), cdiv(N, PANEL.value)
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=z.device)
@@ -281,7 +275,7 @@ def pack(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights | None, marg
         *(packed.samples, packed.own, packed.own_low, packed.own_high, packed.far_samples),
         *(planes, packed.marginal_c, packed.c, packed.log_w, packed.far_columns),
         *(S, N, D, column_panels, weights is not None, not overridden, accumulator(z.dtype)),
-        min(16, triton.next_power_of_2(max(D, 1))),
+        min(16, next_power_of_2(max(D, 1))),
     )
     if row_panels + column_panels:
         _pack[(row_panels + column_panels,)](*arguments, num_warps=8)
@@ -387,9 +381,8 @@ def square_sums(
     z, rows, planes, columns, far, D: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """sum_d t^2 of a tile, from pointers to dimension 0 of its thread's first sample and column, and the constants
-    that make the others of these (`owned`, `passing`). The same bits for
-    a pair in every tile that it may be in."""
+    """sum_d t^2 of a tile, from pointers to dimension 0 of its thread's first sample and column, and the constants that
+    make the others of these (`owned`, `passing`). The same bits for a pair in every tile that it may be in."""
     if D <= FOLD:
         total = _squares(z, rows, planes, columns, far, D, RO, RP, TO, TP, UNROLL)
     else:
@@ -492,17 +485,17 @@ def _grid(
 ) -> Grid:
     sms, per_sm = multiprocessors(device), 2
     RO, RP, TO, TP, unroll = tile
-    if triton.cdiv(owned, RO * TO) * triton.cdiv(passing, RP * TP) * copies < sms:
+    if cdiv(owned, RO * TO) * cdiv(passing, RP * TP) * copies < sms:
         RO, RP, TO, TP, unroll = SMALL
-    while RO > 1 and RO * TO >= 2 * owned:
+    while RO > 1 and 2 * owned <= RO * TO:
         RO //= 2
     backend, warp = ("", 32) if INTERPRETED else _target(triton.runtime.driver.active)
     config = {"RO": RO, "RP": RP, "TO": TO, "TP": TP, "UNROLL": unroll, "num_warps": THREADS // warp}
     if backend == "cuda":
         config["maxnreg"] = 65536 // THREADS // per_sm
-    blocks, tiles = triton.cdiv(owned, RO * TO), triton.cdiv(passing, RP * TP)
+    blocks, tiles = cdiv(owned, RO * TO), cdiv(passing, RP * TP)
     splits = _splits(blocks * copies, tiles, steps, per_sm * sms)
-    return Grid(config, blocks * copies, splits, max(1, triton.cdiv(tiles, splits)))
+    return Grid(config, blocks * copies, splits, max(1, cdiv(tiles, splits)))
 
 
 SMALL = (2, 4, 8, 32, 4)  # RO, RP, TO, TP, UNROLL: 16 x 128 pairs, for problems that have few tiles
@@ -518,8 +511,8 @@ def grid(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.dev
     if dtype == torch.float64:
         tile = (4, 4, 32, 8, 1)
     else:
-        halved = int(D > FOLD.value)
-        tile = (4, 16 >> halved, 32, 8, 1) if reduce else (8, 8 >> halved, 16, 16, 2)
+        split = 2 if FOLD.value < D else 1
+        tile = (4, 16 // split, 32, 8, 1) if reduce else (8, 8 // split, 16, 16, 2)
     return _grid(tile, owned, passing, 1, D + 8, device)
 
 
@@ -530,12 +523,13 @@ def grid_per_dimension(owned: int, passing: int, D: int, dtype: torch.dtype, dev
     return _grid(tile, owned, passing, D, 6, device)
 
 
+@functools.cache
 def _splits(blocks: int, tiles: int, steps: int, slots: int) -> int:
     """Into how many ranges to split `tiles`, so that the last wave of programs on `slots` is a full one as nearly as
     may be. None shorter than 256 steps in d, so that little problems need no second kernel to put ranges together."""
-    most = min(tiles, tiles * steps // 256, triton.cdiv(4 * slots, max(blocks, 1)))
+    most = min(tiles, tiles * steps // 256, cdiv(4 * slots, max(blocks, 1)))
 
     def time(splits: int) -> float:
-        return triton.cdiv(blocks * splits, slots) * (triton.cdiv(tiles, splits) + 0.5)
+        return cdiv(blocks * splits, slots) * (cdiv(tiles, splits) + 0.5)
 
     return min(range(1, most + 1), key=time, default=1)
