@@ -60,12 +60,13 @@ class ELBO:
     KL is in closed form where the prior has one, else mean log q(z|x) − log p(z).
 
     Args:
-        beta: weight of the KL, a number >= 0 or a schedule (beta-VAE, Higgins et al. 2017; 1 is the bound).
+        beta: weight of the KL, a finite number >= 0 or a schedule (beta-VAE, Higgins et al. 2017; 1 is the bound).
         free_bits: lambda, nats (Kingma et al. 2016): in the loss, a dimension whose batch-mean KL is below it
-            counts as lambda and gets no gradient, which keeps it from collapsing. Needs a prior with a closed form.
+            counts as lambda and gets no gradient, which keeps it from collapsing. Needs a prior with a closed form,
+            `kl(mu, logvar, reduction="dim")`.
         groups: the sizes of groups of neighbouring dimensions that have lambda nats together, such as `(4, 4, 8)`
             for D = 16; None for each dimension on its own.
-        capacity: C, nats, a number >= 0 or a schedule that lets it rise (Burgess et al. 2018): the loss is
+        capacity: C, nats, a finite number >= 0 or a schedule that lets it rise (Burgess et al. 2018): the loss is
             Nell + beta · |KL − C|, which holds the KL at C where beta is large.
 
     Terms: `nell`, `kl`, and `elbo` (KL and the bound themselves, whatever the arguments are).
@@ -91,12 +92,14 @@ class ELBO:
 
     def __post_init__(self) -> None:
         _check_weight("beta", self.beta)
-        check_number("free_bits", self.free_bits, least=0.0)
+        _check_finite("free_bits", self.free_bits)
         if self.capacity is not None:
             _check_weight("capacity", self.capacity)
         if self.groups is not None:
             if not isinstance(self.groups, tuple | list):
                 raise TypeError(f"groups: expected a tuple of sizes, got {self.groups!r}")
+            if not self.groups:
+                raise ValueError("groups: expected at least one size, got none")
             for size in self.groups:
                 check_count("groups", size, least=1)
             if not self.free_bits:
@@ -116,9 +119,7 @@ class ELBO:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nell = -log_px_z.mean()
         if self.free_bits:
-            if not hasattr(prior, "kl"):
-                raise ValueError(f"free_bits: expected a prior with a closed form, kl(), got {type(prior).__name__}")
-            dims = prior.kl(mu, logvar, reduction="dim")
+            dims = _kl_of_dims(mu, logvar, prior)
             kl, penalty = dims.sum(), self._groups(dims).clamp(min=self.free_bits).sum()
         else:
             kl = penalty = _kl(log_pz, log_qz_x, mu, logvar, prior)
@@ -203,10 +204,12 @@ class BetaTCVAE:
     are those of `kl_decomposition`, at one sample of each posterior.
 
     Args:
-        alpha, beta, gamma: numbers >= 0 or schedules; all 1 is the ELBO by Monte Carlo, and Chen et al. raise beta.
+        alpha, beta, gamma: finite numbers >= 0 or schedules; all 1 is the ELBO by Monte Carlo, and Chen et al. raise
+            beta.
         dataset_size: N, the number of examples in the data set that the batches are from.
         estimator: of the aggregate posterior; None for `"stratified"`, or `"uniform"` without `dataset_size`, which
-            takes each batch for the whole data set: its MI cannot exceed log B.
+            takes each batch for the whole data set: its MI cannot exceed log B. `"stratified"`, `"mss"` and
+            `"loo"` refuse a batch of one example: give the DataLoader `drop_last=True`.
 
     Terms: `nell`, `kl` = mean log q(z|x) − log p(z), `elbo` = −(nell + kl), `mi`, `tc`, `dim_kl` `[D]`,
     `prior_factorization`, and `saturation` = exp(mi) / B.
@@ -263,16 +266,19 @@ class InfoVAE:
         loss = Nell + (1 − alpha) · KL + (alpha + lambda − 1) · D(q(z) ‖ p(z))
              = Nell + (1 − alpha) · MI + lambda · D(q(z) ‖ p(z))          where D is the KL divergence
 
-    alpha = 0 and lambda = 1 is the ELBO; alpha = 1 with "mmd" is the MMD-VAE.
+    alpha = 0 and lambda = 1, the defaults, is the ELBO: D is a term then, but its weight is 0. alpha = 1 with "mmd" is
+    the MMD-VAE.
 
     Args:
-        alpha: a number <= 1, or a schedule. Above 0 information about x costs less than in the ELBO.
-        lambda_: a number >= 0, or a schedule.
+        alpha: a finite number <= 1, or a schedule. Above 0 information about x costs less than in the ELBO.
+        lambda_: a finite number >= 0, or a schedule.
         divergence: D of the aggregate posterior q(z) from the prior: `"mmd"`, by samples of both (see `mmd`; the
             gradient reaches a learned prior only where `prior.sample` has one), or `"agg_kl"`, their KL divergence
             by an estimator of log q(z).
         bandwidth: of the kernel of `"mmd"`; None for sqrt(D).
         dataset_size, estimator: of `"agg_kl"`, as in `BetaTCVAE`.
+
+    A batch of one example is refused by `"mmd"`, and by the estimators that `BetaTCVAE` names.
 
     Terms: `nell`, `kl`, `elbo` = −(nell + kl), and `mmd` or `agg_kl`. KL is in closed form where the prior has one.
 
@@ -323,6 +329,11 @@ class InfoVAE:
         nell, kl = -log_px_z.mean(), _kl(log_pz, log_qz_x, mu, logvar, prior)
         samples = z[0, 0]  # [B, D]
         if self.divergence == "mmd":
+            if len(samples) < 2:
+                raise ValueError(
+                    f"divergence: 'mmd' cannot be had from a batch of {len(samples)}; expected at least 2, so give the"
+                    " DataLoader drop_last=True"
+                )
             divergence = mmd(samples, prior.sample(len(samples)).to(samples).view_as(samples), self.bandwidth)
         else:
             entropy = agg_entropy(samples, mu, logvar, dataset_size=self.dataset_size, estimator=self.estimator)
@@ -337,6 +348,23 @@ def _kl(log_pz: Tensor, log_qz_x: Tensor, mu: Tensor, logvar: Tensor, prior: Any
     return prior.kl(mu, logvar) if hasattr(prior, "kl") else (log_qz_x - log_pz).mean()
 
 
+def _kl_of_dims(mu: Tensor, logvar: Tensor, prior: Any) -> Tensor:
+    """The closed form's mean of each dimension, `[D]`."""
+    name = type(prior).__name__
+    if not hasattr(prior, "kl"):
+        raise ValueError(f"free_bits: expected a prior with a closed form, kl(), got {name}")
+    try:
+        dims = prior.kl(mu, logvar, reduction="dim")
+    except TypeError as error:
+        raise TypeError(
+            f"prior: expected kl(mu, logvar, reduction='dim') for free bits, but {name}: {error}"
+        ) from error
+    if dims.shape != mu.shape[-1:]:
+        expected = f"({mu.shape[-1]},) from kl(mu, logvar, reduction='dim')"
+        raise ValueError(f"prior: expected {expected} for free bits, got {tuple(dims.shape)} from {name}")
+    return dims
+
+
 def _terms(nell: Tensor, kl: Tensor) -> dict[str, Tensor]:
     return {"nell": nell, "kl": kl, "elbo": -(nell + kl)}
 
@@ -347,4 +375,10 @@ def _now(weight: Weight, step: Tensor) -> float | Tensor:
 
 def _check_weight(name: str, weight: Any, least: float = 0.0) -> None:
     if not callable(weight):
-        check_number(name, weight, least=least)
+        _check_finite(name, weight, least)
+
+
+def _check_finite(name: str, number: Any, least: float = 0.0) -> None:
+    check_number(name, number, least=least)
+    if math.isinf(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")

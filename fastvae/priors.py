@@ -19,7 +19,11 @@ from .ops.sampling import reparameterize
 
 
 class Prior(Protocol):
-    """What `VAE` and the objectives ask of a prior, besides `kl` where that has a closed form."""
+    """What `VAE` and the objectives ask of a prior.
+
+    Optional: `kl(mu, logvar)`, the closed form of the mean KL(q(z|x) ‖ p(z)), for mu and logvar `[B, D]`; free bits
+    need it with `reduction="dim"` too, the mean of each dimension, `[D]`.
+    """
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z), z `[S, D]` to `[S]`."""

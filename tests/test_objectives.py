@@ -382,28 +382,55 @@ def test_with_the_exact_posterior_every_objective_of_unit_weights_is_log_px():
 
 # Errors.
 
+
+class PlainKL(WithoutClosedForm):
+    def kl(self, mu, logvar):
+        return fastvae.kl_gauss(mu, logvar)
+
+
+class DeafKL(WithoutClosedForm):
+    def kl(self, mu, logvar, **options):
+        return fastvae.kl_gauss(mu, logvar)
+
+
+# What cannot learn from one example, as a last batch may be.
+LAST: list[Any] = [
+    BetaTCVAE(dataset_size=100),
+    BetaTCVAE(dataset_size=100, estimator="mss"),
+    BetaTCVAE(estimator="loo"),
+    InfoVAE(),
+    InfoVAE(divergence="agg_kl", dataset_size=100),
+]
+
 BAD: list[tuple[Any, ...]] = [
     (lambda: ELBO(beta=-0.1), ValueError, "beta"),
     (lambda: ELBO(beta=math.nan), ValueError, "beta"),
     (lambda: ELBO(beta="1"), TypeError, "beta"),
     (lambda: ELBO(beta=None), TypeError, "beta"),
+    (lambda: ELBO(beta=math.inf), ValueError, "beta: .*finite"),
     (lambda: ELBO(free_bits=-1.0), ValueError, "free_bits"),
+    (lambda: ELBO(free_bits=math.inf), ValueError, "free_bits: .*finite"),
     (lambda: ELBO(free_bits=lambda step: 1.0), TypeError, "free_bits"),
     (lambda: ELBO(groups=(2, 3)), ValueError, "free_bits: .*groups"),
     (lambda: ELBO(free_bits=1.0, groups=2), TypeError, "groups"),
     (lambda: ELBO(free_bits=1.0, groups=(2, 0)), ValueError, "groups"),
+    (lambda: ELBO(free_bits=1.0, groups=()), ValueError, "groups"),
     (lambda: ELBO(capacity=-1.0), ValueError, "capacity"),
+    (lambda: ELBO(capacity=math.inf), ValueError, "capacity: .*finite"),
     (lambda: IWAE(0), ValueError, "m"),
     (lambda: IWAE(2.0), TypeError, "m"),
     (lambda: IWAE(2, 0), ValueError, "k"),
     (lambda: IWAE(2, gradient="sticking"), ValueError, "gradient: .*'stl'"),
     (lambda: BetaTCVAE(alpha=-1), ValueError, "alpha"),
     (lambda: BetaTCVAE(gamma="1"), TypeError, "gamma"),
+    (lambda: BetaTCVAE(beta=math.inf), ValueError, "beta: .*finite"),
     (lambda: BetaTCVAE(estimator="mss"), ValueError, "dataset_size"),
     (lambda: BetaTCVAE(estimator="mxs"), ValueError, "estimator"),
     (lambda: BetaTCVAE(dataset_size=0), ValueError, "dataset_size"),
     (lambda: BetaTCVAE(dataset_size=1.5), TypeError, "dataset_size"),
     (lambda: InfoVAE(alpha=1.1), ValueError, "alpha"),
+    (lambda: InfoVAE(alpha=-math.inf), ValueError, "alpha: .*finite"),
+    (lambda: InfoVAE(lambda_=math.inf), ValueError, "lambda_: .*finite"),
     (lambda: InfoVAE(lambda_=-0.1), ValueError, "lambda_"),
     (lambda: InfoVAE(divergence="kl"), ValueError, "divergence: .*'agg_kl'"),
     (lambda: InfoVAE(bandwidth=0.0), ValueError, "bandwidth"),
@@ -416,6 +443,13 @@ BAD: list[tuple[Any, ...]] = [
     (lambda: mmd(torch.zeros(4, 3), torch.zeros(4, 3), -1.0), ValueError, "bandwidth"),
     (lambda: make_vae(ELBO(free_bits=0.1, groups=(2, 2)))(torch.zeros(2, 7).double()), ValueError, "groups: .*5"),
     (lambda: ELBO(free_bits=0.1)(*hand()[0], **hand(prior=WithoutClosedForm())[1]), ValueError, "free_bits: .*With"),
+    (lambda: ELBO(free_bits=0.1)(*hand()[0], **hand(prior=PlainKL())[1]), TypeError, "prior: .*reduction.*PlainKL"),
+    (
+        lambda: ELBO(free_bits=0.1)(*hand()[0], **hand(prior=DeafKL())[1]),
+        ValueError,
+        r"prior: .*\(5,\).*\(\) from Deaf",
+    ),
+    *((lambda o=o: make_vae(o)(torch.zeros(1, 7).double()), ValueError, ".*batch of.*drop_last=True") for o in LAST),
 ]
 
 
