@@ -18,7 +18,7 @@ from .ops._checks import check_choice, check_count, check_number, check_tensor
 from .ops.aggregate import ColumnWeights, agg_log_prob_marginals, log_prob_gauss
 from .ops.sampling import reparameterize
 from .priors import Prior
-from .streams import Posteriors, open_posteriors, shown
+from .streams import Posteriors, check_rows, open_posteriors, shown
 from .vae import VAE
 
 
@@ -58,10 +58,11 @@ def kl_decomposition_dataset(
     Args:
         posteriors: mu and logvar, `[N, D]` each, as a pair of tensors or of NumPy arrays, memory-mapped ones too; or
             an iterable of such pairs, batch by batch; or with an encoder an iterable of its inputs, such as a
-            DataLoader, or one tensor of them. Of a batch that is a tuple or a list, (x, labels), x is taken.
-            Batches are gone through once, so that shuffling does no harm, and their posteriors written to
-            temporary files: N·D·8 bytes in `tempfile.gettempdir()`, in float32.
-        encoder: from x to (mu, logvar), such as `vae.encode`; put the module in eval mode before.
+            DataLoader, or all of them in one tensor or array, of which it gets `chunk_size` at a time. Of a batch
+            that is a tuple or a list, (x, labels), x is taken, a tensor or an array. Batches are gone through once,
+            so that shuffling does no harm, and their posteriors written to temporary files: N·D·8 bytes in
+            `tempfile.gettempdir()`, in float32.
+        encoder: from a tensor x to (mu, logvar), such as `vae.encode`; put the module in eval mode before.
         n_samples: L, samples of each posterior that is sampled.
         rows: the posteriors to sample: None for all of them, so that S = L·N; an int for as many, drawn without
             replacement; or an int64 tensor of row numbers. Columns are all N in any case.
@@ -69,7 +70,7 @@ def kl_decomposition_dataset(
         analytic_conditional: as in `kl_decomposition`.
         chunk_size: columns per pass over the samples.
         device: where to encode and compute; None for where the posteriors are.
-        seed: of the rows and the samples.
+        seed: of the rows and the samples, not negative.
         progress: show a progress bar on stderr, tqdm's where it is installed.
 
     Returns:
@@ -77,12 +78,12 @@ def kl_decomposition_dataset(
         mi is that of the N examples, in [0, log N] up to Monte Carlo error.
 
     Raises:
-        TypeError: `posteriors` is neither a pair nor iterable, or something is not of floating point.
-        ValueError: shapes do not match, no posteriors, or `rows` past their number.
+        TypeError: `posteriors` is neither a pair nor iterable, or something is not of floating point, or is a dict.
+        ValueError: shapes do not match, no posteriors, `rows` past their number, or a negative `seed`.
 
     Warns:
-        UserWarning: mi is within log 2 of log N. It then says how many examples there are, and little of the encoder:
-            of the distribution that they come from it is an underestimate.
+        UserWarning: mi is within log 2 of log N, N being 5 or more. It then says how many examples there are, and
+            little of the encoder: of the distribution that they come from it is an underestimate.
 
     Source: Zheng, eq. 17-24.
 
@@ -92,6 +93,8 @@ def kl_decomposition_dataset(
     """
     check_count("n_samples", n_samples, least=1)
     check_count("chunk_size", chunk_size, least=1)
+    check_count("seed", seed)
+    check_rows(rows)
     check_prior(prior)
     stream = open_posteriors(posteriors, encoder, chunk_size=chunk_size, device=device, progress=progress)
     N = len(stream.mu)
@@ -137,7 +140,7 @@ def column_chunks(
 
 def warn_if_saturated(terms: KLDecomposition, n_examples: int) -> None:
     """For the caller of the caller."""
-    if terms.saturation > 0.5:
+    if terms.saturation > 0.5 and n_examples > 4:  # of fewer, exp(mi) is a large share by rounding alone
         warnings.warn(
             f"mi: {terms.mi:.2f} nats is at the ceiling of log {n_examples} = {math.log(n_examples):.2f} that"
             f" {n_examples} examples set; of the distribution they come from it is an underestimate, and tc and agg_kl"

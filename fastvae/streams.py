@@ -32,22 +32,33 @@ class Posteriors(NamedTuple):
         N = len(self.mu)
         if rows is None:
             return slice(None)
+        check_rows(rows)
         if not isinstance(rows, Tensor):
-            check_count("rows", rows, least=1)
             if rows > N:
                 raise ValueError(f"rows: expected at most the {N} posteriors, got {rows}")
             return np.sort(np.random.default_rng(seed).choice(N, rows, replace=False, shuffle=False))
-        if rows.dtype != torch.int64:
-            raise TypeError(f"rows: expected an int or an int64 tensor, got {rows.dtype}")
-        if rows.ndim != 1 or len(rows) == 0 or rows.min() < 0 or rows.max() >= N:
-            raise ValueError(f"rows: expected row numbers from 0 to {N - 1} in a tensor [R], got {rows}")
+        if rows.max() >= N:
+            raise ValueError(f"rows: expected row numbers from 0 to {N - 1}, got {int(rows.max())}")
         return rows.cpu().numpy()
+
+
+def check_rows(rows: int | Tensor | None) -> None:
+    """What can be known of them before the posteriors are counted."""
+    if rows is None:
+        return
+    if not isinstance(rows, Tensor):
+        check_count("rows", rows, least=1)
+    elif rows.dtype != torch.int64:
+        raise TypeError(f"rows: expected an int or an int64 tensor, got {rows.dtype}")
+    elif rows.ndim != 1 or len(rows) == 0 or rows.min() < 0:
+        raise ValueError(f"rows: expected row numbers from 0 in a tensor [R], got {rows}")
 
 
 def open_posteriors(
     source: Any, encoder: Any, *, chunk_size: int, device: torch.device | str | None, progress: bool
 ) -> Posteriors:
-    """The posteriors of `kl_decomposition_dataset`: a pair of tensors or arrays as it is; batches gone through once."""
+    """The posteriors of `kl_decomposition_dataset`: a pair of tensors or arrays as it is; batches gone through once,
+    and an array of inputs `chunk_size` rows at a time."""
     if encoder is not None and not callable(encoder):
         raise TypeError(f"encoder: expected a function or module from x to (mu, logvar), got {type(encoder).__name__}")
     pair = encoder is None and isinstance(source, tuple | list) and len(source) == 2
@@ -59,8 +70,9 @@ def open_posteriors(
         home = device or (mu.device if isinstance(mu, Tensor) else "cpu")
         posteriors = Posteriors(mu, logvar, torch.device(home))
     elif isinstance(source, Iterable) and (encoder is not None or not isinstance(source, Array)):
-        batches = source.split(chunk_size) if isinstance(source, Tensor) else source
-        posteriors = _spool(shown(batches, "encoding", progress), encoder, device)
+        if isinstance(source, Array):
+            source = [source[first : first + chunk_size] for first in range(0, len(source), chunk_size)]  # views
+        posteriors = _spool(shown(source, "encoding", progress), encoder, device)
     else:
         expected = "a pair (mu, logvar), or batches of them" if encoder is None else "batches of inputs"
         raise TypeError(f"posteriors: expected {expected}, got {type(source).__name__}")
@@ -75,11 +87,15 @@ def _spool(batches: Iterable[Any], encoder: Any, device: torch.device | str | No
     with tempfile.TemporaryFile() as mu_file, tempfile.TemporaryFile() as logvar_file:
         for batch in batches:
             if encoder is not None:
-                x = batch[0] if isinstance(batch, tuple | list) else batch
-                batch = encoder(x.to(device) if device is not None and isinstance(x, Tensor) else x)
+                x = batch[0] if isinstance(batch, tuple | list) and len(batch) > 0 else batch
+                if not isinstance(x, Array):
+                    expected = "batches x, or (x, labels), of tensors or arrays"
+                    raise TypeError(f"posteriors: expected {expected}, got {type(x).__name__}")
+                x = _tensor(x)
+                batch = encoder(x if device is None else x.to(device))
             if not (isinstance(batch, tuple | list) and len(batch) == 2):
                 raise TypeError(f"posteriors: expected batches of pairs (mu, logvar), got {type(batch).__name__}")
-            mu, logvar = batch
+            mu, logvar = (_tensor(x) for x in batch)
             check_posterior(mu, logvar, min_ndim=2)
             first = mu if first is None else first
             if mu.ndim != 2 or mu.shape[1] != first.shape[1]:
@@ -95,8 +111,18 @@ def _spool(batches: Iterable[Any], encoder: Any, device: torch.device | str | No
 
 
 def _read(x: Array, rows: Rows, device: torch.device) -> Tensor:
-    part = x[rows] if isinstance(x, Tensor) else torch.from_numpy(np.array(x[rows]))
+    part = _tensor(x[rows])
     return part.to(device, accumulation_dtype(part.dtype) if part.is_floating_point() else part.dtype)
+
+
+def _tensor(x: Any) -> Any:
+    """An array as a tensor: copied, as it may be mapped and not be written to. Anything else as it is."""
+    if not isinstance(x, np.ndarray):
+        return x
+    try:
+        return torch.from_numpy(np.array(x))
+    except TypeError:
+        raise TypeError(f"posteriors: expected arrays of a dtype that torch knows, got {x.dtype}") from None
 
 
 def shown(steps: Iterable[Any], name: str, progress: bool) -> Iterable[Any]:

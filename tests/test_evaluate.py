@@ -123,8 +123,29 @@ def test_batches_of_an_encoder(posteriors: tuple[Tensor, Tensor]) -> None:
         assert max(calls) <= 30
     pairs = zip(*(p.split(20) for p in posteriors), strict=True)
     assert_equal(kl_decomposition_dataset(pairs, rows=40), expected)
+    arrays = (part.numpy(force=True) for part in x.split(20))
+    assert_equal(kl_decomposition_dataset((np.split(a, 2, 1) for a in arrays), rows=40, device=x.device), expected)
     single = kl_decomposition_dataset(x.float(), encoder, rows=40)
     assert_equal(single, expected, 1e-5)
+
+
+def test_an_array_of_inputs_is_sliced(posteriors: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    """One mapped from a file that cannot be written to, too: the encoder gets tensors, `chunk_size` rows at a time."""
+    x = torch.cat(posteriors, 1)
+    np.save(tmp_path / "x.npy", x.numpy(force=True))
+    mapped, sizes = np.load(tmp_path / "x.npy", mmap_mode="r"), []
+
+    def encoder(x: Tensor) -> tuple[Tensor, ...]:
+        sizes.append(len(x))
+        return x.chunk(2, 1)
+
+    expected = kl_decomposition_dataset(posteriors, rows=40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for source in (mapped, np.array(mapped), (part for part in np.array_split(mapped, 4))):
+            sizes.clear()
+            assert_equal(kl_decomposition_dataset(source, encoder, rows=40, chunk_size=40, device=x.device), expected)
+            assert sizes in ([40, 40, 23], [26, 26, 26, 25])
 
 
 def test_a_vae_encodes(backend: Target) -> None:
@@ -185,6 +206,8 @@ def test_a_saturated_mi_is_warned_of(posteriors: tuple[Tensor, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kl_decomposition_dataset((0.1 * mu, logvar * 0))
+        for few in (1, 2, 3):  # exp(0) is a large share of these
+            kl_decomposition_dataset((0 * mu[:few], 0 * logvar[:few]))
 
 
 def broken(batch: Any) -> Iterator[Any]:
@@ -201,6 +224,13 @@ def broken(batch: Any) -> Iterator[Any]:
         (TypeError, "posteriors", 3, {"encoder": lambda x: (x, x)}),
         (TypeError, "posteriors", torch.zeros(4, 3), {"encoder": lambda x: x}),
         (TypeError, "posteriors", broken(torch.zeros(4, 3)), {}),
+        (TypeError, "posteriors", [{"x": torch.zeros(4, 3)}], {}),
+        (TypeError, "posteriors", [{"x": torch.zeros(4, 3)}], {"encoder": lambda x: (x, x)}),
+        (TypeError, "posteriors", {"x": torch.zeros(4, 3)}, {"encoder": lambda x: (x, x)}),
+        (TypeError, "posteriors", [()], {"encoder": lambda x: (x, x)}),
+        (TypeError, "posteriors", np.full((4, 3), "x"), {"encoder": lambda x: (x, x)}),
+        (TypeError, "posteriors", (np.full((4, 3), None), np.zeros((4, 3))), {}),
+        (TypeError, "posteriors", [(np.zeros((4, 3), np.longdouble), np.zeros((4, 3)))], {}),
         (ValueError, "posteriors", broken((torch.zeros(4, 2), torch.zeros(4, 2))), {}),
         (ValueError, "logvar", broken((torch.zeros(4, 3), torch.zeros(4, 2))), {}),
         (TypeError, "mu", broken(([0.0], [0.0])), {}),
@@ -222,6 +252,7 @@ def broken(batch: Any) -> Iterator[Any]:
         (ValueError, "rows", None, {"rows": torch.tensor([-1])}),
         (TypeError, "prior", None, {"prior": 1.0}),
         (TypeError, "seed", None, {"seed": 1.5}),
+        (ValueError, "seed", None, {"seed": -1}),
     ],
     ids=str,
 )
@@ -231,9 +262,14 @@ def test_errors_of_the_data_set(error: type[Exception], named: str, source: Any,
         kl_decomposition_dataset(source, **options)
 
 
-def test_a_wrong_prior_is_refused_before_anything_is_encoded() -> None:
-    with pytest.raises(TypeError, match=r"^prior: expected"):
-        kl_decomposition_dataset(broken(None), lambda x: pytest.fail("encoded"), prior=torch.zeros(3))
+@pytest.mark.parametrize(
+    ("named", "wrong"),
+    [("prior", 1.0), ("prior", fastvae.StandardNormal), ("seed", -1), ("rows", 0), ("rows", torch.tensor([-1]))],
+    ids=str,
+)
+def test_arguments_are_checked_before_anything_is_encoded(named: str, wrong: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"^{named}: expected"):
+        kl_decomposition_dataset(broken(None), lambda x: pytest.fail("encoded"), **{named: wrong})
 
 
 # mi_bounds
