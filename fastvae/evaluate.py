@@ -160,17 +160,17 @@ def mi_bounds(
     """(lower, upper) of H_data − Nell ≤ I_enc(x; z) ≤ Div, in nats.
 
     Args:
-        nell: mean −log p(x|z), summed over the elements of x.
+        nell: mean −log p(x|z), summed over the elements of x; not negative where p(x|z) is a probability.
         div: mean KL(q(z|x) ‖ p(z)).
-        h_data: the entropy of the data; the differential entropy where p(x|z) is a density.
-        dataset_size: N, for H_data = log N where `h_data` is not given: right for N distinct examples of discrete
-            data, which are then the whole population.
+        h_data: the entropy of the data, finite; the differential entropy where p(x|z) is a density.
+        dataset_size: N, instead of `h_data`, for H_data = log N: right for N distinct examples of discrete data, which
+            are then the whole population.
         likelihood: `"discrete"`, `"density"`, or a likelihood such as `vae.likelihood`, which says so itself.
 
     Raises:
         TypeError: an argument is not a number or a tensor of one element, or not a likelihood.
-        ValueError: neither `h_data` nor `dataset_size`; a density without `h_data`, since the entropy of N points is
-            no differential entropy.
+        ValueError: neither `h_data` nor `dataset_size`, or both; a density without `h_data`, since the entropy of N
+            points is no differential entropy; NaN; a negative `nell` of a discrete likelihood.
 
     Warns:
         UserWarning: lower > upper. Beyond Monte Carlo error that cannot be: nell or div is a mean over something
@@ -183,17 +183,22 @@ def mi_bounds(
         >>> lower, upper = fastvae.mi_bounds(out.nell, out.kl, dataset_size=60_000, likelihood=vae.likelihood)
     """
     for name, value in (("nell", nell), ("div", div), ("h_data", h_data)):
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise TypeError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
-        elif value is not None or name != "h_data":
-            check_number(name, value)
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise TypeError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
+        if value is not None or name != "h_data":
+            check_number(name, value.item() if isinstance(value, Tensor) else value)
     if isinstance(likelihood, str):
         check_choice("likelihood", likelihood, ("discrete", "density"))
     elif not isinstance(getattr(likelihood, "discrete", None), bool):
         raise TypeError(f"likelihood: expected 'discrete', 'density' or a likelihood, got {type(likelihood).__name__}")
+    discrete = likelihood == "discrete" or getattr(likelihood, "discrete", False)
+    if discrete and nell < 0:
+        raise ValueError(
+            f"nell: expected a number >= 0, as p(x|z) is a probability, got {float(nell):.4g}; where it is a density,"
+            " say so by likelihood='density'"
+        )
     if h_data is None:
-        if likelihood == "density" or not getattr(likelihood, "discrete", True):
+        if not discrete:
             raise ValueError("h_data: expected the differential entropy of the data, as p(x|z) is a density, got None")
         if dataset_size is None:
             raise ValueError(
@@ -201,6 +206,10 @@ def mi_bounds(
             )
         check_count("dataset_size", dataset_size, least=1)
         h_data = math.log(dataset_size)
+    elif dataset_size is not None:
+        raise ValueError(f"dataset_size: expected None where h_data is given, got {dataset_size}")
+    elif math.isinf(h_data):
+        raise ValueError(f"h_data: expected a finite number, got {float(h_data)}")
     lower, upper = h_data - nell, div
     if lower > upper:
         warnings.warn(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Target
-from helpers import draw
+from helpers import LOG_2PI, draw
 from test_kl_decomposition import ANCHORS, DATA, Correlated, Largest, mixing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -156,15 +156,21 @@ def test_a_vae_encodes(backend: Target) -> None:
 
 
 def test_anchors(backend: Target) -> None:
-    """The population's values, up to five standard errors of other samples of it, 8 of each posterior."""
-    with np.load(DATA / "anchors.npz") as arrays:
-        posteriors = arrays["mu"], arrays["logvar"]
-    device = torch.get_default_device()
-    terms = kl_decomposition_dataset(posteriors, n_samples=8, chunk_size=500, device=device)
-    full = ANCHORS["full"]
-    assert terms.kl.item() == pytest.approx(ANCHORS["kl_mean"], abs=0.1)
-    for name in ("mi", "entropy", "tc"):
-        assert getattr(terms, name).item() == pytest.approx(full[name], abs=0.1)
+    """The population's values, up to five standard errors of the difference: the anchors are of one sample of each
+    posterior, these of 8 others, and the closed KL of none."""
+    with np.load(DATA / "anchors.npz") as archive:
+        mu, logvar, z, log_qz, log_qzd = (archive[n] for n in ("mu", "logvar", "z", "full_log_qz", "full_log_qzd"))
+    L, device = 8, torch.get_default_device()
+    terms = kl_decomposition_dataset((mu, logvar), n_samples=L, chunk_size=500, device=device)
+    conditional = -0.5 * ((z - mu) ** 2 / np.exp(logvar) + logvar + LOG_2PI).sum(1)
+    log_pz = -0.5 * (z**2 + LOG_2PI).sum(1)
+    of_sample = {"mi": conditional - log_qz, "entropy": -log_qz, "tc": log_qz - log_qzd.sum(1)}
+    for name, values in of_sample.items():
+        assert values.mean() == pytest.approx(ANCHORS["full"][name])
+        error = values.std() * math.sqrt((1 + 1 / L) / len(values))
+        assert getattr(terms, name).item() == pytest.approx(values.mean(), abs=5 * error)
+    error = (conditional - log_pz).std() / math.sqrt(L * len(z))
+    assert terms.kl.item() == pytest.approx(ANCHORS["kl_mean"], abs=5 * error)
     assert terms.saturation.item() == pytest.approx(math.exp(terms.mi) / 1536)
 
 
@@ -299,6 +305,15 @@ def test_bounds() -> None:
         (TypeError, "nell", {"nell": None}),
         (TypeError, "div", {"div": torch.zeros(2)}),
         (ValueError, "nell", {"nell": math.nan}),
+        (ValueError, "nell", {"nell": torch.tensor(math.nan)}),
+        (ValueError, "div", {"div": torch.tensor([math.nan])}),
+        (TypeError, "div", {"div": torch.tensor(True)}),
+        (ValueError, "nell", {"nell": -0.1}),
+        (ValueError, "nell", {"nell": torch.tensor(-0.1), "likelihood": Bernoulli()}),
+        (ValueError, "h_data", {"h_data": math.inf, "dataset_size": None}),
+        (ValueError, "h_data", {"h_data": torch.tensor(-math.inf), "dataset_size": None}),
+        (ValueError, "h_data", {"h_data": math.nan, "dataset_size": None}),
+        (ValueError, "dataset_size", {"h_data": 3.0}),
         (TypeError, "h_data", {"h_data": "9"}),
         (ValueError, "likelihood", {"likelihood": "gaussian"}),
         (TypeError, "likelihood", {"likelihood": nn.Identity()}),
