@@ -28,7 +28,9 @@ import fastvae
 from fastvae import ColumnWeights
 
 pytest.importorskip("triton")
-from fastvae.kernels.triton import posteriors
+from fastvae.kernels.triton import agg_log_prob, posteriors
+
+from fastvae.backends.contract import LogWeights
 
 PAIRS = ("cross_log_prob", "agg_log_prob", "agg_log_prob_marginals")
 
@@ -60,7 +62,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_ranges_are_put_together(backend: Target, name: str, splits: int, dtype: torch.dtype) -> None:
-    op = op_named(name, dtype, S=131, N=260, D=9)
+    op = op_named(name, dtype, S=131, N=260, D=5)
     Expected(op.formula, op.inputs, op.centred).check(evaluate(op.fast, op.inputs))
 
 
@@ -156,3 +158,19 @@ def test_grids_cover_everything_and_fill_the_chip(S: int, N: int) -> None:
     waves = g.programs / (2 * 132)
     work = S * N / 128**2
     assert waves / math.ceil(waves) > 0.85 or work < 8 * 264, (g, waves)
+
+
+def test_other_tiles_give_the_same(backend: Target) -> None:
+    """Those that FASTVAE_AUTOTUNE=1 would try."""
+    op = op_named("agg_log_prob", torch.float32, S=150, N=140, D=5)
+    expected = Expected(op.formula, {key: x.detach() for key, x in op.inputs.items()}, op.centred)
+    own = torch.arange(150) % 141 - 1
+    weights = LogWeights(op.inputs["log_w"].detach(), None, own, -0.5, 0.5)
+    z, mu, logvar = (op.inputs[key].detach() for key in ("z", "mu", "logvar"))
+    chosen = []
+    for config in posteriors.configs(10**4, 10**4, torch.float32):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(agg_log_prob, "fastest", lambda run, configs, *problem, c=config: run(c))
+            expected.check([agg_log_prob.agg_log_prob(z, mu, logvar, weights)])
+        chosen.append(posteriors.grid(10**4, 10**4, 5, torch.float32, torch.device("meta"), False, **config).config)
+    assert len({tuple(c.items()) for c in chosen}) == len(chosen) > 1

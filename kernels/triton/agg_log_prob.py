@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastvae.backends.contract import LogWeights
 
-from ._launch import cdiv, empty_like
+from ._launch import Config, cdiv, empty_like, fastest
 from .elementary import times
 from .log_sum_exp import across_lanes, add_terms, combine_ranges, hint, log_of, nothing, share_factor, summed
 from .pair_gradients import clear, columns_gradients, pull_columns, pull_samples
@@ -23,6 +23,7 @@ from .posteriors import (
     Grid,
     Packed,
     add_log_weights,
+    configs,
     grid,
     inverse_kappa2,
     is_far,
@@ -77,7 +78,7 @@ def joint_sums(
             s, log_w, own, log_w_own, log_w_next, meets, first_row, row, first_column, column, N, OWN, NEXT, COLUMNS
         )
         m, total, carry, p, part, rescale = add_terms(m, total, carry, s, BACKWARD)
-        if d_z is not None:
+        if d_z is not None:  # noqa: SIM102 (known when compiled)
             if tl.max(tl.where(part == 0, 0, 1)) != 0:  # far columns cost no more than their densities
                 pull_samples(
                     p, rescale, z, rows, ab, columns, far, far_rows, to, rows * D, inside, one, D, RO, TO, TP
@@ -209,7 +210,7 @@ def _joint_columns(
                 common_share += summed(common, False)
             else:
                 common_share += part
-        if sums is not None:
+        if sums is not None:  # noqa: SIM102
             if tl.max(tl.where(tl.sum(tl.abs(r), 1, keep_dims=True) == 0, 0, 1)) != 0:
                 far_rows = is_far(far_samples, first_row)
                 pull_columns(
@@ -231,17 +232,21 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
     joint = new(packed, S)
     if S == 0:
         return joint
-    g = grid(S, N, D, packed.dtype, z.device, reduce=False)
-    ms, totals = (None, None) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
-    _joint_rows[(g.programs,)](
-        *_operands(packed),
-        *(None, None, joint if g.splits == 1 else None, ms, totals, S, N, g.blocks, g.tiles, 1),
-        *(D, *packed.overridden, False),
-        **g.config,
-    )
-    if ms is not None:
-        combine_rows[(cdiv(S, 128),)](ms, totals, joint, S, 1, g.splits, 128, num_warps=4)
-    return joint
+
+    def run(config: Config) -> Tensor:
+        g = grid(S, N, D, packed.dtype, z.device, reduce=False, **config)
+        ms, totals = (None, None) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
+        _joint_rows[(g.programs,)](
+            *_operands(packed),
+            *(None, None, joint if g.splits == 1 else None, ms, totals, S, N, g.blocks, g.tiles, 1),
+            *(D, *packed.overridden, False),
+            **g.config,
+        )
+        if ms is not None:
+            combine_rows[(cdiv(S, 128),)](ms, totals, joint, S, 1, g.splits, 128, num_warps=4)
+        return joint
+
+    return fastest(run, configs(S, N, packed.dtype), "agg_log_prob", packed.dtype, *packed.overridden, S, N, D)
 
 
 def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor | None) -> tuple[Tensor, Tensor]:

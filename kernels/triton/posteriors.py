@@ -480,9 +480,10 @@ def multiprocessors(device: torch.device) -> int:
     return 1 if INTERPRETED and device.type == "cpu" else 132
 
 
-def _grid(
-    tile: tuple[int, int, int, int, int], owned: int, passing: int, copies: int, steps: int, device: torch.device
-) -> Grid:
+Tile = tuple[int, int, int, int, int]  # RO, RP, TO, TP, UNROLL
+
+
+def _grid(tile: Tile, owned: int, passing: int, copies: int, steps: int, device: torch.device) -> Grid:
     sms, per_sm = multiprocessors(device), 2
     RO, RP, TO, TP, unroll = tile
     if cdiv(owned, RO * TO) * cdiv(passing, RP * TP) * copies < sms:
@@ -498,22 +499,31 @@ def _grid(
     return Grid(config, blocks * copies, splits, max(1, cdiv(tiles, splits)))
 
 
-SMALL = (2, 4, 8, 32, 4)  # RO, RP, TO, TP, UNROLL: 16 x 128 pairs, for problems that have few tiles
+SMALL = (2, 4, 8, 32, 4)  # 16 x 128 pairs, for problems that have few tiles
 
 
-def grid(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, reduce: bool) -> Grid:
+def grid(
+    owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, reduce: bool, tile: Tile | None = None
+) -> Grid:
     """For `owned` samples against `passing` columns, or the other way round; `reduce`: whether each dimension is summed
     over what passes by, across lanes, which should then be few.
 
     The register tile is 8 x 8 or 4 x 16 pairs, so that a step in d loads 16 to 20 words for 128 FMAs and 128 registers
     hold it: two programs of 256 threads on a multiprocessor. Half as many pairs where they are summed in two levels, a
     quarter of float64."""
-    if dtype == torch.float64:
+    if tile is None and dtype == torch.float64:
         tile = (4, 4, 32, 8, 1)
-    else:
+    elif tile is None:
         split = 2 if FOLD.value < D else 1
         tile = (4, 16 // split, 32, 8, 1) if reduce else (8, 8 // split, 16, 16, 2)
     return _grid(tile, owned, passing, 1, D + 8, device)
+
+
+def configs(owned: int, passing: int, dtype: torch.dtype) -> list[Config]:
+    """Tiles for `grid` to be timed by `_launch.fastest`: its own choice, and others for large problems."""
+    large = owned * passing >= 1 << 22 and dtype != torch.float64
+    others = ((4, 16, 32, 8, 1), (4, 8, 32, 8, 2), (8, 4, 16, 16, 2), (8, 8, 16, 16, 1)) if large else ()
+    return [{"tile": tile} for tile in (None, *others)]
 
 
 def grid_per_dimension(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, pull: bool) -> Grid:
