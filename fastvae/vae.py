@@ -1,6 +1,7 @@
 """The VAE: an encoder, a decoder, a likelihood, a prior and an objective, put together."""
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -196,6 +197,10 @@ class VAE(nn.Module):
             TypeError: x is not a floating-point tensor, or a number not an integer.
             ValueError: an unknown `proposal`, no samples, or x outside the likelihood's support.
 
+        Warns:
+            UserWarning: the effective sample size is below 5 (harmonic mean over the examples), so that log p(x) is too
+                low by an amount that cannot be told.
+
         Source: Zheng, eq. 36 to 38.
 
         Example:
@@ -218,7 +223,15 @@ class VAE(nn.Module):
                 squares = torch.logaddexp(squares, (2 * log_w).logsumexp(0))
             ess = (2 * total - squares).exp().masked_fill(total == -math.inf, 0.0)
             results.append(torch.stack((total - math.log(n_samples), ess)).to(dtype))
-        return LogLikelihood(*torch.cat(results, 1))
+        log_px, ess = torch.cat(results, 1)
+        typical = 1 / ess.reciprocal().mean()
+        if typical < 5:
+            warnings.warn(
+                f"log_px: rests on an effective sample size of {typical:.1f} of {n_samples}, so it is too low, by an"
+                " amount that cannot be told; take more n_samples, or another proposal",
+                stacklevel=3,
+            )
+        return LogLikelihood(log_px, ess)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:

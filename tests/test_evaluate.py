@@ -426,9 +426,8 @@ def test_mutual_information_of_pixels() -> None:
 
 def test_too_few_importance_samples_are_warned_of() -> None:
     vae, _ = linear_gaussian(0.01)
-    with pytest.warns(UserWarning, match=r"^mi: .*effective sample size of 1\.\d of 20") as caught:
+    with pytest.warns(UserWarning, match=r"^log_px: .*effective sample size of 1\.\d of 20"):
         decoder_mutual_information(vae, 50, 20, proposal="prior")
-    assert [w.filename for w in caught] == [__file__]
 
 
 def test_errors_of_the_decoders_information() -> None:

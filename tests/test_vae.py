@@ -1,6 +1,8 @@
 """VAE: against formulas written out with torch.distributions, and through what PyTorch does to modules."""
 
 import math
+import re
+import warnings
 
 import pytest
 import torch
@@ -240,6 +242,22 @@ def test_log_likelihood_of_what_the_model_does_not_give_is_minus_infinity():
     assert log_px[1] == -math.inf
     assert ess[1] == 0
     assert (ess[::2] >= 1).all()
+
+
+def test_log_likelihood_warns_of_too_few_samples():
+    model = LinearGaussian(6, D)
+    x = model.draw(31)
+    for posterior, n, warned in (
+        (model.posterior, 13, False),
+        (model.posterior, 4, True),
+        (wrong_posterior(model), 13, True),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _, ess = linear_gaussian_vae(model, posterior).log_likelihood(x, n)
+        assert (1 / ess.reciprocal().mean() < 5) == warned
+        assert [w.filename for w in caught] == [__file__] * warned
+        assert all(re.match(rf"log_px: .*effective sample size of \d\.\d of {n},", str(w.message)) for w in caught)
 
 
 def test_log_likelihood_takes_any_number_of_examples_and_dtypes():
