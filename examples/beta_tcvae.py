@@ -110,18 +110,20 @@ def draw(figure: Any, curves: dict[Family, list[Run]], elbo: Run) -> None:
             curve = [elbo, *runs] if family.alpha == 1 else runs
             points = [(run.nell, getattr(run, name)) for run in curve]
             axes.plot(*zip(*points, strict=True), "o-", color=family.color, ms=4, lw=1.8, label=family.label)
-            lower_left = family.alpha == 0.5
-            place: Any = {"xytext": (-4, -3) if lower_left else (4, 3), "textcoords": "offset points", "fontsize": 8}
-            place |= {"ha": "right", "va": "top"} if lower_left else {"ha": "left", "va": "bottom"}
+            below = family.alpha == 0.5 if name == "tc" else family.alpha is None  # where the other curves are not
+            place: Any = {"xytext": (-5, -3) if below else (4, 4), "textcoords": "offset points", "fontsize": 8}
+            place |= {"ha": "right", "va": "top"} if below else {"ha": "left", "va": "bottom"}
             for run in runs:
                 axes.annotate(f"{run.beta:g}", (run.nell, getattr(run, name)), color=family.color, **place)
         axes.plot(elbo.nell, getattr(elbo, name), "o", color="black", ms=7, label="the ELBO")
-        axes.set(xlabel="Nell, nats per image")
+        axes.margins(x=0.12)
+        axes.set(xlabel="Nell = −E log p(x|z), nats per image")
     correlation.set(title="Total correlation", ylabel="TC, nats", yscale="log")
     information.set(title="Mutual information", ylabel="I(x; z), nats", ylim=(0, None))
     ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if within(correlation.get_ylim(), tick)]
     correlation.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     correlation.minorticks_off()
+    information.plot([], [], " ", label="numbers: β")
     information.legend(frameon=False, fontsize=9, loc="lower left")
 
     lower = tc_at(elbo.nell, curves[FAMILIES[-1]])
@@ -129,7 +131,7 @@ def draw(figure: Any, curves: dict[Family, list[Run]], elbo: Run) -> None:
         arrow = {"arrowstyle": "->", "shrinkA": 4, "shrinkB": 1, "lw": 1.2}
         correlation.annotate("", (elbo.nell, lower), xytext=(elbo.nell, elbo.tc), arrowprops=arrow, zorder=4)
         text = f"TC {elbo.tc:.2f} → {lower:.2f}\nat equal Nell"
-        place = {"xytext": (10, 18), "textcoords": "offset points", "fontsize": 9, "va": "bottom"}
+        place = {"xytext": (16, 24), "textcoords": "offset points", "fontsize": 9, "va": "bottom"}
         correlation.annotate(text, (elbo.nell, elbo.tc), **place)
 
 

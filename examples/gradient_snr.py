@@ -8,7 +8,7 @@ grows like sqrt(m) (Tucker et al. 2019).
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,35 +49,50 @@ class Problem:
         return torch.autograd.grad(bound.sum(), mu)[0]
 
 
-def measure(name: str, m: int, repeats: int) -> tuple[float, float]:
-    """(norm of the mean, root of the summed variances) of `repeats` gradients, of which some are computed at once."""
+class Measured(NamedTuple):
+    """The norm of the mean gradient, the root of the summed variances, and the standard error of the norm."""
+
+    mean: float
+    deviation: float
+    error: float
+
+
+def measure(name: str, m: int, repeats: int) -> Measured:
+    """Of `repeats` gradients, of which some are computed at once."""
     problem, at_once = Problem(), max(1, 2**16 // m)
     sizes = [min(at_once, repeats - first) for first in range(0, repeats, at_once)]
     g = torch.cat([problem.gradients(name, m, size) for size in sizes]).double()
-    variance = g.var(0).sum()
-    signal = g.mean(0).square().sum() - variance / repeats  # without what the noise of the mean adds to its square
-    return signal.clamp(min=0).sqrt().item(), variance.sqrt().item()
+    mean, variance = g.mean(0), g.var(0).sum()
+    signal = mean.square().sum() - variance / repeats  # without what the noise of the mean adds to its square
+    along = g @ (mean / mean.norm())  # [repeats], what the norm of the mean is the mean of
+    error = along.std() / repeats**0.5
+    return Measured(*(float(x) for x in (signal.clamp(min=0).sqrt(), variance.sqrt(), error)))
 
 
-def draw(figure: Any, counts: list[int], results: dict[str, list[tuple[float, float]]]) -> None:
-    ratio, signal = figure.subplots(1, 2)
+def draw(figure: Any, counts: list[int], results: dict[str, list[Measured]]) -> None:
+    ratio, signal = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
     for name, (label, color) in GRADIENTS.items():
-        means = [mean for mean, _ in results[name]]
-        ratios = [mean / deviation for mean, deviation in results[name]]
-        for axes, values in ((ratio, ratios), (signal, means)):
+        means = [r.mean for r in results[name]]
+        ratios = [r.mean / r.deviation for r in results[name]]
+        errors = [2 * r.error for r in results[name]]
+        relative = [2 * r.error / r.deviation for r in results[name]]
+        for axes, values, bars in ((ratio, ratios, relative), (signal, means, errors)):
             dashed = axes is signal and name == "dreg"  # the two that agree: one drawn over the other
-            axes.plot(counts, values, color=color, lw=2, ls=(0, (3, 2)) if dashed else "-", zorder=3 if dashed else 2)
+            look: Any = {"ls": (0, (3, 2)), "zorder": 3} if dashed else {"ls": "-", "zorder": 2}
+            axes.errorbar(counts, values, bars, color=color, lw=2, elinewidth=1, capsize=2, **look)
+        label = "STL (biased)" if name == "stl" else label
         place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "color": color}
         ratio.annotate(label, (counts[-1], ratios[-1]), **place)
         if name != "dreg":
-            both = "STL, biased" if name == "stl" else "IWAE and DReG"
+            both = label if name == "stl" else "IWAE and DReG"
             signal.annotate(both, (counts[-1], means[-1]), **place | {"color": "black" if name == "iwae" else color})
     for name, power, text in (("dreg", 0.5, "√m"), ("iwae", -0.5, "1/√m")):
-        last = results[name][-1][0] / results[name][-1][1] * (0.55 if power > 0 else 1.8)
+        last = results[name][-1].mean / results[name][-1].deviation * (0.55 if power > 0 else 1.8)
         guide = [last * (m / counts[-1]) ** power for m in counts[-5:]]
         ratio.plot(counts[-5:], guide, color="black", lw=0.8, ls=":")
         ratio.annotate(text, (counts[-3], guide[-3]), xytext=(0, -9 if power > 0 else 9), textcoords="offset points")
     ratio.set(title="Signal to noise of the encoder's gradient", ylabel="|mean| / standard deviation")
+    signal.annotate("bars: ± 2 standard errors", (0.03, 0.04), xycoords="axes fraction", fontsize=8)
     signal.set(title="Mean of the encoder's gradient", ylabel="|mean gradient|, nats per unit of mu")
     for axes in (ratio, signal):
         axes.set(xscale="log", yscale="log", xlabel="m, samples inside the logarithm")
@@ -99,8 +114,8 @@ def main() -> None:
     print("   m " + "".join(f"{label:>8} SNR    mean" for label, _ in GRADIENTS.values()))
     for i, m in enumerate(counts):
         numbers = (results[name][i] for name in GRADIENTS)
-        print(f"{m:4d} " + "".join(f"{mean / deviation:12.3f} {mean:7.3f}" for mean, deviation in numbers))
-    plots.save(options.out, (10, 3.8), lambda figure: draw(figure, counts, results))
+        print(f"{m:4d} " + "".join(f"{r.mean / r.deviation:12.3f} {r.mean:7.3f}" for r in numbers))
+    plots.save(options.out, (10.5, 3.8), lambda figure: draw(figure, counts, results))
 
 
 if __name__ == "__main__":
