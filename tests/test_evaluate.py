@@ -260,7 +260,6 @@ def broken(batch: Any) -> Iterator[Any]:
         (TypeError, "seed", None, {"seed": 1.5}),
         (ValueError, "seed", None, {"seed": -1}),
     ],
-    ids=str,
 )
 def test_errors_of_the_data_set(error: type[Exception], named: str, source: Any, options: dict[str, Any]) -> None:
     source = (torch.zeros(4, 3), torch.zeros(4, 3)) if source is None else source
@@ -318,7 +317,6 @@ def test_bounds() -> None:
         (ValueError, "likelihood", {"likelihood": "gaussian"}),
         (TypeError, "likelihood", {"likelihood": nn.Identity()}),
     ],
-    ids=str,
 )
 def test_errors_of_the_bounds(error: type[Exception], named: str, changed: dict[str, Any]) -> None:
     with pytest.raises(error, match=rf"^{named}: expected"):
@@ -364,7 +362,6 @@ def test_active_units(dtype: torch.dtype) -> None:
         (ValueError, "threshold", (torch.zeros(4, 3), -1.0)),
         (TypeError, "threshold", (torch.zeros(4, 3), "1")),
     ],
-    ids=str,
 )
 def test_errors_of_active_units(error: type[Exception], named: str, arguments: tuple) -> None:
     with pytest.raises(error, match=rf"^{named}: expected"):
