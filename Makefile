@@ -1,7 +1,8 @@
 # Every target makes its own environment in .venv when it is missing.
 #   make demo        train a VAE on real digits and draw it (a minute)
 #   make test        the test suite, quick profile;  make test-long: hypothesis searches for an hour
-#   make bench       the benchmarks;  make bench-cpu: the CPU table, against what people use today
+#   make bench       the benchmarks and their report, in under ten minutes;  make bench-cpu: those with a target, and the
+#                    table of targets (ONLY=kl_gauss: of one op);  make bench-smoke: a trial that measures nothing
 #   make check       ruff, ruff format, mypy
 #   make sanitize    the native tests under the address, undefined-behaviour and thread sanitizers
 #   make neon        the kernels for AArch64, by a cross-compiler, checked on an emulated CPU (qemu-user)
@@ -17,22 +18,29 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/* kernels/cp
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-long bench bench-cpu check sanitize neon clean
+.PHONY: demo test test-long bench bench-cpu bench-smoke check sanitize neon clean
 
 demo: $(BUILT)
 	$(BIN)/python -m fastvae demo
 
 test: $(BUILT)
-	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pytest
+	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n auto
 
 test-long: $(BUILT)
 	FASTVAE_REQUIRE_NATIVE=1 FASTVAE_HYPOTHESIS=long $(BIN)/python -m pytest
 
 bench: $(BUILT)
-	$(BIN)/python -m pytest bench --benchmark-only
+	mkdir -p build/bench
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench/all.json
+	$(BIN)/python -m bench.report build/bench/all.json
 
 bench-cpu: $(BUILT)
-	$(BIN)/python -m bench.cpu
+	mkdir -p build/bench
+	$(BIN)/python -m pytest bench -q -m target -k "$(ONLY)" --benchmark-only --benchmark-json=build/bench/targets.json
+	$(BIN)/python -m bench.report --targets build/bench/targets.json
+
+bench-smoke: $(BUILT)
+	$(BIN)/python -m pytest bench -q --benchmark-disable
 
 check: $(BUILT)
 	$(BIN)/ruff check .

@@ -1,25 +1,92 @@
-"""What the suites share: one benchmark case, forward alone or forward and backward."""
+"""What the suites share. Each test is a case: all of its contestants race, interleaved, in one benchmark whose own
+figure is fastvae's; the others' are in its `extra_info`, and in the tables at the end.
 
-from collections.abc import Callable
+    pytest bench --benchmark-only                      the suite; -k and -m target choose from it
+    pytest bench --benchmark-only --benchmark-json=F   and saves what was measured, for `python -m bench.report F`
+    pytest bench --benchmark-disable                   a trial: the smallest cases, checked and not measured
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
 
-from .harness import forward, forward_backward
+from . import report
+from .cases import MEMORY_TARGETS, TARGETS, Case, cases, smallest
+from .contest import measure, try_out
+from .harness import Prepare
+from .machine import Ceilings, ceilings, describe
 
-Case = Callable[..., None]
+Contest = Callable[[Case], None]
+
+_measured = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "target: has a ratio, or a memory, to reach")
+    config.stash[_measured] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every case of the op that the test is named for."""
+    if "case" in metafunc.fixturenames:
+        found = cases(metafunc.function.__name__.removeprefix("bench_"))
+        marks = {case: [pytest.mark.target] for case in (*TARGETS, *MEMORY_TARGETS)}
+        metafunc.parametrize("case", [pytest.param(c, marks=marks.get(c, ()), id=str(c)) for c in found])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _trial(config):
+        of_case = {item: item.callspec.params.get("case") for item in items if hasattr(item, "callspec")}
+        left_out = [item for item, case in of_case.items() if case and not smallest(case)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _trial(config: pytest.Config) -> bool:
+    return bool(config.getoption("benchmark_disable"))
+
+
+@pytest.fixture(scope="session")
+def ceiling() -> Ceilings:
+    return ceilings(torch.get_num_threads())
 
 
 @pytest.fixture
-def case(benchmark: Callable[..., object], request: pytest.FixtureRequest) -> Case:
-    """Times a function on inputs, grouped by op, size and direction, so that peers stand side by side."""
+def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
+    """Measures a case, and fails where fastvae is not accurate."""
 
-    def run(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], direction: str) -> None:
-        op = request.node.originalname.removeprefix("bench_")
-        size = ", ".join(str(list(x.shape)) for x in inputs)
-        benchmark.group = f"{op}, {direction}: {size}"
-        timed = (forward if direction == "forward" else forward_backward)(function, *inputs)
-        timed(), timed()  # compilation is not timed
-        benchmark(timed)
+    def run(case: Case) -> None:
+        benchmark.group = f"{case.name}, {case.mode}"
+
+        def clock(ready: Prepare, rounds: int) -> Sequence[float]:
+            benchmark.pedantic(lambda timed: timed(), setup=lambda: ((ready(),), {}), rounds=rounds)
+            return benchmark.stats.stats.data
+
+        if _trial(request.config):
+            results = benchmark.pedantic(try_out, (case,))
+        else:
+            measured = measure(case, request.getfixturevalue("ceiling"), clock)
+            benchmark.extra_info.update(measured)
+            request.config.stash[_measured].append(measured)
+            results = measured["results"]
+        assert results["fastvae"]["verdict"] == "accurate", results["fastvae"]
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for line in report.full_tables(config.stash[_measured]):
+        terminalreporter.write_line(line)
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, object]:
+    return describe()
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Single repeats are not kept: the file is small."""
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
+        benchmark["params"] = None  # a Case, which extra_info spells out

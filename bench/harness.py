@@ -1,47 +1,27 @@
-"""Racing functions against each other: interleaved repeats in one run, medians, memory, errors, ceilings."""
+"""Racing functions against each other: what is timed, interleaved repeats, memory, limits."""
 
+import contextlib
 import ctypes
-import statistics
-import subprocess
-import tempfile
+import gc
+import random
+import resource
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Run = Callable[[], object]
-KERNELS = Path(__file__).parents[1] / "kernels"
+Run = Callable[[], object]  # what is timed
+Prepare = Callable[[], Run]  # what must be done before, untimed
+Clock = Callable[[Prepare, int], Sequence[float]]  # the times of so many runs, in seconds
+
+LEAST, MOST = 3, 300  # repeats
+SHORT = 0.01  # seconds; the time of a shorter run depends on what ran before
 
 
-class Timing(NamedTuple):
-    median: float  # seconds
-    low: float  # quartiles
-    high: float
-
-
-def race(runs: dict[str, Run], seconds: float = 6.0, least: int = 5, most: int = 200) -> dict[str, Timing]:
-    """Times every function in turn, round after round, so that all see the same machine; each first warmed up
-    (compilation included) outside the timing."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run(), run()
-    begin = time.perf_counter()
-    for round_ in range(most):
-        if round_ >= least and time.perf_counter() - begin > seconds:
-            break
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: Timing(statistics.median(t), *_quartiles(t)) for name, t in times.items()}
-
-
-def _quartiles(times: Sequence[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(times, n=4)
-    return low, high
+# What is timed.
 
 
 def forward(function: Callable[..., object], *inputs: Tensor) -> Run:
@@ -54,37 +34,157 @@ def forward(function: Callable[..., object], *inputs: Tensor) -> Run:
     return run
 
 
-def forward_backward(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Run:
+def forward_backward(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, rows: Tensor | None = None
+) -> Run:
     """Forward and backward with respect to every input; returns the gradients. The upstream gradients are ones, dense
-    as the rest of a model would send them, and made beforehand."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    as the rest of a model would send them, and made beforehand; with `rows`, zero in all others."""
+    prepare = backward(function, *inputs, rows=rows)
+    return lambda: prepare()()
+
+
+def backward(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, rows: Tensor | None = None
+) -> Prepare:
+    """The same, of which the forward is not timed."""
+    leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
     upstream: list[Tensor] = []
 
-    def run() -> object:
+    def prepare() -> Run:
         result = function(*leaves)
         results = (result,) if isinstance(result, Tensor) else result
         if not upstream:
-            upstream.extend(map(torch.ones_like, results))
-        return torch.autograd.grad(results, leaves, upstream)
+            upstream.extend(torch.ones_like(r) if rows is None else _ones_in(rows, r) for r in results)
+        return lambda: torch.autograd.grad(results, leaves, upstream)
 
-    return run
+    return prepare
 
 
-def max_error(result: object, truth: object) -> float:
-    """The largest absolute difference of (tuples of) tensors."""
-    if isinstance(result, Tensor) and isinstance(truth, Tensor):
-        return float((result.double() - truth.double()).abs().max())
-    return max(max_error(r, t) for r, t in zip(result, truth, strict=True))  # type: ignore[call-overload]
+def _ones_in(rows: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).index_fill_(0, rows, 1)
+
+
+def _always(run: Run) -> Prepare:
+    return lambda: run
+
+
+MODES: dict[str, Callable[..., Prepare]] = {
+    "forward": lambda function, *inputs: _always(forward(function, *inputs)),
+    "backward": backward,
+    "forward + backward": lambda function, *inputs: _always(forward_backward(function, *inputs)),
+    "step": lambda function, *inputs: _always(lambda: function(*inputs)),
+}
+
+
+# Time.
+
+
+def seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def by_hand(ready: Prepare, rounds: int) -> list[float]:
+    return [seconds(ready()) for _ in range(rounds)]
+
+
+def race(
+    prepares: dict[str, Prepare],
+    estimates: dict[str, float],
+    refresh: Callable[[int], None] = lambda _: None,
+    clock: Clock = by_hand,
+    budget: float = 0.3,
+) -> dict[str, list[float]]:
+    """The times of each: as many as fit into `budget` seconds of its own by `estimates` of one, prepared.
+
+    The first takes part in every round, timed by `clock`; the others' repeats are spread evenly over the rounds, in an
+    order that changes. A short run follows one of its own that is not timed, so that nobody finds the caches and the
+    threads as another has left them. Before each run `refresh(round)` writes the inputs anew.
+    """
+    first, *others = prepares
+    repeats = {name: min(MOST, max(LEAST, int(budget / estimates[name]))) for name in prepares}
+    rounds = repeats[first]
+    times: dict[str, list[float]] = {name: [] for name in prepares}
+    order = random.Random(0)
+    number = iter(range(rounds))
+
+    def prepared(name: str, n: int) -> Run:
+        if estimates[name] < SHORT:
+            refresh(n)
+            prepares[name]()()
+        refresh(n)
+        return prepares[name]()
+
+    def ready() -> Run:
+        n = next(number)
+        due = [name for name in others if _due(n, min(repeats[name], rounds), rounds)]
+        for name in order.sample(due, len(due)):
+            times[name].append(seconds(prepared(name, n)))
+        return prepared(first, n)
+
+    times[first] = list(clock(ready, rounds))
+    return times
+
+
+def _due(n: int, repeats: int, rounds: int) -> bool:
+    """Whether something repeated so often takes part in round n."""
+    return (n + 1) * repeats // rounds > n * repeats // rounds
+
+
+# Memory, and limits.
 
 
 def peak_extra_bytes(run: Run) -> int:
-    """How far the process's resident memory rises above its start while `run` runs (Linux)."""
+    """How far the process's resident memory rises above its start while `run` runs, its results included (Linux; the
+    kernel's counters are right to a few hundred KiB)."""
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     result = run()
     peak = _status("VmHWM")
     del result
     return max(0, peak - before)
+
+
+def give_back() -> None:
+    """Returns freed memory to the system, so that the next to use it is seen to."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def memory_limit(extra: int) -> Iterator[None]:
+    """Allocations that would take the process `extra` bytes beyond what it has now fail with a MemoryError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + extra, hard))
+    failed = False
+    try:
+        yield
+    except RuntimeError as error:  # as torch says it
+        if "can't allocate memory" not in str(error):
+            raise
+        failed = True
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    if failed:
+        raise MemoryError(f"over {extra} bytes")
+
+
+@contextlib.contextmanager
+def time_limit(limit: float) -> Iterator[None]:
+    """A TimeoutError after `limit` seconds, as soon as the interpreter is back from what it calls."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"over {limit} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _status(field: str) -> int:
@@ -94,23 +194,8 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-class Ceilings(NamedTuple):
-    """What this machine can do on `threads` threads, per second."""
-
-    fma: float  # float32 fused multiply-adds
-    exponentials: float  # float32, by our own polynomial in registers
-
-
-def ceilings(threads: int) -> Ceilings:
-    """Measured now, by a small native probe compiled for this machine."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "probe.so"
-        source = Path(__file__).parent / "probe.cpp"
-        flags = "-std=c++20 -O3 -march=native -ffp-contract=fast -fno-math-errno -w -shared -fPIC"
-        subprocess.run(
-            ["g++", *flags.split(), "-I", str(KERNELS / "cpu"), str(source), "-o", str(library), "-lpthread"],
-            check=True,
-        )
-        probe = ctypes.CDLL(str(library))
-        probe.fma_rate.restype = probe.exp_rate.restype = ctypes.c_double
-        return Ceilings(*(max(rate(threads) for _ in range(5)) for rate in (probe.fma_rate, probe.exp_rate)))
+def max_error(result: object, truth: object) -> float:
+    """The largest absolute difference of (tuples of) tensors."""
+    if isinstance(result, Tensor) and isinstance(truth, Tensor):
+        return float((result.double() - truth.double()).abs().max())
+    return max(max_error(r, t) for r, t in zip(result, truth, strict=True))  # type: ignore[call-overload]

@@ -1,12 +1,19 @@
 """What people write today, each a few lines from its formula, named for what it is. Natural-log units, uniform
-weights 1/N. Nothing here uses fastvae."""
+weights 1/N. z is [S, D]; mu and logvar are [N, D], or [B, D]. Nothing here uses fastvae."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributions as dist
 from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
+Marginals = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+# Over one batch.
 
 
 def kl_formula(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -14,29 +21,71 @@ def kl_formula(mu: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp()) / mu.shape[0]
 
 
+def kl_distributions(mu: Tensor, logvar: Tensor) -> Tensor:
+    return dist.kl_divergence(normal(mu, logvar), normal(torch.zeros_like(mu), torch.zeros_like(mu))).sum(-1).mean()
+
+
 def reparameterize_formula(mu: Tensor, logvar: Tensor) -> Tensor:
     return mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
 
 
+def reparameterize_distributions(mu: Tensor, logvar: Tensor) -> Tensor:
+    return normal(mu, logvar).rsample()
+
+
+def sample_formula(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z [B, D], log q(z|x), log p(z) and the KL, [B] each."""
+    eps = torch.randn_like(mu)
+    z = mu + eps * torch.exp(0.5 * logvar)
+    log_q = -0.5 * (eps.square() + logvar + LOG_2PI).sum(-1)
+    log_p = -0.5 * (z.square() + LOG_2PI).sum(-1)
+    return z, log_q, log_p, -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(-1)
+
+
+def sample_distributions(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, p = normal(mu, logvar), normal(torch.zeros_like(mu), torch.zeros_like(mu))
+    z = q.rsample()
+    return z, q.log_prob(z).sum(-1), p.log_prob(z).sum(-1), dist.kl_divergence(q, p).sum(-1)
+
+
+def normal(mu: Tensor, logvar: Tensor) -> dist.Normal:
+    return dist.Normal(mu, torch.exp(0.5 * logvar), validate_args=False)
+
+
+# Between all samples and all posteriors.
+
+
+def cross_broadcast(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """log q(z_i|x_j) [S, N] by way of [S, N, D]."""
+    return -0.5 * ((z[:, None] - mu).square() * torch.exp(-logvar) + logvar + LOG_2PI).sum(-1)
+
+
+def cross_gemm(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """log q(z_i|x_j) [S, N] by expanding the square into two matrix products: fast, and much less accurate."""
+    precision = torch.exp(-logvar)
+    constant = (mu.square() * precision + logvar + LOG_2PI).sum(-1)
+    return -0.5 * (z.square() @ precision.T - 2 * z @ (mu * precision).T + constant)
+
+
+def cross_distributions(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return dist.Independent(normal(mu, logvar), 1).log_prob(z[:, None])
+
+
 def agg_broadcast(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """log q(z) [S] by way of [S, N, D]."""
+    """log q(z) [S]"""
     log_q = -0.5 * ((z[:, None] - mu).square() * torch.exp(-logvar) + logvar + LOG_2PI)
     return torch.logsumexp(log_q.sum(-1), 1) - math.log(mu.shape[0])
 
 
 def agg_gemm(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """log q(z) [S] by expanding the square into two matrix products: fast, and much less accurate."""
-    precision = torch.exp(-logvar)
-    constant = (mu.square() * precision + logvar + LOG_2PI).sum(-1)
-    log_q = -0.5 * (z.square() @ precision.T - 2 * z @ (mu * precision).T + constant)
-    return torch.logsumexp(log_q, 1) - math.log(mu.shape[0])
+    """log q(z) [S]"""
+    return torch.logsumexp(cross_gemm(z, mu, logvar), 1) - math.log(mu.shape[0])
 
 
-def marginals_broadcast(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    """log q(z) [S] and log q_d(z_d) [S, D] by way of [S, N, D]."""
-    log_q = -0.5 * ((z[:, None] - mu).square() * torch.exp(-logvar) + logvar + LOG_2PI)
-    log_n = math.log(mu.shape[0])
-    return torch.logsumexp(log_q.sum(-1), 1) - log_n, torch.logsumexp(log_q, 1) - log_n
+def agg_distributions(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """log q(z) [S] of torch's mixture distribution."""
+    columns = dist.Independent(normal(mu, logvar), 1)
+    return dist.MixtureSameFamily(_uniform(mu, mu.shape[0]), columns, validate_args=False).log_prob(z)
 
 
 def agg_keops(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -49,7 +98,84 @@ def agg_keops(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     return log_q.logsumexp(dim=1)[:, 0] - math.log(mu.shape[0])
 
 
-compiled_kl = torch.compile(kl_formula)
-compiled_broadcast = torch.compile(agg_broadcast)
-compiled_gemm = torch.compile(agg_gemm)
-compiled_marginals = torch.compile(marginals_broadcast)
+def agg_sklearn(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """log q(z) [S] of scikit-learn's mixture with these components; without gradient."""
+    from sklearn.mixture import GaussianMixture
+
+    N, D = mu.shape
+    mixture = GaussianMixture(N, covariance_type="diag")
+    mixture.weights_ = torch.full((N,), 1 / N, dtype=mu.dtype).numpy()
+    mixture.means_, mixture.covariances_ = mu.numpy(), logvar.exp().numpy()
+    mixture.precisions_cholesky_ = torch.exp(-0.5 * logvar).numpy()
+    mixture.n_features_in_ = D
+    return torch.from_numpy(mixture.score_samples(z.numpy()))
+
+
+def marginals_broadcast(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """log q(z) [S] and log q_d(z_d) [S, D] by way of [S, N, D]."""
+    log_q = -0.5 * ((z[:, None] - mu).square() * torch.exp(-logvar) + logvar + LOG_2PI)
+    log_n = math.log(mu.shape[0])
+    return torch.logsumexp(log_q.sum(-1), 1) - log_n, torch.logsumexp(log_q, 1) - log_n
+
+
+def marginals_distributions(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """The joint, and for each dimension a mixture of its own, [D, N] components."""
+    columns = normal(mu.T, logvar.T)
+    marginals = dist.MixtureSameFamily(_uniform(mu, *columns.batch_shape), columns, validate_args=False)
+    return agg_distributions(z, mu, logvar), marginals.log_prob(z)
+
+
+def marginals_keops(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """The joint, and the dimensions as a batch of one-dimensional ones: KeOps' log-sum-exp is of scalars."""
+    from pykeops.torch import LazyTensor
+
+    def columns(x: Tensor) -> Any:
+        return LazyTensor(x.T[:, None, :, None].contiguous())  # [D, 1, N, 1]
+
+    z_i, logvar_j = LazyTensor(z.T[:, :, None, None].contiguous()), columns(logvar)
+    log_q = ((z_i - columns(mu)).square() * columns(torch.exp(-logvar)) + logvar_j + LOG_2PI) * (-0.5)
+    marginals = log_q.logsumexp(dim=2)[..., 0].T  # [S, D]
+    return agg_keops(z, mu, logvar), marginals - math.log(mu.shape[0])
+
+
+def matrix_product(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """Not a peer but a yardstick: a matrix product with as many FMAs as the joint, 2·S·N·D."""
+    return torch.cat((z, z), 1) @ torch.cat((mu, logvar), 1).T
+
+
+def _uniform(like: Tensor, *shape: int) -> dist.Categorical:
+    return dist.Categorical(logits=like.new_zeros(shape), validate_args=False)
+
+
+# A compiler for each size: it is told not to make kernels for any size, which are slower.
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+compiled_kl = compiled(kl_formula)
+compiled_reparameterize = compiled(reparameterize_formula)
+compiled_sample = compiled(sample_formula)
+compiled_cross_broadcast = compiled(cross_broadcast)
+compiled_cross_gemm = compiled(cross_gemm)
+compiled_broadcast = compiled(agg_broadcast)
+compiled_gemm = compiled(agg_gemm)
+compiled_marginals = compiled(marginals_broadcast)
+
+
+# Over a whole data set.
+
+
+def decomposition(
+    marginals: Marginals, z: Tensor, mu: Tensor, logvar: Tensor, most: int = 2**24
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mi, tc, dim_kl [D]) with z [S, D] drawn from the first S posteriors; `marginals` sees some rows at a time, that
+    [rows, N, D] has at most `most` elements."""
+    S, (N, D) = len(z), mu.shape
+    rows = max(r for r in range(1, S + 1) if S % r == 0 and (r == 1 or r * N * D <= most))
+    parts = [marginals(chunk, mu, logvar) for chunk in z.split(rows)]
+    joint, each = torch.cat([j for j, _ in parts]).double(), torch.cat([m for _, m in parts]).double()
+    conditional = normal(mu[:S], logvar[:S]).log_prob(z).sum(-1)
+    dim_kl = (each + 0.5 * (z.double().square() + LOG_2PI)).mean(0)
+    return (conditional - joint).mean(), (joint - each.sum(-1)).mean(), dim_kl

@@ -1,0 +1,313 @@
+"""What is measured: every op with its sizes and peers, and the ratios to reach. The suites and the report read this."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastvae
+
+from . import peers, training
+from .accuracy import ROWS
+from .inputs import SEED, binary_images, posteriors, samples_and_posteriors
+
+FORWARD, BACKWARD, BOTH, STEP = "forward", "backward", "forward + backward", "step"
+Size = tuple[int, int]
+Contestants = dict[str, Callable[..., Any] | str]  # by name, fastvae first; a string says why there is none
+
+
+class Op(NamedTuple):
+    """Something to measure.
+
+    contestants: of a size, (B, D). inputs: of B, D and a seed. sizes: by mode, smallest first. elements: of a size,
+    what the cost is in proportion to. work: by mode, how many of `ceiling`'s units an element needs. exact, rowwise
+    and hidden: as in `accuracy.Truth`; no `exact` is the reference backend. part: of a contestant, the part of it that
+    is checked, where all of it in float64 would take too long. forward_only: those that have no gradient.
+    yardsticks: those that give something else, of which only the time counts.
+    """
+
+    contestants: Callable[[int, int], Contestants]
+    inputs: Callable[[int, int, int], tuple[Tensor, ...]]
+    sizes: dict[str, list[Size]]
+    elements: Callable[[int, int], float]
+    ceiling: str = ""
+    work: dict[str, float] = {}  # noqa: RUF012
+    exact: Callable[..., Any] | None = None
+    rowwise: int = 0
+    hidden: Callable[..., tuple[Tensor, ...]] | None = None
+    part: Callable[..., Any] | None = None
+    forward_only: tuple[str, ...] = ()
+    yardsticks: tuple[str, ...] = ()
+
+
+class Case(NamedTuple):
+    """An op at a size in a mode."""
+
+    name: str  # of the op
+    size: Size
+    mode: str
+
+    @property
+    def op(self) -> Op:
+        return OPS[self.name]
+
+    def __str__(self) -> str:
+        return f"{self.mode}-{self.size[0]}x{self.size[1]}"
+
+
+def cases(name: str) -> Iterator[Case]:
+    """Those of an op, smallest first; the modes of a size follow each other, and share what is compiled."""
+    op = OPS[name]
+    sizes = sorted({size for sizes in op.sizes.values() for size in sizes}, key=lambda size: op.elements(*size))
+    return (Case(name, size, mode) for size in sizes for mode in op.sizes if size in op.sizes[mode])
+
+
+def smallest(case: Case) -> bool:
+    return case == next(other for other in cases(case.name) if other.mode == case.mode)
+
+
+# The contestants.
+
+
+def _always(**contestants: Callable[..., Any] | str) -> Callable[[int, int], Contestants]:
+    return lambda B, D: dict(contestants)
+
+
+def _sample_all(mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
+    return tuple(fastvae.sample_gauss(mu, logvar))  # type: ignore[arg-type]
+
+
+def _decomposition_dataset(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
+    """z is what it draws from the first posteriors with this seed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a few thousand posteriors this wide do not say how much z knows of x
+        terms = fastvae.kl_decomposition_dataset((mu, logvar), rows=torch.arange(len(z)), seed=SEED)
+    return terms.mi, terms.tc, terms.dim_kl
+
+
+def _dataset_peer(marginals: peers.Marginals) -> Callable[..., Any]:
+    return functools.partial(peers.decomposition, marginals)
+
+
+def _first_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda z, *posteriors: function(z[:ROWS], *posteriors)
+
+
+def _noise(function: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor]:
+    """The sample of N(0, I)."""
+    result = function(*(torch.zeros_like(x) for x in inputs))
+    return (result if isinstance(result, Tensor) else result[0],)
+
+
+def _sample_exactly(mu: Tensor, logvar: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
+    z = mu + eps * torch.exp(0.5 * logvar)
+    log_q = -0.5 * (eps.square() + logvar + peers.LOG_2PI).sum(-1)
+    kl = 0.5 * (torch.expm1(logvar) - logvar + mu.square()).sum(-1)
+    return z, log_q, -0.5 * (z.square() + peers.LOG_2PI).sum(-1), kl
+
+
+def _pairs(B: int, D: int) -> float:
+    return float(B) * B * D
+
+
+def _exponentials(B: int, D: int) -> float:
+    return float(B) * B * (D + 1)
+
+
+def _elements(B: int, D: int) -> float:
+    return float(B) * D
+
+
+ELEMENTWISE: list[Size] = [(128, 32), (1024, 32), (8192, 64), (65536, 128)]
+
+# Work per element: FMAs, 2 forward and 6 backward; exponentials, one each way; bytes that must move.
+OPS = {
+    "kl_gauss": Op(
+        _always(
+            fastvae=fastvae.kl_gauss,
+            eager=peers.kl_formula,
+            compiled=peers.compiled_kl,
+            torch_distributions=peers.kl_distributions,
+        ),
+        posteriors,
+        {FORWARD: ELEMENTWISE, BACKWARD: ELEMENTWISE[::2], BOTH: ELEMENTWISE},
+        _elements,
+        "bandwidth",
+        {FORWARD: 8, BACKWARD: 16, BOTH: 24},
+    ),
+    "reparameterize": Op(
+        _always(
+            fastvae=fastvae.reparameterize,
+            eager=peers.reparameterize_formula,
+            compiled=peers.compiled_reparameterize,
+            torch_distributions=peers.reparameterize_distributions,
+        ),
+        posteriors,
+        {FORWARD: ELEMENTWISE, BACKWARD: ELEMENTWISE[::2], BOTH: ELEMENTWISE},
+        _elements,
+        "bandwidth",
+        {FORWARD: 12, BACKWARD: 16, BOTH: 28},
+        exact=lambda *x: _sample_exactly(*x)[0],
+        rowwise=2,
+        hidden=_noise,
+    ),
+    "sample_gauss": Op(
+        _always(
+            fastvae=_sample_all,
+            eager=peers.sample_formula,
+            compiled=peers.compiled_sample,
+            torch_distributions=peers.sample_distributions,
+        ),
+        posteriors,
+        {FORWARD: ELEMENTWISE[::2], BACKWARD: ELEMENTWISE[2:3], BOTH: ELEMENTWISE[::2]},
+        _elements,
+        "bandwidth",
+        {FORWARD: 12, BACKWARD: 16, BOTH: 28},
+        exact=_sample_exactly,
+        rowwise=2,
+        hidden=_noise,
+    ),
+    "cross_log_prob": Op(
+        _always(
+            fastvae=fastvae.cross_log_prob,
+            eager_broadcast=peers.cross_broadcast,
+            eager_gemm=peers.cross_gemm,
+            compiled_broadcast=peers.compiled_cross_broadcast,
+            compiled_gemm=peers.compiled_cross_gemm,
+            keops="reduces over columns, never gives the matrix",
+            torch_distributions=peers.cross_distributions,
+        ),
+        samples_and_posteriors,
+        {FORWARD: [(256, 10), (1024, 32), (4096, 32)], BACKWARD: [(1024, 32)], BOTH: [(256, 10), (1024, 32)]},
+        _pairs,
+        "fma",
+        {FORWARD: 2, BACKWARD: 6, BOTH: 8},
+        rowwise=1,
+    ),
+    "agg_log_prob": Op(
+        _always(
+            fastvae=fastvae.agg_log_prob,
+            eager_broadcast=peers.agg_broadcast,
+            eager_gemm=peers.agg_gemm,
+            compiled_broadcast=peers.compiled_broadcast,
+            compiled_gemm=peers.compiled_gemm,
+            keops=peers.agg_keops,
+            torch_distributions=peers.agg_distributions,
+            sklearn_gmm=peers.agg_sklearn,
+            matrix_product=peers.matrix_product,
+        ),
+        samples_and_posteriors,
+        {
+            FORWARD: [
+                *((64, 32), (256, 10), (256, 32), (1024, 32), (1024, 64)),
+                *((2048, 32), (4096, 32), (4096, 128)),
+            ],
+            BACKWARD: [(256, 10), (1024, 32)],
+            BOTH: [(64, 32), (256, 10), (1024, 32), (2048, 32), (4096, 32)],
+        },
+        _pairs,
+        "fma",
+        {FORWARD: 2, BACKWARD: 6, BOTH: 8},
+        rowwise=1,
+        forward_only=("sklearn_gmm", "matrix_product"),
+        yardsticks=("matrix_product",),
+    ),
+    "agg_log_prob_marginals": Op(
+        _always(
+            fastvae=fastvae.agg_log_prob_marginals,
+            eager_broadcast=peers.marginals_broadcast,
+            compiled_marginals=peers.compiled_marginals,
+            keops=peers.marginals_keops,
+            torch_distributions=peers.marginals_distributions,
+            sklearn_gmm="gives the joint only",
+        ),
+        samples_and_posteriors,
+        {
+            FORWARD: [(64, 32), (256, 10), (256, 32), (1024, 32), (1024, 128), (2048, 32), (4096, 32)],
+            BACKWARD: [(1024, 32)],
+            BOTH: [(64, 32), (256, 10), (1024, 32), (2048, 32), (4096, 32), (16384, 32)],
+        },
+        _exponentials,
+        "exponentials",
+        {FORWARD: 1, BACKWARD: 1, BOTH: 2},
+        rowwise=1,
+    ),
+    "training_step": Op(
+        training.contestants,  # type: ignore[arg-type]
+        binary_images,
+        {STEP: [(64, 10), (256, 10), (1024, 10), (2048, 10)]},
+        _pairs,
+        exact=training.truth,
+        hidden=lambda step, x: step.hidden(x),
+    ),
+    "full_dataset": Op(
+        _always(
+            fastvae=_decomposition_dataset,
+            eager_broadcast=_dataset_peer(peers.marginals_broadcast),
+            compiled_marginals=_dataset_peer(peers.compiled_marginals),
+            keops=_dataset_peer(peers.marginals_keops),
+            torch_distributions=_dataset_peer(peers.marginals_distributions),
+            sklearn_gmm="gives the joint only",
+        ),
+        samples_and_posteriors,
+        {FORWARD: [(1_000, 10), (4_000, 10), (16_000, 10), (60_000, 10)]},
+        _exponentials,
+        "exponentials",
+        {FORWARD: 1},
+        exact=_dataset_peer(peers.marginals_broadcast),
+        part=_first_rows,
+    ),
+}
+
+# What to reach: how many times slower than fastvae a peer is; and the peak extra memory, in bytes.
+TARGETS: dict[Case, dict[str, float]] = {
+    Case("agg_log_prob", (4096, 32), FORWARD): {
+        "compiled_gemm": 4,
+        "compiled_broadcast": 6,
+        "keops": 12,
+        "eager_gemm": 18,
+    },
+    Case("agg_log_prob", (4096, 128), FORWARD): {
+        "compiled_gemm": 2,
+        "compiled_broadcast": 2,
+        "keops": 2,
+        "matrix_product": 1 / 1.1,
+    },
+    Case("agg_log_prob", (256, 10), FORWARD): dict.fromkeys(
+        ("compiled_gemm", "compiled_broadcast", "keops", "eager_gemm", "eager_broadcast"), 3.0
+    ),
+    Case("agg_log_prob", (256, 10), BOTH): dict.fromkeys(
+        ("compiled_gemm", "compiled_broadcast", "keops", "eager_gemm", "eager_broadcast"), 4.0
+    ),
+    Case("agg_log_prob", (2048, 32), BOTH): {"compiled_gemm": 1.6, "compiled_broadcast": 12, "keops": 15},
+    Case("agg_log_prob_marginals", (2048, 32), FORWARD): {"compiled_marginals": 3, "eager_broadcast": 25},
+    Case("agg_log_prob_marginals", (2048, 32), BOTH): {"compiled_marginals": 7, "eager_broadcast": 50},
+    Case("reparameterize", (8192, 64), FORWARD): {"eager": 5},
+    Case("reparameterize", (8192, 64), BOTH): {"eager": 3.5},
+    Case("reparameterize", (128, 32), BOTH): {"eager": 1.5},
+    Case("kl_gauss", (8192, 64), BOTH): {"eager": 2.5, "compiled": 1.3},
+    Case("kl_gauss", (128, 32), BOTH): {"eager": 2},
+}
+MEMORY_TARGETS: dict[Case, float] = {Case("agg_log_prob_marginals", (16384, 32), BOTH): 64 * 2**20}
+
+# For the README.
+HEADLINES = (
+    Case("agg_log_prob", (256, 10), FORWARD),
+    Case("agg_log_prob", (4096, 32), FORWARD),
+    Case("agg_log_prob", (2048, 32), BOTH),
+    Case("agg_log_prob_marginals", (2048, 32), FORWARD),
+    Case("agg_log_prob_marginals", (2048, 32), BOTH),
+    Case("cross_log_prob", (1024, 32), BOTH),
+    Case("kl_gauss", (128, 32), BOTH),
+    Case("kl_gauss", (65536, 128), BOTH),
+    Case("reparameterize", (128, 32), BOTH),
+    Case("reparameterize", (8192, 64), BOTH),
+    Case("sample_gauss", (8192, 64), BOTH),
+    Case("training_step", (256, 10), STEP),
+    Case("training_step", (2048, 10), STEP),
+    Case("full_dataset", (16_000, 10), FORWARD),
+    Case("full_dataset", (60_000, 10), FORWARD),
+)

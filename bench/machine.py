@@ -1,0 +1,69 @@
+"""The machine: what it is, and its ceilings, measured by a small native probe (probe.cpp)."""
+
+import ctypes
+import importlib.metadata
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastvae.backends import native
+
+HERE = Path(__file__).parent
+VERSIONS = ("torch", "numpy", "pykeops", "scikit-learn")
+
+
+class Ceilings(NamedTuple):
+    """What this machine can do on all threads that torch uses, per second."""
+
+    fma: float  # float32 fused multiply-adds
+    exponentials: float  # float32, by our own polynomial in registers
+    bandwidth: float  # bytes, read plus written, of a copy much larger than the caches
+
+
+def ceilings(threads: int, repeats: int = 5) -> Ceilings:
+    """The best of some repeats, measured now by a probe compiled for this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "probe.so"
+        flags = "-std=c++20 -O3 -march=native -ffp-contract=fast -fno-math-errno -w -shared -fPIC"
+        include = str(HERE.parent / "kernels" / "cpu")
+        subprocess.run(
+            ["g++", *flags.split(), "-I", include, str(HERE / "probe.cpp"), "-o", str(library), "-lpthread"],
+            check=True,
+        )
+        probe = ctypes.CDLL(str(library))
+        rates = (probe.fma_rate, probe.exp_rate, probe.copy_rate)
+        for rate in rates:
+            rate.restype = ctypes.c_double
+        return Ceilings(*(max(rate(threads) for _ in range(repeats)) for rate in rates))
+
+
+def describe() -> dict[str, object]:
+    """What a reader must know of where and with what something was measured; no name of the host."""
+    memory = next(line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines())
+    return {
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "memory": int(memory) * 1024,
+        "python": platform.python_version(),
+        "fastvae": native.status()[1],
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS if _installed(name)},
+    }
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
