@@ -251,7 +251,7 @@ class BetaTCVAE:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nell = -log_px_z.mean()
         of_kl = kl_decomposition(
-            z[0, 0], mu, logvar, dataset_size=self.dataset_size, estimator=self.estimator, prior=prior
+            z.flatten(0, -2), mu, logvar, dataset_size=self.dataset_size, estimator=self.estimator, prior=prior
         )
         alpha, beta, gamma = (_now(weight, step) for weight in (self.alpha, self.beta, self.gamma))
         loss = nell + alpha * of_kl.mi + beta * of_kl.tc + gamma * (of_kl.dim_kl.sum() - of_kl.prior_factorization)
@@ -327,7 +327,7 @@ class InfoVAE:
         step: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nell, kl = -log_px_z.mean(), _kl(log_pz, log_qz_x, mu, logvar, prior)
-        samples = z[0, 0]  # [B, D]
+        samples = z.flatten(0, -2)  # [B, D], the view that the decoder has: inductor mistakes two for two tensors
         if self.divergence == "mmd":
             if len(samples) < 2:
                 raise ValueError(

@@ -447,3 +447,19 @@ def prior_of(log_prob):
 def test_errors_name_the_argument(make, error, message):
     with pytest.raises(error, match=rf"^{message}"):
         make()
+
+
+def test_compiled_by_inductor_with_a_large_batch() -> None:
+    """Inductor reuses the memory of one view of z before it has read another, so that there must be but one."""
+    encoder = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 20))
+    decoder = nn.Sequential(nn.Linear(10, 256), nn.ReLU(), nn.Linear(256, 784))
+    objective = fastvae.BetaTCVAE(beta=6, dataset_size=60_000)
+    vae = fastvae.VAE(lambda x: encoder(x).chunk(2, -1), decoder, objective=objective)
+    x = torch.rand(1024, 784).round()
+    gradients = []
+    for step in (lambda x: vae(x).loss, torch.compile(lambda x: vae(x).loss, fullgraph=True)):
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(step(x), [*encoder.parameters(), *decoder.parameters()]))
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4 * float(eager.abs().max()))
+    torch._dynamo.reset()
