@@ -90,9 +90,18 @@ def log_weights(log_w: Tensor | None, weights: ColumnWeights | None, S: int, N: 
 
 
 def log_sum_exp(terms: Tensor, axis: int) -> Tensor:
-    """-inf with gradient 0 where every term is -inf, which torch.logsumexp makes NaN."""
+    """-inf with gradient 0 where every term is -inf, which torch.logsumexp makes NaN. The gradient of torch.logsumexp
+    takes the shares from the rounded result, off by |result| eps: it is the measure in float32, but not exact enough in
+    float64, where the shares come from the maximum instead."""
     dead = (terms == -math.inf).all(axis, keepdim=True)
-    return torch.logsumexp(terms.where(~dead, 0), axis).where(~dead.squeeze(axis), -math.inf)
+    terms = terms.where(~dead, 0)
+    if terms.dtype == torch.float64 and terms.shape[axis]:
+        top = terms.detach().amax(axis, keepdim=True)
+        top = top.where(top.isfinite(), 0)
+        total = (terms - top).exp().sum(axis).log() + top.squeeze(axis)
+    else:
+        total = torch.logsumexp(terms, axis)
+    return total.where(~dead.squeeze(axis), -math.inf)
 
 
 def flattened(z: Tensor, mu: Tensor) -> Tensor:

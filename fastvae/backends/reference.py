@@ -179,8 +179,9 @@ def _pairs(z: Tensor, mu: Tensor, logvar: Tensor) -> Iterator[_Pairs]:
 
 
 def _responsibility(log_terms: Tensor, log_sum: Tensor) -> Tensor:
-    """exp(log_terms − log_sum): the share of each term in its sum, 0 where the sum is empty."""
-    return torch.where(log_sum == -math.inf, 0, torch.exp(log_terms - log_sum))
+    """The share of each term in the sum over columns, axis 1; 0 where the sum is empty. From the terms alone, as
+    exp(log_terms − log_sum) would inherit the rounding of log_sum."""
+    return torch.where(log_sum == -math.inf, 0, torch.softmax(log_terms, 1))
 
 
 class _PairGradients:
