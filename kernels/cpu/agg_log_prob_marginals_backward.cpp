@@ -180,8 +180,8 @@ private:
                 grad[k] = sum != 0 ? T(double(d_marginals[(first + r) * D + d]) / sum) : T(0);
             }
         }
-        for (int r = 0; r < R; ++r)
-            if (first + r >= S) joint_grads[first + r] = joint_offsets[first + r] = T(0);
+        for (int r = 0; r < R; ++r)  // rows that are not there: 0 * 2^-inf, as 0 * 2^(log q) may be 0 * infinity
+            if (first + r >= S) joint_grads[first + r] = T(0), joint_offsets[first + r] = -kInf<T>;
     }
 
     // Tiles [first, first + n) through the panels of unit k.
