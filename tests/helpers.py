@@ -197,6 +197,7 @@ class Expected:
         def difference(left: list[Tensor], right: list[Tensor]) -> list[float]:
             return [_largest(a.double() - b) for a, b in zip(left, right, strict=True)]
 
+        visible = max(eps, 2**-40)  # half an ulp of float64's own would often be rounded away
         self.exact = evaluate(formula, wide, upstream)
         errors, changes = [], [[0.0] * len(self.exact)]
         for seed in range(8):
@@ -204,8 +205,8 @@ class Expected:
             exactly = evaluate(formula, cast(again, torch.float64), upstream)
             errors.append(difference(evaluate(formula, again, upstream), exactly))
             if centred:
-                nudged = evaluate(formula, _nudged(wide, centred, eps, seed), upstream)
-                changes.append(difference(nudged, self.exact))
+                nudged = evaluate(formula, _nudged(wide, centred, visible, seed), upstream)
+                changes.append([change * eps / visible for change in difference(nudged, self.exact)])
         self.tolerance = [
             margin * (max(error) * (2 * eps + eps64) / eps32 + max(change)) + 4 * eps * exact.abs().clamp(min=1)
             for exact, error, change in zip(
