@@ -1,16 +1,23 @@
-"""Triton's interpreter, made to round as GPUs do, and kept to what it can finish.
+"""Triton's interpreter, made to round as GPUs do, kept to what it can finish, and made to finish sooner.
 
-It computes a kernel program by program in numpy, some hundred microseconds for each operation of each program. So a
+It computes a kernel program by program in numpy, some ten microseconds for each operation of each program. So a
 test that launches more than `MOST_PROGRAMS` is skipped: at most sizes that is the largest of them, and every kernel
 has smaller ones that no block size divides.
+
+Most of its time goes into describing types and shapes, in the same words again and again, and into patching the
+language at each launch; the second half of this file remembers the descriptions and patches once. The numbers are
+the same.
 """
 
+import functools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import triton.language as tl
+from triton.language import core
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
@@ -19,6 +26,10 @@ MOST_PROGRAMS = 96
 _cast = InterpreterBuilder.cast_impl
 _run = GridExecutor.__call__
 _patch_language = interpreter._patch_lang
+_np_dtype = interpreter._get_np_dtype
+_block_type = core.block_type.__init__
+_broadcast = TritonSemantic.broadcast_impl_value
+_cast_semantic = TritonSemantic.cast
 
 
 def _cast_impl(self: InterpreterBuilder, source: TensorHandle, to: Any) -> TensorHandle:
@@ -45,23 +56,81 @@ def _create_fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: T
 def _call(self: GridExecutor, *arguments: Any, **keywords: Any) -> None:
     if not callable(self.grid) and math.prod(self.grid) > MOST_PROGRAMS:
         pytest.skip(f"{math.prod(self.grid)} programs: more than {MOST_PROGRAMS} are too slow in Triton's interpreter")
-    _patched.clear()
     with np.errstate(all="ignore"):
         _run(self, *arguments, **keywords)
 
 
-_patched: set[tuple[bool, bool]] = set()
+# Sooner.
+
+_patched: set[int | tuple[bool, bool]] = set()
+_shapes: dict[tuple[int, ...], tuple[tl.tuple, tl.constexpr]] = {}
+_blocks: dict[tuple[str, tuple[int, ...]], tuple[tl.tuple, int, str]] = {}
+_WIDE = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
-def _patch_lang(function: Any) -> Any:
-    """Once in a launch for each way to import the language. The original does it at each call of a device function,
-    half a millisecond every time."""
-    modules = list(function.__globals__.values())
-    key = (any(m is tl for m in modules), any(m is tl.core for m in modules))
-    if key in _patched:
-        return interpreter._LangPatchScope()
-    _patched.add(key)
-    return _patch_language(function)
+class _Stays:
+    """The language is not restored after a launch: the whole process is in the interpreter."""
+
+    def restore(self) -> None:
+        pass
+
+
+def _patch_lang(function: Any) -> _Stays:
+    """Once for each way to import the language."""
+    names = function.__globals__
+    if id(names) not in _patched:
+        _patched.add(id(names))
+        modules = list(names.values())
+        key = (any(m is tl for m in modules), any(m is core for m in modules))
+        if key not in _patched:
+            _patched.add(key)
+            _patch_language(function)
+    return _Stays()
+
+
+@functools.cache
+def _dtype_named(name: str) -> np.dtype:
+    return _np_dtype(tl.dtype(name))
+
+
+def _get_np_dtype(dtype: Any) -> np.dtype:
+    scalar = dtype.scalar
+    return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else _dtype_named(scalar.name)
+
+
+def _block_type_init(self: Any, element_ty: Any, shape: Any) -> None:
+    key = (element_ty.name, tuple(getattr(s, "value", s) for s in shape))
+    if key not in _blocks:
+        _block_type(self, element_ty, shape)
+        _blocks[key] = self.shape, self.numel, self.name
+    self.element_ty = element_ty
+    self.shape, self.numel, self.name = _blocks[key]
+
+
+def _tensor_init(self: Any, handle: TensorHandle, type: Any) -> None:
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    key = tuple(type.shape) if type.is_block() else ()
+    if key not in _shapes:
+        _shapes[key] = tl.tuple([tl.constexpr(s) for s in key]), tl.constexpr(math.prod(key))
+    self.shape, self.numel = _shapes[key]
+
+
+def _broadcast_impl_value(self: Any, left: Any, right: Any) -> tuple[Any, Any]:
+    return (left, right) if left.shape is right.shape else _broadcast(self, left, right)
+
+
+def _cast_to(self: Any, x: Any, to: Any, *rounding: Any) -> Any:
+    return x if x.dtype is to.scalar else _cast_semantic(self, x, to, *rounding)
+
+
+def _sanitize(self: Any, left: Any, right: Any, operation: Any) -> None:
+    """That int32 did not overflow"""
+    dtype = left.dtype
+    if dtype.int_bitwidth < 64:
+        wide = _WIDE[operation.__name__](left.handle.data, right.handle.data, dtype=np.int64)
+        least, most = dtype.get_int_min_value(), dtype.get_int_max_value()
+        if wide.min() < least or wide.max() > most:
+            raise OverflowError(f"{dtype} in {operation.__name__}")
 
 
 def adjust() -> None:
@@ -70,3 +139,9 @@ def adjust() -> None:
     InterpreterBuilder.create_fma = _create_fma
     GridExecutor.__call__ = _call
     interpreter._patch_lang = _patch_lang
+    interpreter._get_np_dtype = _get_np_dtype
+    core.block_type.__init__ = _block_type_init
+    core.tensor.__init__ = _tensor_init
+    TritonSemantic.broadcast_impl_value = _broadcast_impl_value
+    TritonSemantic.cast = _cast_to
+    TritonSemantic.binary_op_sanitize_overflow_impl = _sanitize
