@@ -274,3 +274,21 @@ def test_same_bits_every_time(backend: Target, name: str) -> None:
     first = evaluate(fast, inputs)
     for _ in range(3):
         assert_same(evaluate(fast, inputs), first)
+
+
+@pytest.mark.parametrize("N", [37, 611])
+def test_backward_gives_the_joint_too(backend: Target, N: int) -> None:
+    """Where it is not told the joint, as EM does not: the forward's, by the tolerance rule, and the same gradients."""
+    weights = WEIGHTS["columns and own"](31, N)
+    _, formula = functions("agg_log_prob", weights)
+    inputs = weighted(samples(31, N, 5, torch.float32), weights)
+    joint_alone = Expected(formula, {name: x.detach() for name, x in inputs.items()}, ("z", "mu"))
+    z, mu, logvar, log_w = (x.detach() for x in inputs.values())
+    rest = (log_w, None, *weights[1:])
+    known = torch.ops.fastvae.agg_log_prob(z, mu, logvar, *rest)
+    wanted = [True] * 4
+    joint, *gradients = torch.ops.fastvae.agg_log_prob_backward(known, None, z, mu, logvar, *rest, wanted)
+    joint_alone.check([joint])
+    told = torch.ops.fastvae.agg_log_prob_backward(known, known, z, mu, logvar, *rest, wanted)
+    for got, expected in zip(gradients, told, strict=True):
+        torch.testing.assert_close(got, expected)

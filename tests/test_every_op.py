@@ -297,6 +297,7 @@ def arguments_of_ops() -> dict[str, list[tuple[object, ...]]]:
         "agg_log_prob_backward": [
             (joint, joint, z, mu, logvar, *weights, [True] * 4),
             (joint, unweighted, z, mu, logvar, None, -1.5, None, None, None, [True, False, False, False]),
+            (joint, None, z, mu, logvar, *weights, [False, True, True, True]),
         ],
         "agg_log_prob_marginals": [(z, mu, logvar, *weights)],
         "agg_log_prob_marginals_backward": [

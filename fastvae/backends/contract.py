@@ -101,13 +101,14 @@ class Backend(Protocol):
     def agg_log_prob_backward(
         self,
         d_joint: Tensor,
-        joint: Tensor,
+        joint: Tensor | None,
         z: Tensor,
         mu: Tensor,
         logvar: Tensor,
         weights: LogWeights,
         wanted: Sequence[bool],
-    ) -> list[Tensor]: ...
+    ) -> list[Tensor]:
+        """Where `joint` is None it comes first in the result, as if it were wanted."""
 
     def agg_log_prob_marginals(
         self, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights

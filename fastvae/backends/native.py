@@ -41,7 +41,7 @@ class Kernels(ctypes.Structure):
             ("cross_log_prob", (*_pointers(3), *_SNDS, c_void_p)),
             ("cross_log_prob_backward", (*_pointers(4), *_SNDS, *_pointers(3))),
             ("agg_log_prob", (*_pointers(3), *_WEIGHTS, *_SNDS, c_void_p)),
-            ("agg_log_prob_backward", (*_pointers(5), *_WEIGHTS, *_SNDS, *_pointers(4))),
+            ("agg_log_prob_backward", (*_pointers(4), *_WEIGHTS, *_SNDS, *_pointers(5))),
             ("agg_log_prob_marginals", (*_pointers(3), *_WEIGHTS, *_SNDS, *_pointers(2))),
             ("agg_log_prob_marginals_backward", (*_pointers(7), *_WEIGHTS, *_SNDS, *_pointers(4))),
         )
@@ -325,27 +325,32 @@ def _aggregate_backward(
     logvar: Tensor,
     weights: LogWeights,
     wanted: Sequence[bool],
+    again: Sequence[Tensor | None] = (),
 ) -> list[Tensor]:
-    """`results`: the upstream gradients and the forward's results, in the kernel's order."""
+    """`results`: the upstream gradients and the forward's results, in the kernel's order; `again`: those of the results
+    that the kernel writes before the gradients."""
     dtype, inputs, sizes = _cross(z, mu, logvar)
     _alive, log_weights = _weights(weights, dtype, mu.shape[0])
     likes = (z, mu, logvar, weights.log_w)
     outputs = _outputs(likes, dtype, wanted)
     inputs = [*(_dense(r, dtype) for r in results), *inputs]
-    _run(getattr(_kernels(dtype), kernel_name), *map(_ptr, inputs), *log_weights, *sizes, *map(_ptr, outputs))
+    outputs_of_kernel = map(_ptr, (*again, *outputs))
+    _run(getattr(_kernels(dtype), kernel_name), *map(_ptr, inputs), *log_weights, *sizes, *outputs_of_kernel)
     return _asked(outputs, likes)
 
 
 def agg_log_prob_backward(
     d_joint: Tensor,
-    joint: Tensor,
+    joint: Tensor | None,
     z: Tensor,
     mu: Tensor,
     logvar: Tensor,
     weights: LogWeights,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    return _aggregate_backward("agg_log_prob_backward", (d_joint, joint), z, mu, logvar, weights, wanted)
+    again = torch.empty(z.shape[0], dtype=accumulation_dtype(z.dtype)) if joint is None else None
+    gradients = _aggregate_backward("agg_log_prob_backward", (d_joint,), z, mu, logvar, weights, wanted, (again,))
+    return gradients if again is None else [again, *gradients]
 
 
 def agg_log_prob_marginals_backward(

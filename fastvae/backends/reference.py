@@ -283,13 +283,16 @@ def _aggregate_backward(
 
 def agg_log_prob_backward(
     d_joint: Tensor,
-    joint: Tensor,
+    joint: Tensor | None,
     z: Tensor,
     mu: Tensor,
     logvar: Tensor,
     weights: LogWeights,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    if joint is None:
+        joint = agg_log_prob(z, mu, logvar, weights)
+        return [joint, *agg_log_prob_backward(d_joint, joint, z, mu, logvar, weights, wanted)]
     return _aggregate_backward(d_joint, None, joint, None, z, mu, logvar, weights, wanted)
 
 

@@ -62,8 +62,11 @@ _agg_log_prob = declare(
     lambda backend, z, mu, logvar, *weights: backend.agg_log_prob(z, mu, logvar, LogWeights(*weights)),
 )
 _agg_log_prob_backward = declare(
-    f"agg_log_prob_backward(Tensor d_joint, Tensor joint, {_POSTERIORS}, {_WEIGHTS}, bool[] wanted) -> Tensor[]",
-    lambda d_joint, joint, z, mu, logvar, log_w, *rest: empty_gradients((z, mu, logvar, log_w), rest[-1]),
+    f"agg_log_prob_backward(Tensor d_joint, Tensor? joint, {_POSTERIORS}, {_WEIGHTS}, bool[] wanted) -> Tensor[]",
+    lambda d_joint, joint, z, mu, logvar, log_w, *rest: [
+        *([] if joint is not None else [_result(z, z.shape[0])]),
+        *empty_gradients((z, mu, logvar, log_w), rest[-1]),
+    ],
     lambda backend, *arguments: backend.agg_log_prob_backward(
         *arguments[:5], LogWeights(*arguments[5:10]), arguments[10]
     ),
@@ -288,10 +291,9 @@ def agg_log_prob_marginals(
 def mixture_sums(z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What EM needs of points z `[S, D]` and N components, without autograd: log p(z_i) `[S]`, and the gradients of
     its sum with respect to log_w `[N]`, mu and logvar `[N, D]`. All of one dtype, that of the results."""
-    weights = (log_w, None, None, None, None)
-    joint = _agg_log_prob(z, mu, logvar, *weights)
+    upstream, weights = z.new_ones(z.shape[0]), (log_w, None, None, None, None)
     wanted = [False, True, True, True]
-    d_mu, d_logvar, d_log_w = _agg_log_prob_backward(torch.ones_like(joint), joint, z, mu, logvar, *weights, wanted)
+    joint, d_mu, d_logvar, d_log_w = _agg_log_prob_backward(upstream, None, z, mu, logvar, *weights, wanted)
     return joint, d_log_w, d_mu, d_logvar
 
 

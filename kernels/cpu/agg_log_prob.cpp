@@ -53,8 +53,8 @@ void log_sums(const Panels<T> &panels, const Weights<T> &weights, const T *z, in
                 weights.take_overrides(first + i + r, p * W, columns, panels.c(), row,
                                        [&](int64_t, T s) { replaced[n_replaced++] = s; });
                 LogSumExp<T> &sum = sums[i + r];
-                sum.add(columns / L, [&](int64_t k) { return load(cw + k * L) - load(row + k * L); });
                 if (n_replaced) sum.add(replaced);
+                sum.add(columns / L, [&](int64_t k) { return load(cw + k * L) - load(row + k * L); });
             }
         }
     }
@@ -73,7 +73,11 @@ public:
 
     bool allocated() const { return scratch_ && parts_; }
     const Total &operator[](int64_t i) const { return parts_[i]; }
-    const Total *data() const { return parts_; }
+    Total *data() const { return parts_; }
+
+    void write(T *joint) const {
+        for (int64_t i = 0; i < S_; ++i) joint[i] = T(parts_[i].log());
+    }
 
     void run() {
         parallel_for(grid_.blocks * grid_.ranges, threads_, [&](int64_t unit, int worker) {
@@ -98,13 +102,16 @@ private:
     Buffer<Total> parts_;  // [ranges][S]
 };
 
-// r_ij = g_i w_ij q(z_i | x_j) / sum_k w_ik q(z_i | x_k), 0 where that sum is empty
+// r_ij = g_i w_ij q(z_i | x_j) / sum_k w_ik q(z_i | x_k), 0 where that sum is empty. Where a tile is as wide as its
+// rows it makes their sums too, of the same squares and exponentials.
 template <class T> struct Responsibilities {
+    using Total = typename LogSumExp<T>::Total;
     static constexpr int64_t W = kPanelWidth<T>, L = kLanes<T>, R = kTileRows;
     const Panels<T> &panels;
     const Weights<T> &weights;
-    const T *d_joint;                              // [S]
-    const typename LogSumExp<T>::Total *totals;  // [S]
+    const T *d_joint;  // [S]
+    Total *totals;     // [S]
+    bool whole_rows;   // no totals yet
 
     // see Gradients::run
     void operator()(const Block &tile, const T *rows, T *r, T *shares) const {
@@ -120,13 +127,27 @@ template <class T> struct Responsibilities {
         __builtin_memset(r + tile.rows * columns, 0, uint64_t((R - tile.rows) * columns) * sizeof(T));
         for (int64_t i = 0; i < tile.rows; ++i) {
             T *const row = r + i * columns;
-            const Share<T> share(totals[tile.first + i], d_joint[tile.first + i]);
+            Total &total = totals[tile.first + i];
+            const auto term = [&](int64_t k) { return load(cw + k * L) - load(row + k * L); };
             const int before = n_replaced;
+            Vec<T> terms = splat(-kInf<T>);
             weights.take_overrides(tile.first + i, first, columns, panels.c(), row, [&](int64_t j, T s) {
-                replaced[n_replaced++] = {i, j, share(splat(s))[0]};
+                terms[n_replaced - before] = s;
+                replaced[n_replaced++] = {i, j, T(0)};
             });
-            for (int64_t k = 0; k < columns; k += L) store(row + k, share(load(cw + k) - load(row + k)));
-            for (int n = before; n < n_replaced; ++n) row[replaced[n].column] = T(0);
+            if (whole_rows) {
+                LogSumExp<T> sum;
+                if (n_replaced > before) sum.add(terms);
+                sum.add(columns / L, term, [&](int64_t k, Vec<T> p) { store(row + k * L, p); });
+                total = sum.total();
+            }
+            const Share<T> share(total, d_joint[tile.first + i]);
+            for (int64_t k = 0; k < columns / L; ++k)
+                store(row + k * L, whole_rows ? share.of(load(row + k * L)) : share(term(k)));
+            for (int n = before; n < n_replaced; ++n) {
+                replaced[n].r = share(splat(terms[n - before]))[0];
+                row[replaced[n].column] = T(0);
+            }
         }
         for (int64_t k = 0; k < columns; k += L) {
             T *const share = shares + k / W * 2 * W + k % W;
@@ -156,14 +177,14 @@ int agg_log_prob(const void *z, const void *mu, const void *logvar, FASTVAE_WEIG
     panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads,
                 [&](int64_t j) { return weights.log2_w(j); });
     totals.run();
-    for (int64_t i = 0; i < S; ++i) static_cast<T *>(joint)[i] = T(totals[i].log());
+    totals.write(static_cast<T *>(joint));
     return FASTVAE_OK;
 }
 
 template <class T>
-int agg_log_prob_backward(const void *d_joint, const void *, const void *z, const void *mu, const void *logvar,
-                          FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D, void *d_z,
-                          void *d_mu, void *d_logvar, void *d_log_w, int threads) {
+int agg_log_prob_backward(const void *d_joint, const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS,
+                          int64_t S, int64_t N, int64_t D, void *joint, void *d_z, void *d_mu, void *d_logvar,
+                          void *d_log_w, int threads) {
     const Weights<T> weights(log_w, log_w_all, own, log_w_own, log_w_next, N);
     const T *const samples = static_cast<const T *>(z);
     Panels<T> panels(N, D);
@@ -173,9 +194,11 @@ int agg_log_prob_backward(const void *d_joint, const void *, const void *z, cons
 
     panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads,
                 [&](int64_t j) { return weights.log2_w(j); }, !all_moderate(samples, S * D));
-    totals.run();  // again, because the joint is these rounded
-    const Responsibilities<T> weigh{panels, weights, static_cast<const T *>(d_joint), totals.data()};
+    const bool whole_rows = gradients.whole_rows();
+    if (!whole_rows) totals.run();  // again, because the joint is these rounded
+    const Responsibilities<T> weigh{panels, weights, static_cast<const T *>(d_joint), totals.data(), whole_rows};
     if (!gradients.run(weigh)) return FASTVAE_OUT_OF_MEMORY;
+    if (joint) totals.write(static_cast<T *>(joint));
     gradients.write(static_cast<T *>(d_z), static_cast<T *>(d_mu), static_cast<T *>(d_logvar),
                     static_cast<T *>(d_log_w));
     return FASTVAE_OK;
@@ -184,9 +207,9 @@ int agg_log_prob_backward(const void *d_joint, const void *, const void *z, cons
 #define INSTANTIATE(T)                                                                                            \
     template int agg_log_prob<T>(const void *, const void *, const void *, FASTVAE_WEIGHTS, int64_t, int64_t,     \
                                  int64_t, void *, int);                                                           \
-    template int agg_log_prob_backward<T>(const void *, const void *, const void *, const void *, const void *,   \
+    template int agg_log_prob_backward<T>(const void *, const void *, const void *, const void *,                 \
                                           FASTVAE_WEIGHTS, int64_t, int64_t, int64_t, void *, void *, void *,     \
-                                          void *, int);
+                                          void *, void *, int);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -101,6 +101,7 @@ public:
           scratch_(scratch_size_ * threads) {}
 
     bool allocated() const { return row_sums_ && column_sums_ && shares_ && scratch_; }
+    bool whole_rows() const { return rounds_.column_blocks == 1; }  // every tile holds all columns
 
     // weigh(tile, rows [D][6], r [6][columns of the tile], shares [columns / W][2][W]) for up to 6 rows: sets r, to 0 in
     // rows that are not there, and adds its sums over rows to shares, [0] where a pair's weight is the common one of its

@@ -14,8 +14,9 @@ template <class T> struct LogSumExp {
     // Infinite maxima are sums' own business: 2^-inf is 0, and 2^inf infinite.
     T shift() const { return max - max == T(0) ? max : T(0); }
 
-    // terms(k) for k in [0, n), twice: once for the maximum, and once for the exponentials
-    template <class F> FASTVAE_INLINE void add(int64_t n, const F &terms) {
+    // terms(k) for k in [0, n), twice: once for the maximum, and once for the exponentials, of which seen(k, 2^(s - m))
+    // is told, m being shift() from then on
+    template <class F, class G> FASTVAE_INLINE void add(int64_t n, const F &terms, const G &seen) {
         Vec<T> top[2] = {splat(max), splat(max)};
         int64_t k = 0;
         for (; k + 2 <= n; k += 2) {
@@ -28,15 +29,23 @@ template <class T> struct LogSumExp {
         const T m = shift();
 
         Vec<T> part[2] = {};
+        const auto term = [&](int64_t at) __attribute__((always_inline)) {
+            const Vec<T> p = exp2_term<T>(terms(at) - m);
+            seen(at, p);
+            return p;
+        };
         for (k = 0; k + 2 <= n; k += 2) {
-            part[0] += exp2_term<T>(terms(k) - m);
-            part[1] += exp2_term<T>(terms(k + 1) - m);
+            part[0] += term(k);
+            part[1] += term(k + 1);
         }
-        if (k < n) part[0] += exp2_term<T>(terms(k) - m);
+        if (k < n) part[0] += term(k);
         const Vec<T> rescale = exp2_<T>(splat(before - m));  // exactly 1 while the maximum stays
-        const Vec<T> old = sum * rescale, term = (part[0] + part[1]) - carry * rescale;
-        sum = old + term;
-        carry = (sum - old) - term;
+        const Vec<T> old = sum * rescale, more = (part[0] + part[1]) - carry * rescale;
+        sum = old + more;
+        carry = (sum - old) - more;
+    }
+    template <class F> FASTVAE_INLINE void add(int64_t n, const F &terms) {
+        add(n, terms, [](int64_t, Vec<T>) {});
     }
     FASTVAE_INLINE void add(Vec<T> terms) {
         add(1, [&](int64_t) { return terms; });
@@ -62,7 +71,8 @@ template <class T> class Share {
 public:
     Share(const typename LogSumExp<T>::Total &total, T g)
         : shift_(T(total.shift)), factor_(total.sum == 0 ? T(0) : T(double(g) / total.sum)) {}
-    FASTVAE_INLINE Vec<T> operator()(Vec<T> s) const { return factor_ * exp2_term<T>(s - shift_); }
+    FASTVAE_INLINE Vec<T> operator()(Vec<T> s) const { return of(exp2_term<T>(s - shift_)); }
+    FASTVAE_INLINE Vec<T> of(Vec<T> p) const { return factor_ * p; }  // p = 2^(s - the total's shift)
 
 private:
     T shift_, factor_;

@@ -284,13 +284,16 @@ def pull_on_columns(
 
 def agg_log_prob_backward(
     d_joint: Tensor,
-    joint: Tensor,
+    joint: Tensor | None,
     z: Tensor,
     mu: Tensor,
     logvar: Tensor,
     weights: LogWeights,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    if joint is None:
+        joint = agg_log_prob(z, mu, logvar, weights)
+        return [joint, *agg_log_prob_backward(d_joint, joint, z, mu, logvar, weights, wanted)]
     packed = pack(z, mu, logvar, weights)
     S, N, D = packed.S, packed.N, packed.D
     gradients = [
