@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
 
 class Report(NamedTuple):
-    """One kernel on one target; the last four, from its machine code, only on `READ`."""
+    """One kernel on one target; what is from machine code only of the case's own kernel on `READ`."""
 
     case: str
     target: str
@@ -315,7 +315,8 @@ def main(part: int = 0, parts: int = 1) -> None:
         for number, (target, description) in enumerate(TARGETS.items()):
             driver.set_active(Absent(number, GPUTarget(*description)))
             for kernel, elements, binary in compiled(case):
-                code = read(binary) if target == READ else {"instructions": {}, "loops": [], "accesses": {}}
+                is_read = (target, kernel) == (READ, case.kernel)
+                code = read(binary) if is_read else {"instructions": {}, "loops": [], "accesses": {}}
                 used = resources(binary) | {"shared": binary.metadata.shared}
                 reports.append(Report(name, target, kernel, elements=elements, **used, **code)._asdict())
     json.dump(reports, sys.stdout)

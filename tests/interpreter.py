@@ -28,6 +28,7 @@ _run = GridExecutor.__call__
 _patch_language = interpreter._patch_lang
 _np_dtype = interpreter._get_np_dtype
 _block_type = core.block_type.__init__
+_unwrap = core._unwrap_if_constexpr
 _broadcast = TritonSemantic.broadcast_impl_value
 _cast_semantic = TritonSemantic.cast
 
@@ -116,7 +117,22 @@ def _tensor_init(self: Any, handle: TensorHandle, type: Any) -> None:
 
 
 def _broadcast_impl_value(self: Any, left: Any, right: Any) -> tuple[Any, Any]:
-    return (left, right) if left.shape is right.shape else _broadcast(self, left, right)
+    if left.shape is right.shape:
+        return left, right
+    if len(left.shape) != len(right.shape):
+        return _broadcast(self, left, right)
+    a, b = left.type.shape.values, right.type.shape.values
+    shape = [n if m == 1 else m for m, n in zip(a, b, strict=True)]
+    return left if a == shape else _widened(left, shape), right if b == shape else _widened(right, shape)
+
+
+def _widened(x: Any, shape: list[int]) -> Any:
+    data = np.broadcast_to(x.handle.data, shape)
+    return tl.tensor(TensorHandle(data, x.dtype), tl.block_type(x.dtype, shape))
+
+
+def _unwrap_if_constexpr(x: Any) -> Any:
+    return x.value if x.__class__ is tl.constexpr else _unwrap(x) if isinstance(x, (list, tuple, tl.tuple)) else x
 
 
 def _cast_to(self: Any, x: Any, to: Any, *rounding: Any) -> Any:
@@ -140,6 +156,7 @@ def adjust() -> None:
     GridExecutor.__call__ = _call
     interpreter._patch_lang = _patch_lang
     interpreter._get_np_dtype = _get_np_dtype
+    core._unwrap_if_constexpr = _unwrap_if_constexpr
     core.block_type.__init__ = _block_type_init
     core.tensor.__init__ = _tensor_init
     TritonSemantic.broadcast_impl_value = _broadcast_impl_value

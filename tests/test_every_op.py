@@ -36,7 +36,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def test_gradcheck_with_gradients_for_any_inputs(backend: Target, name: str) -> None:
     op = op_named(name)
     for wanted in itertools.product((False, True), repeat=len(op.inputs)):
-        if any(wanted):
+        if sum(wanted) in ((1, len(wanted)) if backend.slow else range(1, len(wanted) + 1)):
             inputs = [x.requires_grad_(w) for x, w in zip(op.inputs.values(), wanted, strict=True)]
             torch.autograd.gradcheck(
                 lambda *x: op.fast(**dict(zip(op.inputs, x, strict=True))), inputs, fast_mode=backend.slow
