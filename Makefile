@@ -3,6 +3,8 @@
 #   make test        the test suite, quick profile;  make test-long: hypothesis searches for an hour
 #   make bench       the benchmarks and their report, in under ten minutes;  make bench-cpu: those with a target, and the
 #                    table of targets (ONLY=kl_gauss: of one op);  make bench-smoke: a trial that measures nothing
+#   make bench-compare BASE=<commit>  this tree against a commit, call by call: faster, slower, or within noise
+#                    (COUNT=1: instructions instead of times, by valgrind)
 #   make check       ruff, ruff format, mypy
 #   make sanitize    the native tests under the address, undefined-behaviour and thread sanitizers
 #   make neon        the kernels for AArch64, by a cross-compiler, checked on an emulated CPU (qemu-user)
@@ -18,7 +20,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/* kernels/cp
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-long bench bench-cpu bench-smoke check sanitize neon clean
+.PHONY: demo test test-long bench bench-cpu bench-smoke bench-compare check sanitize neon clean
 
 demo: $(BUILT)
 	$(BIN)/python -m fastvae demo
@@ -41,6 +43,9 @@ bench-cpu: $(BUILT)
 
 bench-smoke: $(BUILT)
 	$(BIN)/python -m pytest bench -q --benchmark-disable
+
+bench-compare: $(BUILT)
+	$(BIN)/python -m bench.compare "$(BASE)" $(if $(COUNT),--count)
 
 check: $(BUILT)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .cases import HEADLINES, MEMORY_TARGETS, OPS, TARGETS, Case
+from .scaling import DECADES, FLAT, exponent, flat_from
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -30,6 +31,7 @@ class Results(NamedTuple):
     commit: str
     date: str
     cases: dict[Case, Measured]
+    scaling: list[Measured] = []  # noqa: RUF012  # what `scaling.measure` gives
 
     @property
     def name(self) -> str:
@@ -39,7 +41,7 @@ class Results(NamedTuple):
 
 def load(paths: Iterable[Path]) -> Results:
     """Those of all files, which must be of one machine; where a case is in several, the last counts."""
-    machines, commits, dates, cases = [], [], [], {}
+    machines, commits, dates, cases, scaling = [], [], [], {}, {}
     for path in paths:
         raw = json.loads(path.read_text())
         machines.append(raw["machine_info"])
@@ -47,17 +49,21 @@ def load(paths: Iterable[Path]) -> Results:
         dates.append(raw["datetime"][:10])
         for benchmark in raw["benchmarks"]:
             measured = benchmark["extra_info"]
+            if "scaling" in measured:
+                scaling[measured["scaling"], measured["mode"]] = measured
+                continue
             cases[Case(measured["op"], tuple(measured["size"]), measured["mode"])] = measured
     if any(machine != machines[0] for machine in machines):
         raise ValueError(f"files of different machines or versions: {machines}")
     known = [case for name in OPS for case in cases if case.name == name]
-    return Results(machines[0], ", ".join(dict.fromkeys(commits)), max(dates), {c: cases[c] for c in known})
+    commit = ", ".join(dict.fromkeys(commits))
+    return Results(machines[0], commit, max(dates), {c: cases[c] for c in known}, list(scaling.values()))
 
 
 def dump(results: Results) -> str:
     """What `load` reads, a line for each case."""
     head = {"machine_info": results.machine, "commit_info": {"id": results.commit}, "datetime": results.date}
-    lines = ",\n".join(json.dumps({"extra_info": _rounded(m)}) for m in results.cases.values())
+    lines = ",\n".join(json.dumps({"extra_info": _rounded(m)}) for m in (*results.cases.values(), *results.scaling))
     return json.dumps(head, indent=1)[:-2] + f',\n "benchmarks": [\n{lines}\n]}}\n'
 
 
@@ -227,12 +233,35 @@ def slower_lines(results: Results) -> list[str]:
     )
 
 
+def scaling_lines(results: Results) -> Iterator[str]:
+    """How cost grows with elements: a row for each ladder of sizes and number of threads."""
+    rows = []
+    for m in results.scaling:
+        elements = m["elements"]
+        for threads, times in m["seconds"].items():
+            cost = [t / e * 1e12 for t, e in zip(times, elements, strict=True)]
+            flat = flat_from(elements, times)
+            what = f"{m['scaling']}, {m['mode']}, D {m['D']}" if threads == "1" else ""
+            best = min(range(len(cost)), key=cost.__getitem__)
+            figures = (f"{exponent(elements, times):.2f}", f"{cost[-1]:.3g} ps", f"{m['sizes'][flat]:,}")
+            speed_up = m["seconds"]["1"][-1] / times[-1]
+            rows.append((what, threads, *figures, f"{cost[best]:.3g} ps at {m['sizes'][best]:,}", f"{speed_up:.2f}×"))
+    head = ("op, mode", "threads", "exponent", "an element at the largest", "the same from B", "least", "speed-up")
+    if rows:
+        yield from table(head, rows)
+
+
 NOTES = """\
 Times are medians of repeats in which all contestants take turns, on inputs written anew before each; a ratio is the
 other's time over fastvae's. Memory is how far a call raises the process's resident memory. The error is the largest
 difference from float64 relative to the largest value, over results, or gradients where there is a backward; † marks
 one above four times what half an ulp in the inputs and float32's eps come to; ‡ one above 0.001, which gets no ratio.
 A contestant may allocate 4 GiB and take about 8 s; one that cannot says so. Compilation is not timed."""
+
+SCALING_NOTES = f"""\
+Elements are S·N·D, for kl_gauss and reparameterize B·D; B doubles from 32. The exponent is fitted over the {DECADES}
+decades below the largest size. A cost per element is called the same within a factor of {FLAT}; where it rises again at
+the largest elementwise sizes, results are over 32 MiB, for which the allocator takes fresh pages each time."""
 
 
 def about(results: Results) -> str:
@@ -259,6 +288,7 @@ def document(results: Results) -> str:
         *("![Error against time](error.png)", ""),
         *("## In short", "", *headline_lines(results), "", *slower_lines(results), ""),
         *("## Targets", "", *target_lines(results), ""),
+        *("## Scaling", "", SCALING_NOTES, "", *scaling_lines(results), ""),
         *("## Everything", *full_tables(results.cases.values())),
     ]
     return "\n".join(lines) + "\n"
