@@ -2,7 +2,7 @@
 docs/prior_hole.png, in two minutes: python examples/priors.py
 
 The VAEs have N(0, I), a mixture of Gaussians and a VampPrior for a prior, and the same everything else. Of held-out
-digits: the ELBO, and the importance-weighted bound with 512 samples. Of the prior: the share of its samples that are
+digits: the ELBO, and the importance-weighted bound with 512 samples of z. Of the prior: the share of its samples that are
 from holes, where log q(z) is below the 1st percentile of encoded digits, before and after `fit_prior` put a mixture
 fitted to q(z) in its place.
 """
@@ -42,16 +42,17 @@ def train(vae: VAE, x: Tensor, steps: int) -> None:
 
 
 @torch.no_grad()
-def bounds(vae: VAE, x: Tensor) -> tuple[float, float]:
+def bounds(vae: VAE, x: Tensor, n_samples: int) -> tuple[float, float]:
     """(ELBO, importance-weighted bound) in nats per image"""
     torch.manual_seed(0)
     elbo = torch.stack([vae(x).terms["elbo"] for _ in range(64)]).mean()
-    return float(elbo), float(vae.log_likelihood(x, 512).log_px.mean())
+    return float(elbo), float(vae.log_likelihood(x, n_samples).log_px.mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=2000, help="of training, for each prior (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=512, help="of the IW bound (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "prior_hole.png")
     options = parser.parse_args()
     torch.set_num_threads(1)  # layers this small gain nothing from a second
@@ -72,7 +73,7 @@ def main() -> None:
         vae = VAE(encoder, demo.make_decoder(), prior=make(encoder), likelihood="binomial", total_count=demo.COUNT)
         train(vae, x, options.steps)
         vae.eval()
-        elbo, iw = bounds(vae, held_out)
+        elbo, iw = bounds(vae, held_out, options.samples)
         before = fastvae.prior_hole(vae, x)
         vae.fit_prior(x, FITTED, n_samples=20, seed=0)
         after = fastvae.prior_hole(vae, x)

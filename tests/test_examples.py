@@ -91,7 +91,7 @@ def test_the_bound_of_em_touches_the_likelihood():
 
 def test_priors_print_a_table_and_draw(tmp_path):
     """The README's, but for the numbers: its training takes minutes."""
-    table = printed_by("priors.py", "--steps", "2", "--out", tmp_path / "hole.png").splitlines()
+    table = printed_by("priors.py", "--steps", 2, "--samples", 16, "--out", tmp_path / "hole.png").splitlines()
     readme = (ROOT / "README.md").read_text()
     assert table[0] in readme
     assert [row.split(" | ")[0] for row in table[2:]] == ["| N(0, I)", "| mixture of 100", "| VampPrior of 100"]
