@@ -28,7 +28,7 @@ import fastvae
 from fastvae import ColumnWeights
 
 pytest.importorskip("triton")
-from fastvae.kernels.triton import agg_log_prob, posteriors
+from fastvae.kernels.triton import agg_log_prob, grids, packing
 
 from fastvae.backends.contract import LogWeights
 
@@ -49,15 +49,15 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=[2, 5])
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """So many ranges of whatever passes by, some of them empty."""
-    monkeypatch.setattr(posteriors, "_splits", lambda *_: request.param)
+    monkeypatch.setattr(grids, "_splits", lambda *_: request.param)
     return request.param
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU so large that everything is small."""
-    monkeypatch.setattr(posteriors, "multiprocessors", lambda _: 10**6)
-    monkeypatch.setattr(posteriors, "_splits", lambda *_: 1)
+    monkeypatch.setattr(grids, "multiprocessors", lambda _: 10**6)
+    monkeypatch.setattr(grids, "_splits", lambda *_: 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -96,7 +96,7 @@ def test_small_tiles_in_half_precision(backend: Target, name: str, dtype: torch.
 
 @pytest.mark.parametrize("name", PAIRS[1:])
 def test_gradcheck_of_ranges(backend: Target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(posteriors, "_splits", lambda *_: 2)
+    monkeypatch.setattr(grids, "_splits", lambda *_: 2)
     op = op_named(name, torch.float64, S=2, N=130, D=2)
     others = {key: x.detach() for key, x in op.inputs.items() if key != "z"}
     assert torch.autograd.gradcheck(lambda z: op.fast(z=z, **others), (op.inputs["z"],))
@@ -148,10 +148,10 @@ def test_same_bits_whatever_else_is_asked_for(backend: Target, splits: int) -> N
 @pytest.mark.parametrize("S", [64, 1000, 16384, 10**6])
 @pytest.mark.parametrize("N", [64, 1000, 16384, 10**6])
 def test_grids_cover_everything_and_fill_the_chip(S: int, N: int) -> None:
-    g = posteriors.grid(S, N, 64, torch.float32, torch.device("meta"), reduce=False)
+    g = grids.grid(S, N, 64, torch.float32, torch.device("meta"), reduce=False)
     RO, RP, TO, TP = (g.config[key] for key in ("RO", "RP", "TO", "TP"))
-    assert TO * TP == posteriors.THREADS
-    assert posteriors.PANEL.value % (RO * TO) == posteriors.PANEL.value % (RP * TP) == 0
+    assert TO * TP == grids.THREADS
+    assert packing.PANEL.value % (RO * TO) == packing.PANEL.value % (RP * TP) == 0
     assert g.blocks * RO * TO >= S
     assert g.splits * g.tiles * RP * TP >= N
     assert (g.splits - 1) * g.tiles * RP * TP < N or g.splits == 1
@@ -168,9 +168,9 @@ def test_other_tiles_give_the_same(backend: Target) -> None:
     weights = LogWeights(op.inputs["log_w"].detach(), None, own, -0.5, 0.5)
     z, mu, logvar = (op.inputs[key].detach() for key in ("z", "mu", "logvar"))
     chosen = []
-    for config in posteriors.configs(10**4, 10**4, torch.float32):
+    for config in grids.configs(10**4, 10**4, torch.float32):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(agg_log_prob, "fastest", lambda run, configs, *problem, c=config: run(c))
             expected.check([agg_log_prob.agg_log_prob(z, mu, logvar, weights)])
-        chosen.append(posteriors.grid(10**4, 10**4, 5, torch.float32, torch.device("meta"), False, **config).config)
+        chosen.append(grids.grid(10**4, 10**4, 5, torch.float32, torch.device("meta"), False, **config).config)
     assert len({tuple(c.items()) for c in chosen}) == len(chosen) > 1

@@ -15,25 +15,20 @@ from torch import Tensor
 from fastvae.backends.contract import LogWeights
 
 from ._launch import Config, cdiv, empty_like, fastest
-from .elementary import times
+from .elementary import INF, times
+from .grids import Grid, configs, grid
 from .log_sum_exp import across_lanes, add_terms, combine_ranges, hint, log_of, nothing, share_factor, summed
+from .packing import Packed, new, pack
 from .pair_gradients import clear, columns_gradients, pull_columns, pull_samples
-from .posteriors import (
-    INF,
-    Grid,
-    Packed,
+from .tiles import (
     add_log_weights,
-    configs,
-    grid,
     inverse_kappa2,
     is_far,
     meets_own,
     minus_squares,
-    new,
     offset,
     override,
     owned,
-    pack,
     passing,
     square_sums,
     step,

@@ -18,26 +18,21 @@ from fastvae.backends.contract import LogWeights
 
 from ._launch import cdiv, empty_like
 from .agg_log_prob import agg_log_prob_backward, combine_rows, joint_program, pull_on_columns, shares_of_rows
-from .elementary import times
+from .elementary import INF, times
+from .grids import grid, grid_per_dimension
 from .log_sum_exp import across_lanes, add_terms, combine_ranges, log_of, nothing, share_factor, summed
+from .packing import PANEL, Packed, new, pack
 from .pair_gradients import columns_gradients, far_t, held_finite
-from .posteriors import (
-    INF,
-    PANEL,
-    Packed,
+from .tiles import (
     add_log_weights,
-    grid,
-    grid_per_dimension,
     inverse_kappa2,
     is_far,
     load_pair,
     meets_own,
     minus_square,
-    new,
     offset,
     override,
     owned,
-    pack,
     passing,
     step,
 )

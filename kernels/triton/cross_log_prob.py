@@ -8,22 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import add_up, empty_like
+from .elementary import LN2
+from .grids import grid
 from .log_sum_exp import summed
+from .packing import new, pack
 from .pair_gradients import clear, columns_gradients, pull_columns, pull_samples
-from .posteriors import (
-    INV_KAPPA2,
-    LN2,
-    grid,
-    is_far,
-    minus_squares,
-    new,
-    offset,
-    owned,
-    pack,
-    passing,
-    square_sums,
-    step,
-)
+from .tiles import INV_KAPPA2, is_far, minus_squares, offset, owned, passing, square_sums, step
 
 
 @triton.jit(do_not_specialize=["S", "N", "blocks", "tiles"])

@@ -4,8 +4,19 @@
 `enable_fp_fusion=False` and fuse by `tl.fma`, so that a term has the same bits wherever it is computed.
 """
 
+import math
+
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.44269504088896340736)
+LN2 = tl.constexpr(0.69314718055994530942)
+INF = tl.constexpr(math.inf)
+
+
+@triton.jit
+def largest(dtype: tl.constexpr):
+    return tl.full([], 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38, dtype)
 
 
 @triton.jit

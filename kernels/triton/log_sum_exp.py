@@ -8,7 +8,7 @@ is. NaN is passed over by the maximum, and found in the total.
 import triton
 import triton.language as tl
 
-from .posteriors import LN2, LOG2E, largest
+from .elementary import LN2, LOG2E, largest
 
 
 @triton.jit

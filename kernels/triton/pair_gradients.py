@@ -1,5 +1,5 @@
 """What weights r_ij on the pairs' log-densities pull on z, mu and logvar. With t and a in units of kappa
-(posteriors.py):
+(packing.py):
 
     d z_id      = -sum_j r_ij t a / kappa^2
     d mu_jd     =  sum_i r_ij t a / kappa^2
@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv
+from .elementary import largest
 from .log_sum_exp import summed
-from .posteriors import PANEL, Packed, inverse_kappa2, largest, load_pair, offset, step
+from .packing import PANEL, Packed
+from .tiles import inverse_kappa2, load_pair, offset, step
 
 
 @triton.jit

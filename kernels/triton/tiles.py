@@ -1,0 +1,177 @@
+"""Tiles of pairs: what every kernel does with the packed samples and columns that meet in one.
+
+A tile is a tensor of pairs [RO, RP, TO, TP]. Triton spreads trailing axes over threads: where TO * TP is the number of
+threads, a thread holds RO * RP pairs in registers, RO samples (or columns) of those that the program owns against RP of
+those that pass by, and sums over passing ones end in TP neighbouring lanes.
+"""
+
+import triton
+import triton.language as tl
+
+from .elementary import LOG2E
+from .packing import PANEL
+
+FOLD = tl.constexpr(128)  # squares are summed over so many dimensions at a time
+INV_KAPPA2 = tl.constexpr(1.38629436111989061883)  # 1 / kappa^2 = 2 ln 2, in float32
+
+
+@triton.jit
+def owned(RO: tl.constexpr, TO: tl.constexpr):
+    """Which of its RO * TO samples (or columns) a pair has: that of its thread [1, 1, TO, 1], which an address has in a
+    register, plus a constant [RO, 1, 1, 1], which it has as an offset."""
+    return tl.arange(0, TO)[None, None, :, None], (tl.arange(0, RO) * TO)[:, None, None, None]
+
+
+@triton.jit
+def passing(RP: tl.constexpr, TP: tl.constexpr):
+    """[1, 1, 1, TP] and [1, RP, 1, 1]"""
+    return tl.arange(0, TP)[None, None, None, :], (tl.arange(0, RP) * TP)[None, :, None, None]
+
+
+@triton.jit
+def offset(first, D):
+    """Of element `first` of dimension 0 in packed samples or columns; `first` is int64."""
+    return first // PANEL * PANEL * D + first % PANEL
+
+
+@triton.jit
+def step(planes):
+    """The elements of a column in `planes`: one, or two where a pair does not fit into one."""
+    return 1 if planes.dtype.element_ty == tl.int64 else 2
+
+
+@triton.jit
+def is_far(far, first):
+    return tl.load(far + first // PANEL) != 0
+
+
+@triton.jit
+def minus_squares(c, squares):
+    """c - log2(e) / (2 kappa^2) squares"""
+    if squares.dtype == tl.float64:
+        s = tl.fma(squares, tl.full([], -0.5 * LOG2E, tl.float64), c)
+    else:
+        s = c - squares
+    return s
+
+
+@triton.jit
+def minus_square(c, t):
+    """The same of one t, to the last bit in every kernel."""
+    if t.dtype == tl.float64:
+        s = minus_squares(c, t * t)
+    else:
+        s = tl.fma(t * -1.0, t, c)  # -t would be 0 - t, an instruction
+    return s
+
+
+@triton.jit
+def inverse_kappa2(dtype: tl.constexpr):
+    return tl.full([], 1.0 if dtype == tl.float64 else INV_KAPPA2, dtype)
+
+
+@triton.jit
+def load_pair(planes, columns):
+    """a and b"""
+    if planes.dtype.element_ty == tl.int64:
+        both = tl.load(planes + columns)
+        a = (both & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+        b = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        a = tl.load(planes + 2 * columns)
+        b = tl.load(planes + 2 * columns + 1)
+    return a, b
+
+
+@triton.jit
+def _squares(
+    z, rows, planes, columns, far, n,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros([RO, RP, TO, TP], z.dtype.element_ty)
+    if far:
+        for _ in range(0, n):
+            a, b = load_pair(planes, columns)
+            t = (tl.load(z + rows) + b) * a
+            acc = tl.fma(t, t, acc)
+            z += PANEL
+            planes += PANEL * step(planes)
+    else:
+        for _ in tl.range(0, n, loop_unroll_factor=UNROLL):
+            a, b = load_pair(planes, columns)
+            t = tl.fma(tl.load(z + rows), a, b)
+            acc = tl.fma(t, t, acc)
+            z += PANEL
+            planes += PANEL * step(planes)
+    return acc
+
+
+@triton.jit
+def square_sums(
+    z, rows, planes, columns, far, D: tl.constexpr,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """sum_d t^2 of a tile, from pointers to dimension 0 of its thread's first sample and column, and the constants that
+    make the others of these (`owned`, `passing`). The same bits for a pair in every tile that it may be in."""
+    if D <= FOLD:
+        total = _squares(z, rows, planes, columns, far, D, RO, RP, TO, TP, UNROLL)
+    else:
+        total = _squares(z, rows, planes, columns, far, FOLD, RO, RP, TO, TP, UNROLL)
+        for d in range(FOLD, D, FOLD):
+            z += FOLD * PANEL
+            planes += FOLD * PANEL * step(planes)
+            total += _squares(z, rows, planes, columns, far, tl.minimum(D - d, FOLD), RO, RP, TO, TP, UNROLL)
+    return total
+
+
+@triton.jit
+def meets_own(
+    own_low, own_high, first_row, first_column, N, OWN: tl.constexpr, NEXT: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Whether an own column of a tile's samples, or the next one, may be among its columns: by the range of the own
+    columns of the panel, which is narrow where neighbours were drawn from neighbours."""
+    if OWN or NEXT:
+        low = tl.load(own_low + first_row // PANEL)
+        high = tl.load(own_high + first_row // PANEL)
+        meets = (low < first_column + COLUMNS) & (high + 1 >= first_column)
+        meets |= (high == N - 1) & (first_column == 0)
+    else:
+        meets = False
+    return meets
+
+
+@triton.jit
+def _within(j, first_column, COLUMNS: tl.constexpr):
+    """Where in a tile column j is, as an int32; -1 for elsewhere."""
+    return tl.where((j >= first_column) & (j < first_column + COLUMNS), j - first_column, -1).to(tl.int32)
+
+
+@triton.jit
+def override(
+    common, own_one, next_one, own, first_row, row, first_column, column, N,
+    OWN: tl.constexpr, NEXT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`common`, but what belongs at own columns and those after them there."""
+    drawn_from = tl.load(own + first_row + row)
+    if NEXT:
+        following = tl.where(drawn_from == N - 1, 0, drawn_from + 1)
+        common = tl.where(column == _within(following, first_column, COLUMNS), next_one, common)
+    if OWN:
+        common = tl.where(column == _within(drawn_from, first_column, COLUMNS), own_one, common)
+    return common
+
+
+@triton.jit
+def add_log_weights(
+    s, log_w, own, log_w_own, log_w_next, meets, first_row, row, first_column, column, N,
+    OWN: tl.constexpr, NEXT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """To a tile's log densities, where they are not in them yet."""
+    if OWN or NEXT:
+        w = tl.load(log_w + first_column + column)
+        if meets:
+            w_own, w_next = tl.full([], log_w_own, s.dtype), tl.full([], log_w_next, s.dtype)
+            s += override(w, w_own, w_next, own, first_row, row, first_column, column, N, OWN, NEXT, COLUMNS)
+        else:
+            s += w
+    return s
