@@ -2,8 +2,8 @@
 docs/prior_hole.png, in two minutes: python examples/priors.py
 
 The VAEs have N(0, I), a mixture of Gaussians and a VampPrior for a prior, and the same everything else. Of held-out
-digits: the ELBO, and the importance-weighted bound with 512 samples of z. Of the prior: the share of its samples that are
-from holes, where log q(z) is below the 1st percentile of encoded digits, before and after `fit_prior` put a mixture
+digits: the ELBO, and the importance-weighted bound with 512 samples of z. Of the prior: the share of its samples that
+are from holes, where log q(z) is below the 1st percentile of encoded digits, before and after `fit_prior` put a mixture
 fitted to q(z) in its place.
 """
 
