@@ -1,6 +1,8 @@
 """One case measured: every contestant checked against float64, then its memory, then all of them raced."""
 
+import gc
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,8 +29,8 @@ from .machine import Ceilings
 
 FRESH = 3  # inputs take turns
 MEMORY = 4 * 2**30  # what a call may allocate
-SECONDS = 8.0  # what a call may take, to judge by the size before
-PATIENCE = 60.0  # seconds, for the calls before the race, compilation included
+SECONDS = 4.0  # what a call may take, to judge by the size before
+PATIENCE = 40.0  # seconds, for the calls before the race, compilation included
 
 _compiled_for: list[object] = [None]
 _pace: dict[tuple[str, str, str], float] = {}  # seconds per element, by op, mode and contestant
@@ -45,6 +47,7 @@ def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand
     if _compiled_for[0] != (case.name, case.size):  # each size is compiled for as if it were the only one
         torch._dynamo.reset()
         _compiled_for[0] = (case.name, case.size)
+    gc.freeze()  # what is here now is not looked through again each time that memory is given back
     sets = _inputs(case)
     leaves = [x.clone().requires_grad_("backward" in case.mode) for x in sets[0]]
 
@@ -72,8 +75,10 @@ def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand
                 results[name] = _checked(case, truth, name, function)
                 if op.part or name in op.yardsticks:
                     prepare()()  # warmed up, as the others are by the check
+                start = time.perf_counter()
                 results[name]["bytes"] = peak_extra_bytes(prepare())
-                estimates[name] = _estimate(prepare)
+                spent = time.perf_counter() - start
+                estimates[name] = spent if spent > 1 else _estimate(prepare)
             prepares[name] = prepare
             if estimates[name] > SECONDS / 40:  # no longer the call's own overhead
                 _pace[case.name, case.mode, name] = estimates[name] / elements
@@ -83,7 +88,7 @@ def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand
             results[name] = {"why_not": f"too slow: over {PATIENCE:.0f} s to try"}
         except ImportError as error:
             results[name] = {"why_not": f"not installed: {error.name}"}
-        give_back()
+    give_back()
     for name, times in race(prepares, estimates, refresh, clock).items():
         low, median, high = statistics.quantiles(times, n=4)
         results[name] |= {"median": median, "low": low, "high": high, "repeats": len(times)}

@@ -18,6 +18,7 @@ Prepare = Callable[[], Run]  # what must be done before, untimed
 Clock = Callable[[Prepare, int], Sequence[float]]  # the times of so many runs, in seconds
 
 LEAST, MOST = 3, 300  # repeats
+LONG = 0.5  # seconds; a longer run, which varies less, is repeated once
 SHORT = 0.01  # seconds; the time of a shorter run depends on what ran before
 
 
@@ -94,7 +95,7 @@ def race(
     estimates: dict[str, float],
     refresh: Callable[[int], None] = lambda _: None,
     clock: Clock = by_hand,
-    budget: float = 0.3,
+    budget: float = 0.15,
 ) -> dict[str, list[float]]:
     """The times of each: as many as fit into `budget` seconds of its own by `estimates` of one, prepared.
 
@@ -103,7 +104,8 @@ def race(
     threads as another has left them. Before each run `refresh(round)` writes the inputs anew.
     """
     first, *others = prepares
-    repeats = {name: min(MOST, max(LEAST, int(budget / estimates[name]))) for name in prepares}
+    least = {name: 2 if estimate > LONG else LEAST for name, estimate in estimates.items()}
+    repeats = {name: min(MOST, max(least[name], int(budget / estimates[name]))) for name in prepares}
     rounds = repeats[first]
     times: dict[str, list[float]] = {name: [] for name in prepares}
     order = random.Random(0)
