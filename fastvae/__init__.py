@@ -1,6 +1,7 @@
 """Fused kernels for variational autoencoders."""
 
 from .backends import use_backend
+from .backends.precision import precision
 from .divergences import mmd
 from .estimators import KLDecomposition, agg_entropy, estimator_weights, kl_decomposition
 from .evaluate import (
@@ -67,6 +68,7 @@ __all__ = [
     "mc_iw_elbo",
     "mi_bounds",
     "mmd",
+    "precision",
     "prior_hole",
     "reparameterize",
     "sample_gauss",

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import fastvae
 from fastvae.backends.contract import LogWeights
 
 TARGETS = {
@@ -44,11 +45,13 @@ class Case(NamedTuple):
     wide: bool = False  # whether all loads and stores of rows are of 16 bytes
     shares: Mapping[str, float] = MappingProxyType({})  # of the longest innermost loop, at least: {"FFMA": 0.6}
     loops: tuple[Mapping[str, float], ...] = ()  # for each, an innermost loop that has at least these shares
+    tensor_cores: bool = False  # whether its machine code is read on every NVIDIA target, for theirs
     stack: int = 0  # bytes, at most, of registers spilled outside the innermost loops
 
 
 class Report(NamedTuple):
-    """One kernel on one target; what is from machine code only of the case's own kernel on `READ`."""
+    """One kernel on one target; what is from machine code only of the case's own kernel on `READ`, or where tensor
+    cores are looked for."""
 
     case: str
     target: str
@@ -60,6 +63,7 @@ class Report(NamedTuple):
     instructions: dict[str, int]  # how many of each opcode
     loops: list[dict[str, int]]  # the same of each innermost loop
     accesses: dict[str, int]  # global loads and stores by their width in bits
+    tensor_cores: list[str]  # their instructions, with modifiers
 
 
 def op(name: str, *arguments: Any) -> object:
@@ -120,7 +124,7 @@ class Pairs(NamedTuple):
         return meta(*shape, dtype=torch.promote_types(self.dtype, torch.float32))
 
 
-def pairs(name: str, *problem: Any, want_z: bool = True) -> Callable[[], object]:
+def pairs(name: str, *problem: Any, want_z: bool = True, precision: str = "exact") -> Callable[[], object]:
     """A cross-evaluated op, or its backward for all gradients, or for all but that of z."""
     p = Pairs(*problem)
     joint, marginals, matrix = p.result(p.S), p.result(p.S, p.D), p.result(p.S, p.N)
@@ -132,7 +136,12 @@ def pairs(name: str, *problem: Any, want_z: bool = True) -> Callable[[], object]
     }
     weights = () if name.startswith("cross") else (p.weights,)
     last = () if name not in results else (wanted[:3],) if name.startswith("cross") else (wanted,)
-    return lambda: op(name, *results.get(name, ()), *p.inputs, *weights, *last)
+
+    def launch() -> object:
+        with fastvae.precision(precision):
+            return op(name, *results.get(name, ()), *p.inputs, *weights, *last)
+
+    return launch
 
 
 MANY = 1 << 20
@@ -175,6 +184,13 @@ CASES = {
         pairs("agg_log_prob", 64, 10**6, 512, True), "_joint_rows", PACK, loops=({"FFMA": 0.68},), stack=320
     ),
     "agg_log_prob small bfloat16": Case(pairs("agg_log_prob", 256, 256, 33, False, HALF), "_joint_rows", PACK),
+    "agg_log_prob tf32x3": Case(
+        pairs("agg_log_prob", 16384, 16384, 64, True, precision="tf32x3"),
+        "_joint_rows_tf32x3",
+        255,
+        tensor_cores=True,
+        stack=32,
+    ),
     "agg_log_prob_backward": Case(
         pairs("agg_log_prob_backward", 16384, 16384, 64),
         "_joint_columns",
@@ -259,7 +275,7 @@ def tool(name: str, *arguments: str) -> str:
 
 def opcodes(lines: list[str]) -> list[str]:
     """FFMA, LDG.E.128 and so on, with their modifiers."""
-    found = (re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line) for line in lines)
+    found = (re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", line) for line in lines)
     return [f[1] for f in found if f and f[1] != "NOP"]
 
 
@@ -290,7 +306,11 @@ def read(binary: Any) -> dict[str, Any]:
         "instructions": by_name(names),
         "loops": [by_name(opcodes(loop)) for loop in innermost_loops(listing)],
         "accesses": dict(Counter(w[1] if w else "32" for w in widths)),
+        "tensor_cores": sorted({n for n in names if "MMA" in n}),
     }
+
+
+UNREAD: dict[str, Any] = {"instructions": {}, "loops": [], "accesses": {}, "tensor_cores": []}
 
 
 def resources(binary: Any) -> dict[str, int]:
@@ -315,8 +335,8 @@ def main(part: int = 0, parts: int = 1) -> None:
         for number, (target, description) in enumerate(TARGETS.items()):
             driver.set_active(Absent(number, GPUTarget(*description)))
             for kernel, elements, binary in compiled(case):
-                is_read = (target, kernel) == (READ, case.kernel)
-                code = read(binary) if is_read else {"instructions": {}, "loops": [], "accesses": {}}
+                is_read = target == READ or (case.tensor_cores and description[0] == "cuda")
+                code = read(binary) if is_read and kernel == case.kernel else UNREAD
                 used = resources(binary) | {"shared": binary.metadata.shared}
                 reports.append(Report(name, target, kernel, elements=elements, **used, **code)._asdict())
     json.dump(reports, sys.stdout)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import triton.language as tl
+from triton._C.libtriton.ir import INPUT_PRECISION
 from triton.language import core
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -24,6 +25,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 MOST_PROGRAMS = 96
 
 _cast = InterpreterBuilder.cast_impl
+_dot = InterpreterBuilder.create_dot
 _run = GridExecutor.__call__
 _patch_language = interpreter._patch_lang
 _np_dtype = interpreter._get_np_dtype
@@ -52,6 +54,34 @@ def _create_fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: T
         return TensorHandle(x.data * y.data + z.data, z.dtype.scalar)
     exact = x.data.astype(np.float64) * y.data + z.data
     return TensorHandle(exact.astype(np.float32), tl.float32)
+
+
+def _tf32(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to 11 bits, halves away from 0, as `cvt.rna.tf32` rounds; in float64, where products are exact"""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x1000) & 0xFFFFE000).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def _towards_zero(x: np.ndarray) -> np.ndarray:
+    """float64 to float32"""
+    near = x.astype(np.float32)
+    return np.where(np.abs(near) > np.abs(x), np.nextafter(near, np.float32(0)), near)
+
+
+def _create_dot(
+    self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, *rest: Any
+) -> TensorHandle:
+    """tf32x3 as tensor cores compute it at worst: three products of rounded numbers, and each step of 8 terms rounded
+    towards zero. The original is exact."""
+    if precision != INPUT_PRECISION.TF32x3:
+        return _dot(self, a, b, d, precision, *rest)
+    big_a, big_b = _tf32(a.data), _tf32(b.data)
+    small_a, small_b = _tf32(a.data - big_a), _tf32(b.data - big_b)
+    total = d.data
+    for left, right in ((small_a, big_b), (big_a, small_b), (big_a, big_b)):
+        for k in range(0, a.data.shape[1], 8):
+            total = _towards_zero(total + left[:, k : k + 8] @ right[k : k + 8])
+    return TensorHandle(total, tl.float32)
 
 
 def _call(self: GridExecutor, *arguments: Any, **keywords: Any) -> None:
@@ -153,6 +183,7 @@ def adjust() -> None:
     """For the whole process."""
     InterpreterBuilder.cast_impl = _cast_impl
     InterpreterBuilder.create_fma = _create_fma
+    InterpreterBuilder.create_dot = _create_dot
     GridExecutor.__call__ = _call
     interpreter._patch_lang = _patch_lang
     interpreter._get_np_dtype = _get_np_dtype

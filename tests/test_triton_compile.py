@@ -48,7 +48,9 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def test_compiles_for_every_target(reports: list[Report], name: str) -> None:
-    kernels = {target: [r.kernel for r in of_case(reports, name) if r.target == target] for target in TARGETS}
+    """Into the same kernels, but those of NVIDIA's tensor cores."""
+    targets = [t for t, (maker, *_) in TARGETS.items() if maker == "cuda" or not CASES[name].tensor_cores]
+    kernels = {target: [r.kernel for r in of_case(reports, name) if r.target == target] for target in targets}
     assert CASES[name].kernel in kernels[READ]
     assert all(k == kernels[READ] for k in kernels.values())
 
@@ -82,6 +84,17 @@ def test_instructions(reports: list[Report], name: str) -> None:
         for opcode, least in case.shares.items():
             share = loop.get(opcode, 0) / sum(loop.values())
             assert share >= least, f"{opcode}: {share:.3f} of {loop}"
+
+
+def test_tensor_cores_compute_where_they_are_asked_to(reports: list[Report], name: str) -> None:
+    """And nowhere else: tf32 is never the default."""
+    for report in of_case(reports, name):
+        if report.instructions:
+            assert bool(report.tensor_cores) == CASES[name].tensor_cores, report
+            if report.target != "sm_100":  # whose instruction does not say
+                assert all(".TF32" in opcode for opcode in report.tensor_cores), report
+    read = {report.target for report in of_case(reports, name) if report.instructions}
+    assert read == ({"sm_80", "sm_90", "sm_100"} if CASES[name].tensor_cores else {READ})
 
 
 def test_every_op_has_cases() -> None:

@@ -253,6 +253,8 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeight
         ValueError: shapes or devices do not match, or `own` points past the columns (on CPU tensors; on a GPU,
             and under the compiler, such a sample counts as drawn from none of them).
 
+    On NVIDIA GPUs `fastvae.precision("tf32x3")` trades digits for tensor cores.
+
     Source: Zheng, eq. 24; with weights, eq. 29.
 
     Example:

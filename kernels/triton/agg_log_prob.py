@@ -8,16 +8,29 @@ far moves with its sum. Then programs that own columns stream the samples by.
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvae.backends import precision
 from fastvae.backends.contract import LogWeights
 
+from . import tensor_cores
 from ._launch import Config, cdiv, empty_like, fastest
 from .elementary import INF, times
-from .grids import Grid, configs, grid
-from .log_sum_exp import across_lanes, add_terms, combine_ranges, hint, log_of, nothing, share_factor, summed
+from .grids import Grid, configs, grid, has_tensor_cores
+from .log_sum_exp import (
+    across_lanes,
+    add_terms,
+    combine_ranges,
+    combine_rows,
+    hint,
+    log_of,
+    nothing,
+    share_factor,
+    summed,
+)
 from .packing import Packed, new, pack
 from .pair_gradients import clear, columns_gradients, pull_columns, pull_samples
 from .tiles import (
@@ -122,15 +135,6 @@ def _joint_rows(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["S", "D", "splits"])
-def combine_rows(ms, totals, out, S, D, splits, BLOCK: tl.constexpr):
-    """out [S, D] from m and total of each range of columns, [splits, D, S]"""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = S.to(tl.int64) * D
-    m, total = combine_ranges(ms + i, totals + i, splits, size, i < size)
-    tl.store(out + i % S * D + i // S, log_of(m, total), i < size)
-
-
 @triton.jit(do_not_specialize=["grad_stride", "S", "splits"])
 def _combine_rows_backward(
     ms, totals, parts, d_joint, grad_stride, m_out, factors, d_z, S, splits,
@@ -222,6 +226,8 @@ def _operands(packed: Packed) -> tuple[Tensor | float | None, ...]:
 
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
+    if precision.current() == "tf32x3" and z.dtype != torch.float64 and has_tensor_cores():
+        return tensor_cores.agg_log_prob(z, mu, logvar, weights)
     packed = pack(z, mu, logvar, weights)
     S, N, D = packed.S, packed.N, packed.D
     joint = new(packed, S)

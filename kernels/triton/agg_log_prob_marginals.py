@@ -17,10 +17,10 @@ from torch import Tensor
 from fastvae.backends.contract import LogWeights
 
 from ._launch import cdiv, empty_like
-from .agg_log_prob import agg_log_prob_backward, combine_rows, joint_program, pull_on_columns, shares_of_rows
+from .agg_log_prob import agg_log_prob_backward, joint_program, pull_on_columns, shares_of_rows
 from .elementary import INF, times
 from .grids import grid, grid_per_dimension
-from .log_sum_exp import across_lanes, add_terms, combine_ranges, log_of, nothing, share_factor, summed
+from .log_sum_exp import across_lanes, add_terms, combine_ranges, combine_rows, log_of, nothing, share_factor, summed
 from .packing import PANEL, Packed, new, pack
 from .pair_gradients import columns_gradients, far_t, held_finite
 from .tiles import (

@@ -98,3 +98,17 @@ def _splits(blocks: int, tiles: int, steps: int, slots: int) -> int:
         return cdiv(blocks * splits, slots) * (cdiv(tiles, splits) + 0.5)
 
     return min(range(1, most + 1), key=time, default=1)
+
+
+def matrix_grid(owned: int, passing: int, D: int, device: torch.device) -> Grid:
+    """For tensor cores: 64 x 64 pairs for 128 threads, 16 dimensions at a time, which no target's registers spill at;
+    two such programs have room on a multiprocessor."""
+    config = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}
+    blocks, tiles = cdiv(owned, config["ROWS"]), cdiv(passing, config["COLUMNS"])
+    splits = _splits(blocks, tiles, D + 8, 2 * multiprocessors(device))
+    return Grid(config, blocks, splits, max(1, cdiv(tiles, splits)))
+
+
+def has_tensor_cores() -> bool:
+    """Whether Triton compiles for those; its interpreter emulates them."""
+    return INTERPRETED or _target(triton.runtime.driver.active)[0] == "cuda"

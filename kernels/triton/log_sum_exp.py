@@ -89,3 +89,12 @@ def combine_ranges(ms, totals, splits, stride, inside):
         m_k = tl.load(ms + stride * k, inside, other=0.0)
         total += tl.load(totals + stride * k, inside, other=0.0) * tl.exp2(m_k - m)
     return m, total
+
+
+@triton.jit(do_not_specialize=["S", "D", "splits"])
+def combine_rows(ms, totals, out, S, D, splits, BLOCK: tl.constexpr):
+    """out [S, D] from m and total of each range of columns, [splits, D, S]"""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = S.to(tl.int64) * D
+    m, total = combine_ranges(ms + i, totals + i, splits, size, i < size)
+    tl.store(out + i % S * D + i // S, log_of(m, total), i < size)

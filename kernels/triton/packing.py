@@ -13,7 +13,7 @@ In float32, where a is rounded once from float64, kappa = sqrt(log2(e) / 2) and 
 nothing wider is at hand to round from, kappa is 1.
 
 b costs |b| eps / 2 of t, no more than a half-ulp change of the centred mu would. A panel of columns where some |b|
-passes MAX_OFFSET, or a number is extreme or not finite, is `far`: b is -(mu - centre), and t = (z - centre + b) a takes
+passes a limit, or a number is extreme or not finite, is `far`: b is -(mu - centre), and t = (z - centre + b) a takes
 three operations and rounds as the broadcast formula does. A panel of samples is far where one is extreme or not
 finite; that matters to gradients, where 0 t must be 0. Kernels look up which panels are far, tile by tile; a tile is
 within one.
@@ -33,8 +33,6 @@ from ._launch import accumulator, cdiv, next_power_of_2
 from .elementary import INF, LOG2E, largest
 
 PANEL = tl.constexpr(128)
-MAX_OFFSET = tl.constexpr(128.0)
-MODERATE = tl.constexpr(2.0**60)  # a and z - centre within it cannot overflow together
 LOG_2PI = tl.constexpr(1.83787706640934548356)
 KAPPA = tl.constexpr(0.84932180028801904272)  # sqrt(log2(e) / 2), in float32
 
@@ -53,7 +51,7 @@ def _to_finite(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def _centre(mu, row_stride, column_stride, d, N, D, ACC: tl.constexpr):
+def _centre(mu, row_stride, column_stride, d, N, D, ACC: tl.constexpr, MODERATE: tl.constexpr):
     """[DK]: the mean of up to 64 columns spread evenly, the largest and the smallest left out. Any centre will do that
     makes most offsets small; every program computes the same."""
     k = tl.arange(0, 64)
@@ -83,7 +81,8 @@ def _inverse_sigma(logvar, ACC: tl.constexpr):
 @triton.jit
 def _pack_columns(
     panel, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, planes, marginal_c, c, log2_w, far, N, D,
-    WEIGHTED: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, DK: tl.constexpr,
+    WEIGHTED: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr,
+    DK: tl.constexpr,
 ):  # fmt: skip
     j = panel * PANEL + tl.arange(0, PANEL)
     at = (panel * PANEL * D + tl.arange(0, PANEL))[:, None]
@@ -102,7 +101,7 @@ def _pack_columns(
     for first in range(0, D, DK):
         d = first + tl.arange(0, DK)
         mask = inside[:, None] & (d < D)[None, :]
-        centre = _centre(mu, mu_row, mu_col, d, N, D, ACC)[None, :]
+        centre = _centre(mu, mu_row, mu_col, d, N, D, ACC, MODERATE)[None, :]
         mean = tl.load(mu + j[:, None] * mu_row + d[None, :] * mu_col, mask, other=0.0).to(ACC)
         lv = tl.load(logvar + j[:, None] * lv_row + d[None, :] * lv_col, mask, other=0.0).to(tl.float64)
         a = _inverse_sigma(lv, ACC)
@@ -126,7 +125,7 @@ def _pack_columns(
         for first in range(0, D, DK):
             d = first + tl.arange(0, DK)
             mask = inside[:, None] & (d < D)[None, :]
-            centre = _centre(mu, mu_row, mu_col, d, N, D, ACC)[None, :]
+            centre = _centre(mu, mu_row, mu_col, d, N, D, ACC, MODERATE)[None, :]
             mean = tl.load(mu + j[:, None] * mu_row + d[None, :] * mu_col, mask, other=0.0).to(ACC)
             tl.store(planes + 2 * (at + d[None, :] * PANEL) + 1, centre - mean, mask)
 
@@ -141,7 +140,7 @@ def _pack_columns(
 @triton.jit
 def _pack_samples(
     panel, z, z_row, z_col, mu, mu_row, mu_col, own, samples, packed_own, own_low, own_high, far, S, N, D,
-    ACC: tl.constexpr, DK: tl.constexpr,
+    ACC: tl.constexpr, MODERATE: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
     i = panel * PANEL + tl.arange(0, PANEL)
     at = (panel * PANEL * D + tl.arange(0, PANEL))[:, None]
@@ -150,7 +149,7 @@ def _pack_samples(
     for first in range(0, D, DK):
         d = first + tl.arange(0, DK)
         mask = inside[:, None] & (d < D)[None, :]
-        centre = _centre(mu, mu_row, mu_col, d, N, D, ACC)[None, :]
+        centre = _centre(mu, mu_row, mu_col, d, N, D, ACC, MODERATE)[None, :]
         x = tl.load(z + i[:, None] * z_row + d[None, :] * z_col, mask, other=0.0).to(ACC) - centre
         too_far |= tl.where(mask & ((tl.abs(x) <= MODERATE / 2) == 0), 1, 0)
         tl.store(samples + at + d[None, :] * PANEL, tl.where(mask, x, 0.0), (d < D)[None, :])
@@ -168,20 +167,31 @@ def _pack(
     z, z_row, z_col, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all: tl.float64, own,
     samples, packed_own, own_low, own_high, far_samples, planes, marginal_c, c, log2_w, far_columns,
     S, N, D, column_panels,
-    WEIGHTED: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, DK: tl.constexpr,
+    WEIGHTED: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr,
+    DK: tl.constexpr,
 ):  # fmt: skip
     """Panels of columns, then panels of samples."""
     panel = tl.program_id(0).to(tl.int64)
     if panel < column_panels:
         _pack_columns(
             panel, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, planes, marginal_c, c, log2_w,
-            far_columns, N, D, WEIGHTED, FOLDED, ACC, DK,
+            far_columns, N, D, WEIGHTED, FOLDED, ACC, MAX_OFFSET, MODERATE, DK,
         )  # fmt: skip
     else:
         _pack_samples(
             panel - column_panels, z, z_row, z_col, mu, mu_row, mu_col, own, samples, packed_own, own_low, own_high,
-            far_samples, S, N, D, ACC, DK,
+            far_samples, S, N, D, ACC, MODERATE, DK,
         )  # fmt: skip
+
+
+class Limits(NamedTuple):
+    """What is far."""
+
+    offset: float  # |mu - centre| / sigma, but for kappa
+    moderate: float  # of a, and twice |z - centre|: what is within it cannot overflow together
+
+
+DIRECT = Limits(128.0, 2.0**60)
 
 
 class Packed(NamedTuple):
@@ -222,7 +232,9 @@ def new(packed: Packed, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=packed.dtype, device=packed.samples.device)
 
 
-def pack(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights | None, marginals: bool = False) -> Packed:
+def pack(
+    z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights | None, marginals: bool = False, limits: Limits = DIRECT
+) -> Packed:
     """One launch. z [S, D], mu and logvar [N, D], strided as they like; no weights: a weight of 1 for all."""
     (S, D), N = z.shape, mu.shape[0]
     dtype = accumulation_dtype(z.dtype)
@@ -257,7 +269,7 @@ def pack(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights | None, marg
         *(log_w, 0.0 if weights is None else weights.common(N), own),
         *(packed.samples, packed.own, packed.own_low, packed.own_high, packed.far_samples),
         *(planes, packed.marginal_c, packed.c, packed.log_w, packed.far_columns),
-        *(S, N, D, column_panels, weights is not None, not overridden, accumulator(z.dtype)),
+        *(S, N, D, column_panels, weights is not None, not overridden, accumulator(z.dtype), *limits),
         min(16, next_power_of_2(max(D, 1))),
     )
     if row_panels + column_panels:
