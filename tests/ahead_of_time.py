@@ -306,7 +306,7 @@ def read(binary: Any) -> dict[str, Any]:
         "instructions": by_name(names),
         "loops": [by_name(opcodes(loop)) for loop in innermost_loops(listing)],
         "accesses": dict(Counter(w[1] if w else "32" for w in widths)),
-        "tensor_cores": sorted({n for n in names if "MMA" in n}),
+        "tensor_cores": sorted({n for n in names if n.partition(".")[0].endswith("MMA")}),
     }
 
 
