@@ -165,6 +165,8 @@ def kl_decomposition(
     own: Tensor | None = None,
     prior: Prior | None = None,
     analytic_conditional: bool = False,
+    method: str = "auto",
+    tol: float | None = None,
 ) -> KLDecomposition:
     """The mean KL(q(z|x) ‖ p(z)) in nats, taken apart into mutual information, total correlation, dimension-wise KL
     and prior factorization. Differentiable, from one pass over all pairs of samples and posteriors.
@@ -183,6 +185,7 @@ def kl_decomposition(
             place of its value at the samples. The variance of mi is then lower only where the posteriors overlap
             much (else both of its terms vary together, and the sampled one is better); mi may exceed log B, and
             kl is no longer the Monte Carlo KL.
+        method, tol: of log q_d(z_id), as in `agg_log_prob_marginals`.
 
     Returns:
         KLDecomposition, in float32 (float64 for float64 inputs).
@@ -204,8 +207,8 @@ def kl_decomposition(
     weights = _sample_weights(z, mu, dataset_size, estimator, own)
     if weights is not None:
         _check_drawn(weights.own, mu.shape[-2])
-    joint, marginals = agg_log_prob_marginals(z, mu, logvar, weights=weights)  # [*batch, S], [*batch, S, D]
-    n_columns = mu.shape[-2]
+    joint, marginals = agg_log_prob_marginals(z, mu, logvar, weights=weights, method=method, tol=tol)
+    n_columns = mu.shape[-2]  # joint: [*batch, S], marginals: [*batch, S, D]
     z, mu, logvar = promote(z, mu, logvar)  # type: ignore[assignment]
     if z.ndim > mu.ndim:
         z = z.movedim(0, -3).flatten(-3, -2)  # [*batch, S, D]

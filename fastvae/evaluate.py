@@ -15,8 +15,10 @@ from torch import Tensor
 from .backends.contract import accumulation_dtype
 from .estimators import KLDecomposition, check_prior, decompose
 from .ops._checks import check_choice, check_count, check_number, check_tensor
-from .ops.aggregate import ColumnWeights, agg_log_prob_marginals, log_prob_gauss
+from .ops.aggregate import ColumnWeights, agg_log_prob, agg_log_prob_marginals, check_method, log_prob_gauss
+from .ops.panels import Columns
 from .ops.sampling import reparameterize
+from .ops.table import affordable, interpolate, tabulate
 from .priors import Prior
 from .streams import Posteriors, check_rows, open_posteriors, shown
 from .vae import VAE
@@ -45,6 +47,8 @@ def kl_decomposition_dataset(
     rows: int | Tensor | None = None,
     prior: Prior | None = None,
     analytic_conditional: bool = False,
+    method: str = "auto",
+    tol: float | None = None,
     chunk_size: int = 4096,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -52,8 +56,9 @@ def kl_decomposition_dataset(
 ) -> KLDecomposition:
     """`kl_decomposition` with the whole data set for columns: the exact inner sum over all N posteriors, streamed.
 
-    Takes O(S·N·D) time and O((S + chunk_size)·D) memory, S being the number of samples, however many posteriors
-    there are. Samples are `reparameterize(mu[rows], logvar[rows], n_samples, seed=seed)`.
+    Takes O(S·N·D) time, most of it for log q(z) where the log q_d(z_d) can be tabulated, and O((S + chunk_size)·D)
+    memory, S being the number of samples, however many posteriors there are. Samples are
+    `reparameterize(mu[rows], logvar[rows], n_samples, seed=seed)`.
 
     Args:
         posteriors: mu and logvar, `[N, D]` each, as a pair of tensors or of NumPy arrays, memory-mapped ones too; or
@@ -68,6 +73,7 @@ def kl_decomposition_dataset(
             replacement; or an int64 tensor of row numbers. Columns are all N in any case.
         prior: p(z), as in `kl_decomposition`, on `device`; None for N(0, I).
         analytic_conditional: as in `kl_decomposition`.
+        method, tol: of log q_d(z_id), as in `agg_log_prob_marginals`, but that `"auto"` may tabulate on any device.
         chunk_size: columns per pass over the samples.
         device: where to encode and compute; None for where the posteriors are.
         seed: of the rows and the samples, not negative.
@@ -105,23 +111,49 @@ def kl_decomposition_dataset(
     else:
         conditional = log_prob_gauss(z, mu, logvar).flatten()
     z = z.flatten(0, 1)  # [S, D]
-    joint, marginals = log_q(stream, z, chunk_size=chunk_size, progress=progress)
+    tol = check_method(method, tol, z.dtype)
+    joint, marginals = log_q(stream, z, chunk_size=chunk_size, progress=progress, method=method, tol=tol)
     result = decompose(z, conditional, joint, marginals, prior, "uniform", N)
     warn_if_saturated(result, N)
     return result
 
 
 def log_q(
-    stream: Posteriors, z: Tensor, own: Tensor | None = None, *, chunk_size: int, progress: bool
+    stream: Posteriors,
+    z: Tensor,
+    own: Tensor | None = None,
+    *,
+    chunk_size: int,
+    progress: bool,
+    method: str = "direct",
+    tol: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """log 1/N sum_j q(z_i|x_j) `[S]`, and of each dimension `[S, D]`, over all N posteriors; in float64. The sum leaves
-    out column own_i where `own` `[S]` is given, and none where that is -1."""
+    out column own_i where `own` `[S]` is given, and none where that is -1; the marginals are then direct."""
     joint = torch.full(z.shape[:1], -math.inf, dtype=torch.float64, device=z.device)
-    marginals = torch.full(z.shape, -math.inf, dtype=torch.float64, device=z.device)
+    tabulated = _tabulated(stream, z, chunk_size, method, tol) if own is None and method != "direct" else None
+    marginals = torch.full(z.shape, -math.inf, dtype=torch.float64, device=z.device) if tabulated is None else tabulated
     for columns, weights in column_chunks(stream, own, chunk_size, progress):
-        for total, part in zip((joint, marginals), agg_log_prob_marginals(z, *columns, weights=weights), strict=True):
+        if tabulated is None:
+            parts = agg_log_prob_marginals(z, *columns, weights=weights, method="direct")
+        else:
+            parts = (agg_log_prob(z, *columns, weights=weights),)  # type: ignore[assignment]
+        for total, part in zip((joint, marginals), parts, strict=False):
             torch.logaddexp(total, part.double(), out=total)
     return joint, marginals
+
+
+def _tabulated(stream: Posteriors, z: Tensor, chunk_size: int, method: str, tol: float) -> Tensor | None:
+    """The marginals from a table that knows all posteriors, None where it would need too many points."""
+    S, N = len(z), len(stream.mu)
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor, None]]:
+        for (mu, logvar), _ in column_chunks(stream, None, chunk_size, False):
+            yield mu.double().T.contiguous(), logvar.double().T.contiguous(), None
+
+    most = S / 2 if method == "table" else affordable(S, N, z.dtype)
+    table = tabulate(z, Columns(chunks, -math.log(N), N), tol, most) if most > 0 else None
+    return None if table is None else interpolate(table, z)
 
 
 def column_chunks(

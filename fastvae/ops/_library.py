@@ -56,6 +56,12 @@ def _past_the_dispatcher(run: Callable[..., Any], op: Callable[..., Any]) -> Cal
     return call
 
 
+def seen_by_others(x: Tensor) -> bool:
+    """Whether x may have no values to look at: under the compiler, in a function transform, as a fake tensor."""
+    others = is_compiling() or _are_functorch_transforms_active() or is_in_torch_dispatch_mode()
+    return others or type(x) not in _ORDINARY
+
+
 _ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list))
 
 

@@ -1,0 +1,292 @@
+"""Marginals as functions of one variable: log q_d tabulated, where it would be evaluated at many samples.
+
+    f(x) = log sum_j w_j N(x; mu_j, sigma_j²)
+
+is a smooth function of one real variable. On a panel of it, it is nearly the polynomial sum_k c_k T_k(u), u in [-1, 1],
+through its values at 16 Chebyshev points. How nearly, the last coefficients tell, if no detail of f hides between the
+points. So a panel is halved until
+
+  - it is no wider than WIDTH times the smallest sigma of the columns that reach it. A column reaches as far as its
+    term can exceed tol / N of f, where f is no lower than DEPTH nats below the highest value that a column has;
+  - the largest of |c_15|, |c_14|, |c_13| / 4, |c_12| / 16 and |c_11| / 64 is below tol / 4, or below the rounding of
+    the values, and no value is lower than that. (The last two alone are both small by chance now and then.)
+
+Panels without samples are left out. Where a panel has no more samples than points, or halving does not help, the
+samples are points themselves: nothing is interpolated across what was not resolved, and no population costs much more
+than it did. docs/beyond-brute-force.md derives the error.
+
+Points, values and coefficients are float64: in float32 the last coefficients never get small. The values are those of
+`agg_log_prob` in one dimension, and so are the gradients with respect to the columns, at the points: the interpolant
+is linear in its values.
+
+Source: Trefethen 2019, Approximation Theory and Approximation Practice, chapters 3, 4 and 8.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import LogWeights
+from ._library import Function, once_differentiable
+from .panels import LEVELS, Columns, Tree, first_cells, halved, levels_of, plant, too_wide, widest
+
+NODES = 16  # points of a panel
+WIDTH = 4.0  # of a panel, in units of sigma
+DEPTH = 64.0  # nats
+
+
+def affordable(S: int, N: int, dtype: torch.dtype) -> float:
+    """How many evaluations for each dimension make the joint and a table half as expensive as the joint and all S
+    marginals, as measured with the native kernels: those of float64 take the time of 5 in float32, packing the columns
+    that of 120, and interpolating at a sample that of 90 pairs."""
+    return (0.4 if dtype == torch.float64 else 0.05) * S - 120 - 90 * S / max(1, N)
+
+
+class Table(NamedTuple):
+    """The marginals at the samples z `[S, D]` that it was made for: P panels, and the samples that are points."""
+
+    low: Tensor  # [D], root [D] and top [D], of a Tree
+    root: Tensor
+    top: Tensor
+    panel: Tensor  # [D 2^LEVELS] int64, the number of each cell's panel
+    left: Tensor  # [P] and width [P], of the panels
+    width: Tensor
+    coefficients: Tensor  # [16, P]
+    points: Tensor  # [n]: those of the panels, [P, 16], and the samples
+    dims: Tensor  # [n] int64
+    values: Tensor  # [n]
+    singles: Tensor  # [n − 16 P] int64, which elements of z, [S D], these samples are
+
+
+def columns_of(mu: Tensor, logvar: Tensor, log_w: Tensor | None, log_w_all: float) -> Columns:
+    """Columns in memory, mu and logvar `[N, D]`."""
+    mu, logvar = (x.detach().double().T.contiguous() for x in (mu, logvar))
+    chunk = mu, logvar, None if log_w is None else log_w.detach().double()
+    return Columns(lambda: [chunk], log_w_all, mu.shape[1])
+
+
+def _chebyshev(like: Tensor) -> tuple[Tensor, Tensor]:
+    """The points u `[16]`, and the matrix `[16, 16]` that gives coefficients from values there."""
+    k = torch.arange(NODES, dtype=torch.float64, device=like.device)
+    angles = (k + 0.5) * (math.pi / NODES)
+    matrix = torch.cos(k[:, None] * angles) * (2 / NODES)
+    matrix[0] *= 0.5
+    return angles.cos(), matrix
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x `[P, 16]` times a matrix, the same bits for any number of threads."""
+    result = torch.zeros_like(x)
+    for column, row in zip(x.T, matrix, strict=True):
+        result.addcmul_(column[:, None], row)
+    return result
+
+
+@torch.no_grad()
+def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Table | None:
+    """log sum_j w_j N(z_id; mu_jd, sigma_jd²) at the samples z `[S, D]` to within `tol`.
+
+    None where more than `most` evaluations of the sum, in the mean over dimensions, would be needed; where something
+    is not finite; and where there is nothing to tabulate.
+    """
+    S, D = z.shape
+    tree = plant(z, columns, WIDTH) if S * D * columns.N else None
+    if tree is None:
+        return None
+    counts = tree.counts(z)
+    unresolved = too_wide(tree, columns, WIDTH, math.sqrt(2 * (DEPTH + math.log(columns.N / tol))))
+    dim, node = widest(counts, unresolved & (counts > 2 * NODES))
+    u, to_coefficients = _chebyshev(z)
+    decay = torch.tensor([0.0] * 11 + [1 / 64, 1 / 16, 1 / 4, 1, 1], dtype=torch.float64, device=z.device)
+    spent, found = 0, []
+    while len(dim):
+        alone = unresolved[dim, node] | (counts[dim, node] <= NODES)
+        singles = tree.samples_in(z, dim[alone], node[alone])
+        dim, node = dim[~alone], node[~alone]
+        spent += len(singles) + NODES * len(dim)
+        if spent > most * D:
+            return None
+        left, width = tree.places(dim, node)
+        points = left[:, None] + (u + 1) * (0.5 * width[:, None])  # [P, 16]
+        x = torch.cat((points.flatten(), z.reshape(-1)[singles].double()))
+        dims = torch.cat((dim.repeat_interleave(NODES), singles % D))
+        values, single_values = log_sums(columns, x, dims, D).split((points.numel(), len(singles)))
+        values = values.view_as(points)
+        coefficients = _product(values, to_coefficients.T)
+        error = (coefficients.abs() * decay).amax(1)
+        rounding = 8 * torch.finfo(torch.float64).eps * values.abs().amax(1)
+        high = values.amin(1) > tree.top[dim] - DEPTH
+        good = high & (error < rounding.clamp(min=tol / 4))
+        found.append(
+            (
+                *(x[good] for x in (first_cells(dim, node), dim, left, width, coefficients, points, values)),
+                *(singles, single_values),
+            )
+        )
+        halve = high & ~good & (levels_of(node) < LEVELS) & (counts[dim, node] > 2 * NODES)
+        alone = ~(good | halve)
+        unresolved[dim[alone], node[alone]] = True
+        halves = halved(dim[halve], node[halve])
+        dim, node = (torch.cat((a, b[alone])) for a, b in zip(halves, (dim, node), strict=True))
+    *panels, singles, single_values = map(torch.cat, zip(*found, strict=True))
+    begin, dim, left, width, coefficients, points, values = (x[panels[0].argsort()] for x in panels)
+    if len(begin) == 0:
+        return None
+    panel = torch.zeros(D << LEVELS, dtype=torch.int64, device=z.device)
+    panel[begin] = torch.arange(len(begin), device=z.device)
+    return Table(
+        *tree,
+        panel=panel.cummax(0).values,
+        left=left,
+        width=width,
+        coefficients=coefficients.T.contiguous(),
+        points=torch.cat((points.flatten(), z.reshape(-1)[singles].double())),
+        dims=torch.cat((dim.repeat_interleave(NODES), singles % D)),
+        values=torch.cat((values.flatten(), single_values)),
+        singles=singles,
+    )
+
+
+def _by_dimension(dims: Tensor, D: int) -> tuple[Tensor, list[tuple[int, slice]]]:
+    """An order that sorts by dimension, and the place of each dimension that occurs."""
+    sizes = torch.bincount(dims, minlength=D)
+    ends = sizes.cumsum(0).tolist()
+    places = [(d, slice(end - n, end)) for d, (end, n) in enumerate(zip(ends, sizes.tolist(), strict=True)) if n]
+    return dims.argsort(stable=True), places
+
+
+def log_sums(columns: Columns, x: Tensor, dims: Tensor, D: int) -> Tensor:
+    """The log-sum-exp at points x `[n]`, each of one dimension."""
+    order, places = _by_dimension(dims, D)
+    x, total = x[order, None], torch.full_like(x, -math.inf)
+    for mu, logvar, log_w in columns.chunks():
+        for d, part in places:
+            posteriors = x[part], mu[d, :, None], logvar[d, :, None]
+            value = torch.ops.fastvae.agg_log_prob(*posteriors, log_w, columns.log_w, None, None, None)
+            torch.logaddexp(total[part], value, out=total[part])
+    return torch.empty_like(total).index_put_((order,), total)
+
+
+def _within(table: Table, wide: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """The panels of samples, and u in them, flat."""
+    panel = table.panel.index_select(0, cell.flatten())
+    u = wide.flatten() - table.left.index_select(0, panel)
+    u = u.div_(table.width.index_select(0, panel)).mul_(2).sub_(1)
+    return panel, u.clamp_(-1, 1)  # a sample that is a point is in no panel
+
+
+def interpolate(table: Table, z: Tensor) -> Tensor:
+    """The marginals at the samples, `[S, D]`, in float64."""
+    result = torch.empty(z.shape, dtype=torch.float64, device=z.device)
+    for rows, wide, cell in Tree(*table[:3]).cells(z):
+        panel, u = _within(table, wide, cell)
+        b, b_next = torch.zeros_like(u), torch.zeros_like(u)  # Clenshaw's recurrence
+        for c in table.coefficients[1:].flip(0):
+            b, b_next = c.index_select(0, panel).sub_(b_next).addcmul_(u, b, value=2), b
+        result[rows] = table.coefficients[0].index_select(0, panel).addcmul_(u, b).sub_(b_next).view_as(wide)
+    result.view(-1)[table.singles] = table.values[len(table.values) - len(table.singles) :]
+    return result
+
+
+class Interpolation(Function):
+    """z [S, D], mu and logvar [N, D], log_w [N] or None, log_w of all, the fields of a Table of these; to [S, D] in
+    float64."""
+
+    @staticmethod
+    def forward(
+        z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor | None, log_w_all: float, *table: Tensor
+    ) -> Tensor:
+        return interpolate(Table(*table), z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, mu, logvar, log_w, ctx.log_w_all, *table = inputs
+        ctx.save_for_backward(z, mu, logvar, log_w, *table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, table = ctx.saved_tensors[:4], Table(*ctx.saved_tensors[4:])
+        wanted = ctx.needs_input_grad[:4]
+        d_z, d_coefficients = _through_panels(table, inputs[0], grad)
+        _, to_coefficients = _chebyshev(grad)
+        d_values = torch.cat((_product(d_coefficients, to_coefficients).flatten(), grad.reshape(-1)[table.singles]))
+        d_points, *others = _through_columns(table, inputs, ctx.log_w_all, d_values, wanted)
+        d_z.view(-1)[table.singles] = d_points[len(d_points) - len(table.singles) :]
+        gradients = zip((d_z, *others), inputs, wanted, strict=True)
+        return (*(g.to(x.dtype) if want else None for g, x, want in gradients), *[None] * (1 + len(table)))
+
+
+def _through_panels(table: Table, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """d z `[S, D]` of the samples in panels, and d coefficients `[P, 16]`."""
+    k = torch.arange(NODES, dtype=torch.float64, device=z.device)[:, None]
+    slopes = table.coefficients * (2 * k / table.width)  # of T_k: k U_{k − 1}
+    d_z, d_coefficients = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), torch.zeros_like(slopes)
+    grad = grad.clone(memory_format=torch.contiguous_format)
+    grad.view(-1)[table.singles] = 0
+    for rows, wide, cell in Tree(*table[:3]).cells(z):
+        panel, u = _within(table, wide, cell)
+        above, slope = grad[rows].flatten(), torch.zeros_like(u)
+        t, t_next = torch.ones_like(u), u  # T_k and T_{k + 1}
+        v, v_next = torch.zeros_like(u), torch.ones_like(u)  # U_{k − 1} and U_k
+        for d_c, c in zip(d_coefficients, slopes, strict=True):
+            d_c.index_add_(0, panel, above * t)
+            slope.addcmul_(c.index_select(0, panel), v)
+            t, t_next = t_next, (2 * u).mul_(t_next).sub_(t)
+            v, v_next = v_next, (2 * u).mul_(v_next).sub_(v)
+        d_z[rows] = slope.mul_(above).view_as(wide)
+    return d_z, d_coefficients.T
+
+
+def _through_columns(
+    table: Table, inputs: tuple[Tensor, ...], log_w_all: float, d_values: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    """d points `[n]`, d mu and d logvar `[N, D]`, d log_w `[N]`; zero where not wanted."""
+    ((mu, logvar, log_w),) = columns_of(inputs[1], inputs[2], inputs[3], log_w_all).chunks()
+    order, places = _by_dimension(table.dims, len(mu))
+    x, d_x = table.points[order, None], torch.zeros_like(table.points)
+    values, d_values = table.values[order], d_values[order]
+    d_mu, d_logvar, d_log_w = torch.zeros_like(mu), torch.zeros_like(logvar), torch.zeros_like(mu[0])
+    for d, part in places:
+        arguments = d_values[part], values[part], x[part], mu[d, :, None], logvar[d, :, None]
+        weights = log_w, log_w_all, None, None, None
+        gradients = torch.ops.fastvae.agg_log_prob_backward(*arguments, *weights, wanted)
+        totals = (t for t, want in zip((d_x[part], d_mu[d], d_logvar[d], d_log_w), wanted, strict=True) if want)
+        for total, gradient in zip(totals, gradients, strict=True):
+            total += gradient.view_as(total)
+    return torch.empty_like(d_x).index_put_((order,), d_x), d_mu.T, d_logvar.T, d_log_w
+
+
+def override(
+    common: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, direct: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The marginals `[S, D]` where those of the common weights are given: f + log(1 + sum (w_new - w_common) q / e^f)
+    over the own and next column. That multiplies the error of f by up to 2; rows `[n]` where it would be more are
+    those that `direct` gives."""
+    N, own, changes = len(mu), weights.own, []
+    if own is None:
+        return common
+    known = (own >= 0) & (own < N)
+    own = own.where(known, 0)
+    for log_new, column in ((weights.log_w_own, own), (weights.log_w_next, (own + 1) % N)):
+        if log_new is None or (column is not own and N == 1 and weights.log_w_own is not None):
+            continue
+        mean, log_var = mu[column].double(), logvar[column].double()
+        log_q = -0.5 * ((z.double() - mean) ** 2 * torch.exp(-log_var) + log_var + math.log(2 * math.pi))
+        log_old = weights.common(N) if weights.log_w is None else weights.log_w[column, None].double()
+        changes.append((log_q.masked_fill(~known[:, None], -math.inf), log_new, log_old))
+
+    def change(common: Tensor, bad: Tensor) -> Tensor:
+        terms = ((log_q.masked_fill(bad, -math.inf), new, old) for log_q, new, old in changes)
+        return sum(((q + new - common).exp() - (q + old - common).exp() for q, new, old in terms), 0 * common)
+
+    with torch.no_grad():
+        relative = change(common, torch.zeros_like(common, dtype=torch.bool))
+        bad = ~((relative > -0.5) & (relative < 1e100))  # NaN too
+        rows = bad.any(1).nonzero()[:, 0]
+    common = common.masked_fill(bad, 0)
+    result = common + torch.log1p(change(common, bad))
+    return result.index_copy(0, rows, direct(rows).double()) if len(rows) else result
