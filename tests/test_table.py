@@ -101,6 +101,34 @@ def test_a_smooth_population_takes_few_points(tol: float) -> None:
     assert len(table.points) < 2 * (700 if tol > 1e-9 else 2000)
 
 
+def test_the_last_coefficients_tell() -> None:
+    """On panels no wider than they may be, 16 points, one after the other through every kind of detail and kink."""
+    g = torch.Generator().manual_seed(1)
+    u, matrix = tables._chebyshev(torch.zeros(()))
+    x = torch.linspace(-1, 1, 101, dtype=torch.float64)
+    polynomials = torch.cos(torch.arange(16) * torch.arccos(x)[:, None])
+    decay = torch.tensor([0.0] * 11 + [1 / 64, 1 / 16, 1 / 4, 1, 1], dtype=torch.float64)
+    for n in (2, 3, 6):
+        shape = (10_000, n, 1)
+        sigma = 2 / tables.WIDTH * torch.empty(shape, dtype=torch.float64).exponential_(2, generator=g).exp()
+        sigma[:, 0] = 2 / tables.WIDTH
+        mu = 6 * torch.rand(shape, generator=g, dtype=torch.float64) - 3
+        log_w = torch.randn(shape, generator=g, dtype=torch.float64) * 5 ** torch.randint(
+            3, (10_000, 1, 1), generator=g
+        )
+        log_w[:, 0] -= 15 * torch.rand(10_000, 1, generator=g)
+
+        def f(x: Tensor) -> Tensor:
+            return torch.logsumexp(log_w - 0.5 * ((x - mu) / sigma) ** 2, 1)  # noqa: B023
+
+        coefficients = f(u) @ matrix.T
+        error = (f(x) - coefficients @ polynomials.T).abs().amax(1)
+        told = (coefficients.abs() * decay).amax(1)
+        accepted = told < 1e-6
+        assert accepted.double().mean() > 0.2
+        assert (error < 4 * told + 1e-13)[accepted].all()
+
+
 def test_a_narrow_column_is_not_missed() -> None:
     """Nodes alone do not see it: sigma 1e-3 among 2,000 of sigma 1, and 200 of sigma 1e-6."""
     mu, logvar = draw(2000, 1, seed=1), torch.zeros(2000, 1, dtype=torch.float64)
