@@ -74,7 +74,7 @@ def draw(populations: int, figure: Any) -> None:
             errors.append(max(float((got - density(*inputs)).abs().max()), 1e-16))
         below.loglog(TOLERANCES, errors, ".", color=DATA, alpha=0.35, markersize=5)
     below.loglog(TOLERANCES, TOLERANCES, color=MODEL, lw=1.5)
-    below.text(1e-9, 2e-8, "error = tolerance", color=MODEL)
+    below.text(1.2e-11, 3e-9, "error = tolerance", color=MODEL)
     below.set(xlabel="tolerance, nats", ylabel="largest error, nats")
 
 

@@ -130,10 +130,10 @@ def test_the_last_coefficients_tell() -> None:
 
 
 def test_a_narrow_column_is_not_missed() -> None:
-    """Nodes alone do not see it: sigma 1e-3 among 2,000 of sigma 1, and 200 of sigma 1e-6."""
-    mu, logvar = draw(2000, 1, seed=1), torch.zeros(2000, 1, dtype=torch.float64)
+    """Nodes alone do not see it: sigma 1e-3 among 600 of sigma 1, and 200 of sigma 1e-6."""
+    mu, logvar = draw(600, 1, seed=1), torch.zeros(600, 1, dtype=torch.float64)
     logvar[7] = 2 * math.log(1e-3)
-    z = torch.cat((mu + draw(2000, 1, seed=2), mu[7] + 1e-3 * draw(500, 1, seed=3)))
+    z = torch.cat((mu.repeat(3, 1) + draw(1800, 1, seed=2), mu[7] + 1e-3 * draw(500, 1, seed=3)))
     assert assert_within(1e-6, z, mu, logvar) > 0.7
     logvar[100:300] = 2 * math.log(1e-6)
     z = torch.cat((z, mu[100:300] + 1e-6 * draw(200, 1, seed=4)))
@@ -157,7 +157,7 @@ def test_one_point(sigma: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("estimator", [None, "uniform", "stratified", "mss", "mws", "loo"])
+@pytest.mark.parametrize("estimator", [None, "stratified", "mss", "loo"])
 def test_every_estimator(backend: Target, estimator: str | None, dtype: torch.dtype) -> None:
     if backend.slow and (estimator != "mss" or dtype == torch.float64):
         return
