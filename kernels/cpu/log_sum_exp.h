@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elementary.h"
+#include "log_sum.h"
 #include "weights.h"
 
 namespace fastvae::FASTVAE_ISA {
@@ -51,17 +52,7 @@ template <class T> struct LogSumExp {
         add(1, [&](int64_t) { return terms; });
     }
 
-    struct Total {  // 2^shift sum; the shift is a T
-        double shift, sum;
-
-        double log() const { return shift * kLn2 + std::log(sum); }  // in nats
-        void add(const Total &other) {
-            if (other.sum == 0) return;
-            const double top = sum == 0 || other.shift > shift ? other.shift : shift;
-            sum = (sum == 0 ? 0 : sum * std::exp2(shift - top)) + other.sum * std::exp2(other.shift - top);
-            shift = top;
-        }
-    };
+    using Total = LogSum;
     Total total() const { return {double(shift()), double(sum_lanes<T>(sum))}; }
 };
 

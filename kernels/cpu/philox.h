@@ -7,6 +7,7 @@
 #pragma once
 
 #include "elementary.h"
+#include "philox_rounds.h"
 
 namespace fastvae::FASTVAE_ISA {
 
@@ -27,24 +28,6 @@ FASTVAE_INLINE Words multiply(Words w, uint32_t m) {
 #else
     return (w & 0xffffffff) * m;
 #endif
-}
-
-struct PhiloxBlock {
-    Words w0, w1, w2, w3;
-};
-
-// Two at a time: one alone is a chain of ten multiplications that each wait for the one before.
-FASTVAE_INLINE void philox(PhiloxBlock (&c)[2], uint64_t key) {
-    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-        const Words p0 = multiply(c[0].w0, 0xD2511F53), p1 = multiply(c[0].w2, 0xCD9E8D57);
-        const Words q0 = multiply(c[1].w0, 0xD2511F53), q1 = multiply(c[1].w2, 0xCD9E8D57);
-        c[0] = {(p1 >> 32) ^ c[0].w1 ^ k0, p1, (p0 >> 32) ^ c[0].w3 ^ k1, p0};
-        c[1] = {(q1 >> 32) ^ c[1].w1 ^ k0, q1, (q0 >> 32) ^ c[1].w3 ^ k1, q0};
-        k0 += 0x9E3779B9;
-        k1 += 0xBB67AE85;
-    }
 }
 
 // sin(pi t / 2) / t and (cos(pi t / 2) - 1) / t^2 in t^2, on [-1/2, 1/2]: 5e-9 and 8e-10, 3e-21 and 3e-22
@@ -89,7 +72,7 @@ FASTVAE_INLINE void box_muller(IVec<T> radius, IVec<T> angle, Vec<T> &even, Vec<
 }
 
 // The normals of 4 kGroups elements from their words.
-template <class T> FASTVAE_INLINE void to_normals(const PhiloxBlock &w, T *eps) {
+template <class T> FASTVAE_INLINE void to_normals(const PhiloxBlock<Words> &w, T *eps) {
     constexpr int n = kLanes<T>;
     Vec<T> even, odd, low, high;
     if constexpr (sizeof(T) == 4) {  // pairs (w0, w1) in the even lanes, (w2, w3) in the odd ones
@@ -118,8 +101,8 @@ template <class T> FASTVAE_INLINE const T *fill_normals(uint64_t begin, int64_t 
     const int skip = int(begin % 4);
     for (int64_t i = 0; i < skip + n; i += 8 * kGroups) {
         const Words g = (Words)lane_index<double>() + (begin / 4 + uint64_t(i) / 4), h = g + kGroups;
-        PhiloxBlock w[2] = {{g, g >> 32, Words{}, Words{}}, {h, h >> 32, Words{}, Words{}}};
-        philox(w, seed);
+        PhiloxBlock<Words> w[2] = {{g, g >> 32, Words{}, Words{}}, {h, h >> 32, Words{}, Words{}}};
+        philox(w, seed, multiply);
         to_normals<T>(w[0], buffer + i);
         to_normals<T>(w[1], buffer + i + 4 * kGroups);
     }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fastvae.h"
-#include "simd.h"
+#include "portable.h"
 
 namespace fastvae::FASTVAE_ISA {
 
@@ -19,10 +19,10 @@ template <class T> struct Weights {
         : log_w(static_cast<const T *>(log_w)), log_w_all(log_w_all), own(own), log_w_own(log_w_own),
           log_w_next(log_w_next), N(N) {}
 
-    double log2_w(int64_t j) const { return (log_w ? double(log_w[j]) : log_w_all) * kLog2e; }
+    FASTVAE_SHARED double log2_w(int64_t j) const { return (log_w ? double(log_w[j]) : log_w_all) * kLog2e; }
 
     // f(j, log2_w) for the columns, at most two, whose weight for sample i is not the common one.
-    template <class F> FASTVAE_INLINE void overrides(int64_t i, const F &f) const {
+    template <class F> FASTVAE_SHARED void overrides(int64_t i, const F &f) const {
         if (!own || own[i] < 0 || own[i] >= N) return;
         const int64_t next = own[i] + 1 < N ? own[i] + 1 : 0;
         const bool has_own = log_w_own == log_w_own, has_next = log_w_next == log_w_next;
@@ -33,11 +33,11 @@ template <class T> struct Weights {
     // Takes those pairs out of row i's sums of squares over columns [first, first + n): infinity stays behind,
     // whose density is 0, and f(j - first, s) gets the term s = c_j + log2_w - squares.
     template <class F>
-    FASTVAE_INLINE void take_overrides(int64_t i, int64_t first, int64_t n, const T *c, T *squares, const F &f) const {
+    FASTVAE_SHARED void take_overrides(int64_t i, int64_t first, int64_t n, const T *c, T *squares, const F &f) const {
         overrides(i, [&](int64_t j, T log2_w) {
             if (j < first || j >= first + n) return;
             f(j - first, c[j] - squares[j - first] + log2_w);
-            squares[j - first] = kInf<T>;
+            squares[j - first] = T(__builtin_inf());
         });
     }
 };
