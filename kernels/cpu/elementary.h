@@ -4,6 +4,7 @@
 // results are within 2 ulp. NaN gives NaN. Results below 2^kMinExponent may be flushed to zero.
 #pragma once
 
+#include "exp_tail.h"
 #include "simd.h"
 
 namespace fastvae::FASTVAE_ISA {
@@ -21,9 +22,6 @@ template <> struct Elementary<float> {
     // 2^x there: 7e-8
     static constexpr float kExp2Term[] = {1.000000072e+00f, 6.931469671e-01f, 2.402211972e-01f,
                                           5.550713272e-02f, 9.675541343e-03f, 1.327647263e-03f};
-    // (e^x - 1 - x) / x^2 on [-ln2/2, ln2/2]: 8e-9 of e^x
-    static constexpr float kExp[] = {5.000000000e-01f, 1.666657667e-01f, 4.166655421e-02f, 8.363232884e-03f,
-                                     1.392625083e-03f};
     static constexpr float kLog[] = {3.333333118e-01f,  -2.499999696e-01f, 2.000071575e-01f,
                                      -1.666780232e-01f, 1.424905765e-01f,  -1.242568733e-01f,
                                      1.168541992e-01f,  -1.147973385e-01f, 6.971611471e-02f};
@@ -43,13 +41,6 @@ template <> struct Elementary<double> {
                                        1.52527338298361192e-05, 1.32154425879216893e-06,
                                        1.01780624458457737e-07, 7.07258594926922339e-09,
                                        4.45496059818651856e-10};
-    // 1e-18
-    static constexpr double kExp[] = {5.00000000000000000e-01, 1.66666666666666713e-01,
-                                      4.16666666666666713e-02, 8.33333333332608381e-03,
-                                      1.38888888888837113e-03, 1.98412698750022792e-04,
-                                      2.48015873256774607e-05, 2.75572551700008879e-06,
-                                      2.75572734787185824e-07, 2.51053127296221029e-08,
-                                      2.09147553258932021e-09};
     static constexpr double kLog[] = {6.666666666666735130e-01, 3.999999999940941908e-01,
                                       2.857142874366239149e-01, 2.222219843214978396e-01,
                                       1.818357216161805012e-01, 1.531383769920937332e-01,
@@ -122,7 +113,7 @@ public:
                     max_<T>(splat((E::kMinExponent - E::kMantissa - 8) / kLog2e), x));
         n_ = (x * kLog2e + E::kRound) - E::kRound;
         f_ = (x - n_ * E::kLn2Hi) - n_ * E::kLn2Lo;
-        tail_ = polynomial<T>(f_, E::kExp) * (f_ * f_);
+        tail_ = polynomial<T>(f_, ExpTail<T>::kTerms) * (f_ * f_);
         value_ = scale_by_power<T>(tail_ + f_ + T(1), n_);
     }
     FASTVAE_INLINE Vec<T> value() const { return value_; }
