@@ -1,0 +1,35 @@
+// What of the C interface belongs to no single op.
+
+#include "ops.h"
+
+using namespace fastvae::FASTVAE_ISA;
+
+int64_t fastvae_cuda_workspace(int op, int dtype, int64_t S, int64_t N, int64_t D) {
+    const bool backward = op & 1;
+    switch (op & ~1) {
+        case FASTVAE_CUDA_CROSS_LOG_PROB: return cross_log_prob_workspace(dtype, S, N, D, backward);
+        case FASTVAE_CUDA_AGG_LOG_PROB: return agg_log_prob_workspace(dtype, S, N, D, backward);
+        case FASTVAE_CUDA_AGG_LOG_PROB_MARGINALS: return agg_log_prob_marginals_workspace(dtype, S, N, D, backward);
+        case FASTVAE_CUDA_KL_GAUSS: return kl_gauss_workspace(dtype, S, D, backward);
+    }
+    return 0;
+}
+
+const char *fastvae_cuda_status_string(int status) {
+    if (status == FASTVAE_CUDA_BAD_DTYPE) return "no such dtype";
+    if (status == FASTVAE_CUDA_WORKSPACE_TOO_SMALL) return "the workspace is too small";
+#ifndef FASTVAE_HOST_SIMT
+    if (status >= FASTVAE_CUDA_ERROR) return cudaGetErrorString(cudaError_t(status - FASTVAE_CUDA_ERROR));
+#endif
+    return status == FASTVAE_CUDA_OK ? "no error" : "unknown error";
+}
+
+const char *fastvae_cuda_version(void) { return FASTVAE_VERSION; }
+
+int fastvae_cuda_simulated(void) {
+#ifdef FASTVAE_HOST_SIMT
+    return 1;
+#else
+    return 0;
+#endif
+}

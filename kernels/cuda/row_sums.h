@@ -1,0 +1,127 @@
+// The streaming log2 sum_j 2^s_ij of samples, in ranges of columns, and how these meet. A thread keeps the maximum and
+// the sum of its own columns; m is finite, so that no difference is NaN: the neutral element is (-largest, 0). NaN is
+// passed over by the maximum, and found in the sum.
+#pragma once
+
+#include "log_sum.h"
+#include "tile.h"
+
+namespace fastvae::FASTVAE_ISA {
+
+template <class T> struct RowSum {
+    T m = -largest<T>(), sum = 0;  // 2^m sum
+    T carry = 0;                   // what sum has too much, after Kahan: tiles may be thousands
+
+    // Terms s; p = 2^(s - m) and what earlier sums were multiplied by come back.
+    template <int n> FASTVAE_DEVICE T add(const T (&s)[n], T (&p)[n]) {
+        T top = m;
+        FASTVAE_UNROLL
+        for (int k = 0; k < n; ++k) top = max_(s[k], top);
+        top = min_(top, largest<T>());
+        T part = 0;
+        FASTVAE_UNROLL
+        for (int k = 0; k < n; ++k) {
+            p[k] = exp2_(s[k] - top);
+            part += p[k];
+        }
+        const T rescale = exp2_(m - top), old = sum * rescale, term = fma_(-carry, rescale, part);
+        sum = old + term;
+        carry = (sum - old) - term;
+        m = top;
+        return rescale;
+    }
+    // With those of 16 neighbouring lanes; `extra` is a sum that goes along.
+    FASTVAE_DEVICE void across_lanes(T &extra) {
+        const T mine = m;
+        FASTVAE_UNROLL
+        for (int offset = kLanes / 2; offset; offset /= 2) m = max_(m, __shfl_xor_sync(~0u, m, offset));
+        const T rescale = exp2_(mine - m);
+        sum = (sum - carry) * rescale;
+        extra = times(rescale, extra);
+        FASTVAE_UNROLL
+        for (int offset = kLanes / 2; offset; offset /= 2) {
+            sum += __shfl_xor_sync(~0u, sum, offset);
+            extra += __shfl_xor_sync(~0u, extra, offset);
+        }
+    }
+};
+
+// m and sum of each range of columns, [ranges][size]
+template <class T> struct RangeSums {
+    T *m, *sum;
+    int64_t ranges, size;
+    RangeSums(Arena &arena, int64_t ranges, int64_t size)
+        : m(arena.take<T>(ranges * size)), sum(arena.take<T>(ranges * size)), ranges(ranges), size(size) {}
+    FASTVAE_DEVICE LogSum total(int64_t at) const {
+        LogSum total{0, 0};
+        for (int64_t k = 0; k < ranges; ++k) total.add({double(m[k * size + at]), double(sum[k * size + at])});
+        return total;
+    }
+};
+
+// Shares of row i in g_i are factor_i 2^(s_ij - m_i): they add up to g_i, as the terms, seen again to the last bit, add
+// up to the total.
+template <class T> struct Shares {
+    T *m, *factor;
+    Shares(Arena &arena, int64_t size) : m(arena.take<T>(size)), factor(arena.take<T>(size)) {}
+    FASTVAE_DEVICE void set(int64_t at, const LogSum &total, T g) const {
+        m[at] = T(total.shift);
+        factor[at] = total.sum == 0 ? T(0) : T(double(g) / total.sum);
+    }
+};
+
+// A block takes a panel of samples and a range of `tiles` panels of columns.
+template <class T, bool kFold>
+__global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void joint_sums(Packed<T> p, int64_t tiles, RangeSums<T> sums) {
+    constexpr int R = kSide<T>;
+    const int64_t panel = blockIdx.x, first = blockIdx.y * tiles;
+    const int64_t last = first + tiles < p.column_panels ? first + tiles : p.column_panels;
+    const Lanes<true> lanes;
+    RowSum<T> rows[R];
+    Sweep<T, true> sweep(p);
+    sweep.start(panel, first, last);
+    for (int64_t column_panel = first; column_panel < last; ++column_panel) {
+        Pairs<T> s;
+        square_sums<kFold>(sweep, p.far_columns[column_panel], lanes, s);
+        to_terms(p, panel, column_panel, meets_own(p, panel, column_panel), lanes, s);
+        FASTVAE_UNROLL
+        for (int r = 0; r < R; ++r) rows[r].add(s[r], s[r]);
+    }
+    FASTVAE_UNROLL
+    for (int r = 0; r < R; ++r) {
+        T nothing = 0;
+        rows[r].across_lanes(nothing);
+        const int64_t i = panel * kPanel<T> + place<T>(lanes.row, r);
+        if (lanes.column || i >= p.S) continue;
+        sums.m[blockIdx.y * p.S + i] = rows[r].m;
+        sums.sum[blockIdx.y * p.S + i] = rows[r].sum;
+    }
+}
+
+// joint [S], unless it is null, and where there is an upstream gradient the shares in it
+template <class T>
+__global__ void combine_joint(RangeSums<T> sums, T *joint, const T *d_joint, Shares<T> shares) {
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= sums.size) return;
+    const LogSum total = sums.total(i);
+    if (joint) joint[i] = T(total.log());
+    if (d_joint) shares.set(i, total, d_joint[i]);
+}
+
+// The joint in all: how its work is divided, what it needs, and its kernels
+template <class T> struct Joint {
+    Parts ranges;
+    RangeSums<T> sums;
+    Shares<T> shares;
+    Joint(Arena &arena, const Packed<T> &p, bool backward)
+        : ranges(p.column_panels, kFull / (p.row_panels + 1)), sums(arena, ranges.count, p.S),
+          shares(arena, backward ? p.S : 0) {}
+
+    int run(const Packed<T> &p, T *joint, const T *d_joint, Stream stream) const {
+        const auto kernel = folds(p.D) ? joint_sums<T, true> : joint_sums<T, false>;
+        FASTVAE_TRY(launch(kernel, p.row_panels, ranges.count, kThreads, stream, p, ranges.size, sums));
+        return launch(combine_joint<T>, ceil_div(p.S, kThreads), 1, kThreads, stream, sums, joint, d_joint, shares);
+    }
+};
+
+}  // namespace fastvae::FASTVAE_ISA

@@ -1,0 +1,182 @@
+// z = mu + e^(logvar / 2) eps and its densities in one pass, and the gradients at the same eps: standard normals that
+// depend on the seed and an element's index alone, by Philox4x32-10 and Box-Muller, as kernels/cpu/philox.h says.
+
+#include "exponentials.h"
+#include "ops.h"
+#include "panels.h"
+#include "philox_rounds.h"
+
+namespace fastvae::FASTVAE_ISA {
+
+namespace {
+
+constexpr int kGroup = 4;  // elements of one Philox block
+
+FASTVAE_DEVICE void words(uint64_t group, uint64_t seed, uint32_t *w) {
+    PhiloxBlock<uint64_t> block[1] = {{group, group >> 32, 0, 0}};
+    philox(block, seed, [](uint64_t x, uint32_t m) { return (x & 0xffffffff) * m; });
+    w[0] = uint32_t(block[0].w0), w[1] = uint32_t(block[0].w1);
+    w[2] = uint32_t(block[0].w2), w[3] = uint32_t(block[0].w3);
+}
+
+FASTVAE_DEVICE void sincospi_(float x, float *sine, float *cosine) { sincospif(x, sine, cosine); }
+FASTVAE_DEVICE void sincospi_(double x, double *sine, double *cosine) { sincospi(x, sine, cosine); }
+
+// Two normals: r cos(2 pi u2) and r sin(2 pi u2), r = sqrt(-2 ln u1), of 24 bits each
+template <class T> FASTVAE_DEVICE void box_muller(uint32_t radius, uint32_t angle, T &even, T &odd) {
+    const T r = sqrt(T(-2) * log(T((radius >> 8) + 1) * T(0x1p-24)));
+    T sine, cosine;
+    sincospi_(T(angle >> 8) * T(0x1p-23), &sine, &cosine);
+    even = r * cosine;
+    odd = r * sine;
+}
+
+// The normals of elements [first, first + 4): of one block where first is a multiple of 4, else of two.
+template <class T> FASTVAE_DEVICE void normals(uint64_t first, uint64_t seed, T (&eps)[kGroup]) {
+    uint32_t w[2 * kGroup] = {};
+    words(first / kGroup, seed, w);
+    const int skip = int(first % kGroup);
+    if (skip) words(first / kGroup + 1, seed, w + kGroup);
+    T x[2 * kGroup] = {};
+    FASTVAE_UNROLL
+    for (int k = 0; k < 2 * kGroup; k += 2)
+        if (k < kGroup || skip) box_muller(w[k], w[k + 1], x[k], x[k + 1]);
+    FASTVAE_UNROLL
+    for (int k = 0; k < kGroup; ++k)
+        eps[k] = skip == 0 ? x[k] : skip == 1 ? x[k + 1] : skip == 2 ? x[k + 2] : x[k + 3];
+}
+
+template <class In> struct Distribution {
+    Rows<In> mu, logvar;  // [B, D]
+    const uint64_t *seed;
+    int64_t L, B, D;
+};
+
+template <class In> struct Samples {  // null where not wanted
+    In *z;                                // [L, B, D]
+    Accumulator<In> *log_q, *log_p, *kl;  // [L, B], [L, B], [B]
+};
+
+// `lanes`, a power of 2 up to 32, take a row of a sample, four dimensions each at a time.
+template <class In> __global__ void sample_rows(Distribution<In> x, Samples<In> out, int lanes) {
+    using T = Accumulator<In>;
+    const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = thread / lanes, b = row % x.B;
+    const bool there = row < x.L * x.B, wants_kl = out.kl && row < x.B;
+    const uint64_t seed = *x.seed;
+    T q = 0, p = 0, k = 0;
+    for (int64_t d = thread % lanes * kGroup; there && d < x.D; d += lanes * kGroup) {
+        T eps[kGroup];
+        normals(uint64_t(row * x.D + d), seed, eps);
+        FASTVAE_UNROLL
+        for (int e = 0; e < kGroup; ++e) {
+            if (d + e >= x.D) continue;
+            const T mu = load(x.mu(b) + d + e), logvar = load(x.logvar(b) + d + e);
+            const T z = mu + times(eps[e], exp_(T(0.5) * logvar));
+            if (out.z) store(out.z + row * x.D + d + e, z);
+            q += fma_(eps[e], eps[e], logvar);
+            p = fma_(z, z, p);
+            if (wants_kl) k += fma_(mu, mu, exp_tail(logvar));
+        }
+    }
+    for (int offset = lanes / 2; offset; offset /= 2) {
+        q += __shfl_xor_sync(~0u, q, offset);
+        p += __shfl_xor_sync(~0u, p, offset);
+        k += __shfl_xor_sync(~0u, k, offset);
+    }
+    if (!there || thread % lanes) return;
+    const T constant = T(kLog2Pi) * T(x.D);
+    if (out.log_q) out.log_q[row] = T(-0.5) * (constant + q);
+    if (out.log_p) out.log_p[row] = T(-0.5) * (constant + p);
+    if (wants_kl) out.kl[b] = T(0.5) * k;
+}
+
+template <class T> struct Upstream {  // null for 0
+    const T *log_q, *log_p, *kl;
+};
+
+// A thread takes four dimensions of a row, in all samples.
+template <class In>
+__global__ void sample_backward(Distribution<In> x, const In *d_z, Upstream<Accumulator<In>> g, In *d_mu, In *d_logvar) {
+    using T = Accumulator<In>;
+    const int64_t groups = (x.D + kGroup - 1) / kGroup, thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t b = thread / groups, d = thread % groups * kGroup;
+    if (b >= x.B) return;
+    const int n = x.D - d < kGroup ? int(x.D - d) : kGroup;
+    T mu[kGroup] = {}, sigma[kGroup] = {}, by_mu[kGroup] = {}, by_logvar[kGroup] = {};
+    FASTVAE_UNROLL
+    for (int e = 0; e < kGroup; ++e) {
+        if (e >= n) continue;
+        mu[e] = load(x.mu(b) + d + e);
+        const T logvar = load(x.logvar(b) + d + e);
+        sigma[e] = exp_(T(0.5) * logvar);
+        if (!g.kl) continue;
+        by_mu[e] = times(g.kl[b], mu[e]);
+        by_logvar[e] = times(T(0.5) * g.kl[b], expm1_(logvar));
+    }
+    const uint64_t seed = *x.seed;
+    for (int64_t l = 0; l < x.L; ++l) {
+        const int64_t row = l * x.B + b;
+        const T g_q = g.log_q ? g.log_q[row] : T(0), g_p = g.log_p ? g.log_p[row] : T(0);
+        T eps[kGroup];
+        normals(uint64_t(row * x.D + d), seed, eps);
+        FASTVAE_UNROLL
+        for (int e = 0; e < kGroup; ++e) {
+            if (e >= n) continue;
+            const T scaled = times(eps[e], sigma[e]);
+            T pull = d_z ? load(d_z + row * x.D + d + e) : T(0);
+            pull -= times(g_p, mu[e] + scaled);
+            by_mu[e] += pull;
+            by_logvar[e] += times(T(0.5) * pull, scaled) - T(0.5) * g_q;
+        }
+    }
+    FASTVAE_UNROLL
+    for (int e = 0; e < kGroup; ++e) {
+        if (e >= n) continue;
+        if (d_mu) store(d_mu + b * x.D + d + e, by_mu[e]);
+        if (d_logvar) store(d_logvar + b * x.D + d + e, by_logvar[e]);
+    }
+}
+
+template <class In>
+Distribution<In> distribution(const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
+                              const uint64_t *seed, int64_t L, int64_t B, int64_t D) {
+    return {{static_cast<const In *>(mu), mu_stride}, {static_cast<const In *>(logvar), logvar_stride}, seed, L, B, D};
+}
+
+}  // namespace
+
+}  // namespace fastvae::FASTVAE_ISA
+
+using namespace fastvae::FASTVAE_ISA;
+
+int fastvae_cuda_sample_gauss(int dtype, const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
+                              const uint64_t *seed, int64_t L, int64_t B, int64_t D, void *z, void *log_q, void *log_p,
+                              void *kl, void *stream) {
+    return with_dtype(dtype, [&](auto one) -> int {
+        using In = decltype(one);
+        using T = Accumulator<In>;
+        Samples<In> out{static_cast<In *>(z), static_cast<T *>(log_q), static_cast<T *>(log_p), static_cast<T *>(kl)};
+        if (L == 0) out = {nullptr, nullptr, nullptr, out.kl};  // which is still asked for
+        const Distribution<In> x = distribution<In>(mu, mu_stride, logvar, logvar_stride, seed, L ? L : 1, B, D);
+        int lanes = 1;
+        while (lanes < 32 && lanes * kGroup < D) lanes *= 2;
+        return launch(sample_rows<In>, ceil_div(x.L * B * lanes, kThreads), 1, kThreads, static_cast<Stream>(stream), x,
+                      out, lanes);
+    });
+}
+
+int fastvae_cuda_sample_gauss_backward(int dtype, const void *d_z, const void *d_log_q, const void *d_log_p,
+                                       const void *d_kl, const void *mu, int64_t mu_stride, const void *logvar,
+                                       int64_t logvar_stride, const uint64_t *seed, int64_t L, int64_t B, int64_t D,
+                                       void *d_mu, void *d_logvar, void *stream) {
+    return with_dtype(dtype, [&](auto one) -> int {
+        using In = decltype(one);
+        using T = Accumulator<In>;
+        const Upstream<T> g{static_cast<const T *>(d_log_q), static_cast<const T *>(d_log_p),
+                            static_cast<const T *>(d_kl)};
+        const Distribution<In> x = distribution<In>(mu, mu_stride, logvar, logvar_stride, seed, L, B, D);
+        return launch(sample_backward<In>, ceil_div(B * ceil_div(D, kGroup), kThreads), 1, kThreads,
+                      static_cast<Stream>(stream), x, static_cast<const In *>(d_z), g, static_cast<In *>(d_mu),
+                      static_cast<In *>(d_logvar));
+    });
+}

@@ -1,0 +1,260 @@
+// Tiles of pairs: a panel of samples against a panel of columns. A thread holds kSide x kSide pairs in registers, and a
+// step in d costs it 2 multiply-adds a pair and three short rows from shared memory, where chunks of dimensions of both
+// panels arrive by asynchronous copies, kStages deep.
+#pragma once
+
+#include "panels.h"
+
+namespace fastvae::FASTVAE_ISA {
+
+constexpr int kChunk = 8, kStages = 3, kAhead = kStages - 1;  // dimensions of a chunk; chunks under way
+constexpr int64_t kFoldChunks = 16;                           // squares are summed over so many chunks at a time
+inline bool folds(int64_t D) { return D > kFoldChunks * kChunk; }
+
+template <class T> struct Stage {
+    T z[kChunk][kPanel<T>], ab[kChunk][2][kPanel<T>];
+};
+
+// Which of a panel's samples or columns a thread has, by its lane: pieces of 16 bytes, so that 16 lanes read from
+// different banks.
+template <class T> constexpr int kPiece = 16 / int(sizeof(T));
+template <class T> FASTVAE_DEVICE int place(int lane, int r) {
+    return r / kPiece<T> * kLanes * kPiece<T> + lane * kPiece<T> + r % kPiece<T>;
+}
+template <class T> FASTVAE_DEVICE void load_side(const T *panel, int lane, T (&x)[kSide<T>]) {
+    struct alignas(16) Piece {
+        T x[kPiece<T>];
+    };
+    FASTVAE_UNROLL
+    for (int v = 0; v < kSide<T> / kPiece<T>; ++v) {
+        const Piece piece = *reinterpret_cast<const Piece *>(panel + (v * kLanes + lane) * kPiece<T>);
+        FASTVAE_UNROLL
+        for (int k = 0; k < kPiece<T>; ++k) x[v * kPiece<T> + k] = piece.x[k];
+    }
+}
+
+template <class T> using Pairs = T[kSide<T>][kSide<T>];  // [samples][columns]
+
+// Which pairs the thread has. Those who own samples sum over columns, which are then in neighbouring lanes; and the
+// other way round.
+template <bool kOwnsRows> struct Lanes {
+    int row = int(threadIdx.x) / kLanes, column = int(threadIdx.x) % kLanes;
+    FASTVAE_DEVICE Lanes() {
+        if (!kOwnsRows) row = int(threadIdx.x) % kLanes, column = int(threadIdx.x) / kLanes;
+    }
+    FASTVAE_DEVICE int owner() const { return kOwnsRows ? row : column; }
+};
+
+// t of a sample and a column
+template <bool kFar, class T> FASTVAE_DEVICE T standardized(T z, T a, T b) {
+    return kFar ? (z + b) * a : fma_(z, a, b);
+}
+// Finite for finite inputs, so that 0 t is 0; nothing else needs it where nothing is far.
+template <bool kFar, class T> FASTVAE_DEVICE T finite_standardized(bool far_column, T z, T a, T b) {
+    if (!kFar) return fma_(z, a, b);
+    return min_(max_(far_column ? (z + b) * a : fma_(z, a, b), -largest<T>()), largest<T>());
+}
+
+// c - log2(e) / (2 kappa^2) squares
+template <class T> FASTVAE_DEVICE T minus_squares(T c, T squares) {
+    return sizeof(T) == 4 ? c - squares : fma_(squares, T(-0.5 * kLog2e), c);
+}
+
+// At least so many blocks of a kernel on tiles are to fit on a multiprocessor, as far as its registers allow.
+template <class T, bool kFold = false> constexpr int kBlocks = kFold || sizeof(T) == 8 ? 1 : 2;
+
+// Walks over the dimensions of tiles, chunk by chunk. All threads of the block take part.
+template <class T, bool kOwnsRows> class Sweep {
+public:
+    FASTVAE_DEVICE Sweep(const Packed<T> &p)
+        : p_(p), stages_(shared_memory<Stage<T>[kStages]>()),
+          chunks_(p.D > kChunk ? int((p.D + kChunk - 1) / kChunk) : 1), dims_(int((p.D + chunks_ - 1) / chunks_)) {}
+
+    // The next sweeps are over the tiles of this panel with passing ones [first, last): what they need first is sent
+    // for.
+    FASTVAE_DEVICE void start(int64_t owner, int64_t first, int64_t last) {
+        owner_ = int(owner);
+        next_ = int(first);
+        last_ = int(last);
+        next_chunk_ = 0;
+        for (int k = 0; k < kAhead; ++k) request();
+    }
+
+    // One tile: f(stage, first dimension, dimensions) for its chunks, in order.
+    template <class F> FASTVAE_DEVICE void run(const F &f) {
+        for (int chunk = 0; chunk < chunks_; ++chunk) {
+            copies_.template wait<kAhead - 1>();
+            __syncthreads();  // every thread's part is there, and no thread still reads the stage that is filled next
+            request();
+            const int first = chunk * dims_, left = int(p_.D) - first;
+            f(stages_[arrived_], chunk, left < dims_ ? left : dims_);
+            arrived_ = arrived_ + 1 == kStages ? 0 : arrived_ + 1;
+        }
+    }
+    FASTVAE_DEVICE int dims() const { return dims_; }
+
+private:
+    FASTVAE_DEVICE void request() {
+        if (next_ < last_) {
+            const int64_t row = kOwnsRows ? owner_ : next_, column = kOwnsRows ? next_ : owner_;
+            const int first = next_chunk_ * dims_, left = int(p_.D) - first, n = left < dims_ ? left : dims_;
+            constexpr int W = kPanel<T>, kBytes = W * int(sizeof(T));
+            copies_.fetch(stages_[filled_].z, p_.samples + (row * p_.D + first) * W, n * kBytes);
+            copies_.fetch(stages_[filled_].ab, p_.columns + (column * p_.D + first) * 2 * W, n * 2 * kBytes);
+            filled_ = filled_ + 1 == kStages ? 0 : filled_ + 1;
+            if (++next_chunk_ == chunks_) next_chunk_ = 0, ++next_;
+        }
+        copies_.commit();  // also of nothing, so that wait() counts right
+    }
+
+    const Packed<T> &p_;
+    Stage<T> (&stages_)[kStages];
+    AsyncCopies copies_;
+    const int chunks_, dims_;
+    int owner_, next_, last_;  // panels
+    int next_chunk_, filled_ = 0, arrived_ = 0;
+};
+
+template <bool kFar, class T, bool kOwnsRows>
+FASTVAE_DEVICE void add_squares(const Stage<T> &stage, int n, const Lanes<kOwnsRows> &lanes, Pairs<T> &sum) {
+    constexpr int R = kSide<T>;
+#ifdef __CUDACC__
+#pragma unroll 2
+#endif
+    for (int d = 0; d < n; ++d) {
+        T z[R], a[R], b[R];
+        load_side(stage.z[d], lanes.row, z);
+        load_side(stage.ab[d][0], lanes.column, a);
+        load_side(stage.ab[d][1], lanes.column, b);
+        FASTVAE_UNROLL
+        for (int r = 0; r < R; ++r) {
+            FASTVAE_UNROLL
+            for (int c = 0; c < R; ++c) {
+                const T t = standardized<kFar>(z[r], a[c], b[c]);
+                sum[r][c] = fma_(t, t, sum[r][c]);
+            }
+        }
+    }
+}
+
+template <class T> FASTVAE_DEVICE void clear(Pairs<T> &x) {
+    FASTVAE_UNROLL
+    for (int r = 0; r < kSide<T>; ++r) {
+        FASTVAE_UNROLL
+        for (int c = 0; c < kSide<T>; ++c) x[r][c] = T(0);
+    }
+}
+
+// sum_d t^2 of the next tile; where there are many dimensions, in two levels (kFold).
+template <bool kFold, class T, bool kOwnsRows>
+FASTVAE_DEVICE void square_sums(Sweep<T, kOwnsRows> &sweep, bool far, const Lanes<kOwnsRows> &lanes, Pairs<T> &sum) {
+    clear<T>(sum);
+    if constexpr (kFold) {
+        Pairs<T> part;
+        clear<T>(part);
+        sweep.run([&](const Stage<T> &stage, int chunk, int n) {
+            if (far)
+                add_squares<true>(stage, n, lanes, part);
+            else
+                add_squares<false>(stage, n, lanes, part);
+            if (chunk % kFoldChunks != kFoldChunks - 1) return;
+            FASTVAE_UNROLL
+            for (int r = 0; r < kSide<T>; ++r) {
+                FASTVAE_UNROLL
+                for (int c = 0; c < kSide<T>; ++c) sum[r][c] += part[r][c], part[r][c] = T(0);
+            }
+        });
+        FASTVAE_UNROLL
+        for (int r = 0; r < kSide<T>; ++r) {
+            FASTVAE_UNROLL
+            for (int c = 0; c < kSide<T>; ++c) sum[r][c] += part[r][c];
+        }
+    } else {
+        sweep.run([&](const Stage<T> &stage, int, int n) {
+            if (far)
+                add_squares<true>(stage, n, lanes, sum);
+            else
+                add_squares<false>(stage, n, lanes, sum);
+        });
+    }
+}
+
+// Whether an own column of a panel's samples, or the next one, may be in a panel of columns.
+template <class T> FASTVAE_DEVICE bool meets_own(const Packed<T> &p, int64_t row_panel, int64_t column_panel) {
+    if (!p.weights.own) return false;
+    constexpr int W = kPanel<T>;
+    const int64_t low = p.own_low[row_panel], high = p.own_high[row_panel], first = column_panel * W;
+    return (low < first + W && high + 1 >= first) || (high == p.N - 1 && column_panel == 0);
+}
+
+// The columns of a panel, at most two, whose weight for one sample is not the common one.
+template <class T> struct Special {
+    int first = -1, second = -1;  // places in the panel, -1 for none
+    T first_w = 0, second_w = 0;  // log2
+
+    FASTVAE_DEVICE Special(const Packed<T> &p, int64_t i, int64_t column_panel) {
+        if (i >= p.S) return;
+        bool later = false;
+        p.weights.overrides(i, [&](int64_t j, T log2_w) {
+            const int64_t at = j - column_panel * kPanel<T>;
+            const int here = at >= 0 && at < kPanel<T> ? int(at) : -1;
+            if (later)
+                second = here, second_w = log2_w;
+            else
+                first = here, first_w = log2_w;
+            later = true;
+        });
+    }
+    FASTVAE_DEVICE bool has(int place) const { return place == first || place == second; }
+    FASTVAE_DEVICE T log2_w(int place) const { return place == first ? first_w : second_w; }
+};
+
+// From a tile's squares to its terms log2 w_ij q(z_i | x_j), in place. `meets`: meets_own
+template <class T, bool kOwnsRows>
+FASTVAE_DEVICE void to_terms(const Packed<T> &p, int64_t row_panel, int64_t column_panel, bool meets,
+                             const Lanes<kOwnsRows> &lanes, Pairs<T> &x) {
+    constexpr int R = kSide<T>, W = kPanel<T>;
+    T cw[R];
+    load_side(p.cw + column_panel * W, lanes.column, cw);
+    if (!meets) {
+        FASTVAE_UNROLL
+        for (int r = 0; r < R; ++r) {
+            FASTVAE_UNROLL
+            for (int c = 0; c < R; ++c) x[r][c] = minus_squares(cw[c], x[r][c]);
+        }
+        return;
+    }
+    FASTVAE_UNROLL
+    for (int r = 0; r < R; ++r) {
+        const Special<T> special(p, row_panel * W + place<T>(lanes.row, r), column_panel);
+        FASTVAE_UNROLL
+        for (int c = 0; c < R; ++c) {
+            const int at = place<T>(lanes.column, c);
+            x[r][c] = special.has(at) ? minus_squares(p.c[column_panel * W + at], x[r][c]) + special.log2_w(at)
+                                      : minus_squares(cw[c], x[r][c]);
+        }
+    }
+}
+
+// The sums over 16 neighbouring lanes of n numbers each: lane l gets that of number l * n / 16, always added up in the
+// same order. Lanes halve what they still have to add up: 2 n shuffles in all.
+template <class T> FASTVAE_DEVICE T sum_over_lanes(T (&v)[1], int offset = kLanes / 2) {
+    T sum = v[0];
+    for (; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    return sum;
+}
+template <class T, int n> FASTVAE_DEVICE T sum_over_lanes(T (&v)[n], int offset = kLanes / 2) {
+    const bool upper = threadIdx.x & offset;
+    T half[n / 2];
+    FASTVAE_UNROLL
+    for (int k = 0; k < n / 2; ++k) {
+        const T mine = upper ? v[k + n / 2] : v[k], theirs = upper ? v[k] : v[k + n / 2];
+        half[k] = mine + __shfl_xor_sync(~0u, theirs, offset);
+    }
+    return sum_over_lanes(half, offset / 2);
+}
+// Which number this lane gets, and whether it is the one to write it down
+template <class T> FASTVAE_DEVICE int summed_number() { return int(threadIdx.x) % kLanes / (kLanes / kSide<T>); }
+template <class T> FASTVAE_DEVICE bool writes_sum() { return threadIdx.x % (kLanes / kSide<T>) == 0; }
+
+}  // namespace fastvae::FASTVAE_ISA
