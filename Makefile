@@ -7,6 +7,7 @@
 #                    (COUNT=1: instructions instead of times, by valgrind)
 #   make check       ruff, ruff format, mypy
 #   make sanitize    the native tests under the address, undefined-behaviour and thread sanitizers
+#   make cuda        the CUDA C++ kernels too, by nvcc; without one, or where it fails, `fastvae info` says why
 #   make neon        the kernels for AArch64, by a cross-compiler, checked on an emulated CPU (qemu-user)
 #   make clean       remove everything that was built or drawn
 
@@ -16,6 +17,7 @@ BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 BUILT  := $(VENV)/built
 NATIVE_TESTS := -k native
+WERROR := $(if $(CI),--config-settings=cmake.define.FASTVAE_WERROR=ON)
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/* kernels/cpu/*)
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
@@ -62,6 +64,15 @@ sanitize: $(BUILT)
 	$(BIN)/cmake -S . -B build/thread -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_SANITIZE=thread -DFASTVAE_THREADS_TEST=ON
 	$(BIN)/cmake --build build/thread
 	build/thread/fastvae_threads
+	$(BIN)/cmake -S . -B build/address-cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_CUDA=HOST \
+	  -DFASTVAE_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/address-cuda
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  FASTVAE_CUDA_LIBRARY=build/address-cuda/libfastvae_cuda.so $(BIN)/python -m pytest -q -k "cuda-host and test_sizes"
+
+cuda: $(BUILT)
+	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings=cmake.define.FASTVAE_CUDA=ON $(WERROR)
+	$(BIN)/python -m fastvae info
 
 neon: $(BUILT)
 	$(BIN)/cmake -S . -B build/neon -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_THREADS_TEST=ON \
@@ -79,5 +90,5 @@ $(BIN)/torch-installed:
 	touch $@
 
 $(BUILT): $(BIN)/torch-installed $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,test,bench,dev]' $(if $(CI),--config-settings=cmake.define.FASTVAE_WERROR=ON)
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test,bench,dev]' $(WERROR)
 	touch $@

@@ -11,8 +11,6 @@ import torch
 from . import __version__, backends
 from .backends import native
 
-PLANNED = ("cuda",)  # named in the documentation, not part of this version
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. argparse leaves with 2 where the command line is wrong."""
@@ -101,7 +99,7 @@ def _info(options: argparse.Namespace) -> int:
     print("\nWho computes")
     _table(("CPU tensors", used["cpu"]), ("CUDA tensors", used["cuda"]))
     print("\nBackends")
-    _table(*((name, _role(name, used)) for name in (*backends.NAMES, *PLANNED)))
+    _table(*((name, _role(name, used)) for name in backends.NAMES))
     return 0
 
 
@@ -120,8 +118,6 @@ def _used(device: str) -> str:
 
 def _role(name: str, used: dict[str, str]) -> str:
     """What a backend is used for, or why it is not used."""
-    if name in PLANNED:
-        return "not used: not part of this version"
     available, detail = backends.status(name)[1:]
     if not available:
         return f"not used: {detail}"

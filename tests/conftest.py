@@ -9,12 +9,15 @@ from typing import NamedTuple
 # Before torch is imported: its idle threads must not spin while other processes need the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import host_simt
 import pytest
 import torch
 
-# Before Triton is imported: where there is no GPU, its kernels run in its interpreter, on the CPU.
+# Before Triton is imported: where there is no GPU, kernels run on the CPU, Triton's in its interpreter and those in
+# CUDA C++ in a build for the host.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("FASTVAE_CUDA_LIBRARY", str(host_simt.LIBRARY))
 
 from hypothesis import HealthCheck, settings
 
@@ -57,20 +60,47 @@ TRITON = (
     if torch.cuda.is_available()
     else {"triton": Target("triton", slow=True)}
 )
+CUDA = (
+    {"cuda": Target("cuda", device="cuda")} if torch.cuda.is_available() else {"cuda-host": Target("cuda", slow=True)}
+)
 if "triton" in TRITON and backends.status("triton").available:
     import interpreter
 
     interpreter.adjust()
-TARGETS = {**REFERENCE, **NATIVE, **TRITON}
+TARGETS = {**REFERENCE, **NATIVE, **TRITON, **CUDA}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Builds what is not built yet, before workers start."""
+    if not hasattr(config, "workerinput") and os.environ.get("FASTVAE_CUDA_LIBRARY") == str(host_simt.LIBRARY):
+        host_simt.build()
+
+
+# The CUDA kernels on the host run one thread at a time. They take part in the tests of the ops, by file, and in those
+# of test_every_op.py that are about what kernels do with their inputs.
+OF_KERNELS = ("kl_gauss", "sample_gauss", "philox", "cross_log_prob", "agg_log_prob", "agg_log_prob_marginals")
+OF_INPUTS = ("layouts", "half", "not_finite", "opcheck")
+
+
+def _leaves_out(item: pytest.Item) -> bool:
+    file = item.path.stem.removeprefix("test_")
+    kept = file in OF_KERNELS or (file == "every_op" and any(what in item.name for what in OF_INPUTS))
+    return "[cuda-host" in item.name and not kept
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if _leaves_out(item)])
+    items[:] = [item for item in items if not _leaves_out(item)]
 
 
 @contextlib.contextmanager
 def computing_on(target: Target) -> Iterator[Target]:
     """Compute there, or skip the test where that cannot be; with FASTVAE_REQUIRE_NATIVE=1 a native library that does
-    not load is a failure, and on Linux so is a missing Triton."""
+    not load is a failure, and on Linux so are a missing Triton and, without a GPU, missing CUDA kernels for the host."""
     available, why_not = backends.status(target.backend)[1:]
     if not available:
-        needed = ("native", "triton") if platform.system() == "Linux" else ("native",)
+        needed = ("native", "triton", "cuda") if platform.system() == "Linux" else ("native",)
+        needed = needed[:2] if torch.cuda.is_available() else needed  # where the CUDA library is built by hand
         required = target.backend in needed and os.environ.get("FASTVAE_REQUIRE_NATIVE") == "1"
         (pytest.fail if required else pytest.skip)(why_not)
     with contextlib.ExitStack() as stack:

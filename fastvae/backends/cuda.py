@@ -1,0 +1,357 @@
+"""The CUDA C++ library, through ctypes: see kernels/include/fastvae_cuda.h, which this file mirrors.
+
+It is built by `make cuda`, not by pip, and loaded when it is first asked about. A build that runs kernels on the host,
+one thread at a time, is for tests; it computes on CPU tensors.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from importlib.resources import as_file, files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contract import LogWeights, accumulation_dtype, kl_scale, kl_shape
+
+LIBRARY = "libfastvae_cuda.so"
+WHY_NOT = "libfastvae_cuda.txt"  # what a build that failed leaves instead
+
+_ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
+_PAIRS = _ROWS * 3
+_WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)
+_SIZES = (c_int64,) * 3
+_WORKSPACE = (c_void_p, c_int64)
+
+
+def _pointers(n: int) -> tuple[type, ...]:
+    return (c_void_p,) * n
+
+
+# The parameters of each function between the dtype and the stream.
+_FUNCTIONS: dict[str, tuple[type, ...]] = {
+    "kl_gauss": (*_ROWS * 4, *_SIZES[:2], c_int, c_double, c_void_p, *_WORKSPACE),
+    "kl_gauss_backward": (*_ROWS, c_int64, c_double, *_ROWS * 4, *_SIZES[:2], *_pointers(4), *_WORKSPACE),
+    "sample_gauss": (*_ROWS * 2, c_void_p, *_SIZES, *_pointers(4)),
+    "sample_gauss_backward": (*_pointers(4), *_ROWS * 2, c_void_p, *_SIZES, *_pointers(2)),
+    "cross_log_prob": (*_PAIRS, *_SIZES, c_void_p, *_WORKSPACE),
+    "cross_log_prob_backward": (c_void_p, *_PAIRS, *_SIZES, *_pointers(3), *_WORKSPACE),
+    "agg_log_prob": (*_PAIRS, *_WEIGHTS, *_SIZES, c_void_p, *_WORKSPACE),
+    "agg_log_prob_backward": (c_void_p, *_PAIRS, *_WEIGHTS, *_SIZES, *_pointers(5), *_WORKSPACE),
+    "agg_log_prob_marginals": (*_PAIRS, *_WEIGHTS, *_SIZES, *_pointers(2), *_WORKSPACE),
+    "agg_log_prob_marginals_backward": (*_pointers(2), *_PAIRS, *_WEIGHTS, *_SIZES, *_pointers(4), *_WORKSPACE),
+}
+_WITH_WORKSPACE = (
+    "cross_log_prob",
+    "cross_log_prob_backward",
+    "agg_log_prob",
+    "agg_log_prob_backward",
+    "agg_log_prob_marginals",
+    "agg_log_prob_marginals_backward",
+    "kl_gauss",
+    "kl_gauss_backward",
+)  # in the order of fastvae_cuda_op
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_REDUCTION_CODE = {"none": 0, "sample": 1, "dim": 2}  # others: 3, a scalar
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The shared library, loaded once; `FASTVAE_CUDA_LIBRARY` names another build of it."""
+    with as_file(files("fastvae") / LIBRARY) as path:
+        lib = ctypes.CDLL(os.environ.get("FASTVAE_CUDA_LIBRARY") or str(path))
+    for name, parameters in _FUNCTIONS.items():
+        getattr(lib, f"fastvae_cuda_{name}").argtypes = (c_int, *parameters, c_void_p)
+    lib.fastvae_cuda_workspace.restype = c_int64
+    lib.fastvae_cuda_workspace.argtypes = (c_int, c_int, *_SIZES)
+    lib.fastvae_cuda_version.restype = c_char_p
+    lib.fastvae_cuda_status_string.restype = c_char_p
+    return lib
+
+
+@functools.cache
+def simulated() -> bool:
+    """Whether the library runs kernels on the host."""
+    return bool(library().fastvae_cuda_simulated())
+
+
+@functools.cache
+def status() -> tuple[bool, str]:
+    """Whether the library loads and has a GPU to run on; what it is, or why not."""
+    try:
+        name = f"{LIBRARY} {library().fastvae_cuda_version().decode()}"
+        on_host = simulated()
+    except (OSError, AttributeError) as error:
+        return False, _why_not_built() or f"{LIBRARY}: {error}"
+    if on_host:
+        return True, f"{name}, its kernels run on the host, for tests"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return False, f"{name} is here, but no GPU that torch can use"
+    return True, f"{name}, only by name: no measurement is committed that shows it faster than Triton"
+
+
+def _why_not_built() -> str:
+    """What the build left to say, or that there was none; nothing where there is a library."""
+    package = files("fastvae")
+    if os.environ.get("FASTVAE_CUDA_LIBRARY") or (package / LIBRARY).is_file():
+        return ""
+    reason = package / WHY_NOT
+    return reason.read_text().strip() if reason.is_file() else f"{LIBRARY} was not built; `make cuda` builds it"
+
+
+def _run(name: str, dtype: torch.dtype, device: torch.device, sizes: Sequence[int], *arguments: Any) -> None:
+    """Calls a function of the library on the current stream of the device; `sizes` of its workspace, if it has one."""
+    lib = library()
+    code = _DTYPES[dtype]
+    workspace: tuple[Any, ...] = ()
+    if name in _WITH_WORKSPACE:
+        size = lib.fastvae_cuda_workspace(_WITH_WORKSPACE.index(name), code, *sizes)
+        memory = torch.empty(size, dtype=torch.uint8, device=device)  # freed to the same stream's next tensors
+        workspace = (memory.data_ptr(), size)
+    function = getattr(lib, f"fastvae_cuda_{name}")
+    if device.type != "cuda":
+        if not simulated():
+            raise RuntimeError(f"backend 'cuda' does not compute on {device.type} tensors")
+        status = function(code, *arguments, *workspace, None)
+    else:
+        with torch.cuda.device(device):
+            status = function(code, *arguments, *workspace, torch.cuda.current_stream(device).cuda_stream)
+    if status:
+        raise RuntimeError(f"fastvae_cuda_{name}: {lib.fastvae_cuda_status_string(status).decode()} (status {status})")
+
+
+def _rows(x: Tensor | None, n_rows: int) -> tuple[Tensor | None, int]:
+    """The tensor with contiguous rows, and its row stride; one row serves all as stride 0."""
+    if x is None:
+        return None, 0
+    (n, D), (row, column) = x.shape, x.stride()
+    if (column != 1 and D > 1) or (row == 0 and n > 1):
+        x = x.contiguous()
+        row = D
+    return x, 0 if n == 1 != n_rows else row
+
+
+def _row_arguments(*rows: tuple[Tensor | None, int]) -> list[Any]:
+    return [part for x, stride in rows for part in (_ptr(x), stride)]
+
+
+def _ptr(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _outputs(likes: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if want and x is not None else None
+        for x, want in zip(likes, wanted, strict=True)
+    ]
+
+
+def _asked(outputs: Sequence[Tensor | None]) -> list[Tensor]:
+    return [o for o in outputs if o is not None]
+
+
+def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
+
+
+def kl_gauss(
+    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
+) -> Tensor:
+    B, D = mu.shape
+    rows = [_rows(x, B) for x in (mu, logvar, prior_mu, prior_logvar)]
+    out = torch.empty(kl_shape(reduction, B, D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
+    code, scale = _REDUCTION_CODE.get(reduction, 3), kl_scale(reduction, B, D)
+    _run("kl_gauss", mu.dtype, mu.device, (B, 1, D), *_row_arguments(*rows), B, D, code, scale, out.data_ptr())
+    return out
+
+
+def kl_gauss_backward(
+    grad: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    reduction: str,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    B, D = mu.shape
+    likes = (mu, logvar, prior_mu, prior_logvar)
+    rows = [_rows(x, B) for x in likes]
+    outputs = _outputs(likes, wanted)
+    grad = grad.to(accumulation_dtype(mu.dtype))
+    grad_row = grad.stride(0) if reduction in ("none", "sample") else 0
+    grad_col = grad.stride(-1) if reduction in ("none", "dim") else 0
+    _run(
+        "kl_gauss_backward",
+        mu.dtype,
+        mu.device,
+        (B, 1, D),
+        *(grad.data_ptr(), grad_row, grad_col, kl_scale(reduction, B, D)),
+        *_row_arguments(*rows),
+        *(B, D),
+        *map(_ptr, outputs),
+    )
+    return _asked(outputs)
+
+
+def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]) -> list[Tensor]:
+    B, D = mu.shape
+    sums = accumulation_dtype(mu.dtype)
+    kinds = (((n_samples, B, D), mu.dtype), ((n_samples, B), sums), ((n_samples, B), sums), ((B,), sums))
+    results = [
+        torch.empty(shape, dtype=dtype, device=mu.device) if want else None
+        for (shape, dtype), want in zip(kinds, outputs, strict=True)
+    ]
+    rows = [_rows(x, B) for x in (mu, logvar)]
+    _run(
+        "sample_gauss",
+        mu.dtype,
+        mu.device,
+        (),
+        *_row_arguments(*rows),
+        *(seed.data_ptr(), n_samples, B, D),
+        *map(_ptr, results),
+    )
+    return _asked(results)
+
+
+def sample_gauss_backward(
+    d_z: Tensor | None,
+    d_log_q: Tensor | None,
+    d_log_p: Tensor | None,
+    d_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    n_samples: int,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    B, D = mu.shape
+    sums = accumulation_dtype(mu.dtype)
+    upstream = [_dense(d_z, mu.dtype), *(_dense(g, sums) for g in (d_log_q, d_log_p, d_kl))]
+    outputs = _outputs((mu, logvar), wanted)
+    rows = [_rows(x, B) for x in (mu, logvar)]
+    _run(
+        "sample_gauss_backward",
+        mu.dtype,
+        mu.device,
+        (),
+        *map(_ptr, upstream),
+        *_row_arguments(*rows),
+        *(seed.data_ptr(), n_samples, B, D),
+        *map(_ptr, outputs),
+    )
+    return _asked(outputs)
+
+
+def _cross(
+    name: str,
+    first: Sequence[Tensor | None],
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    weights: LogWeights | None,
+    outputs: Sequence[Tensor | None],
+) -> None:
+    """`first`: the upstream gradients."""
+    sizes = (z.shape[0], *mu.shape)
+    sums = accumulation_dtype(mu.dtype)
+    dense = [_dense(x, sums) for x in first]
+    rows = [_rows(x, x.shape[0]) for x in (z, mu, logvar)]
+    log_w = own = None
+    log_weights: list[Any] = []
+    if weights is not None:
+        log_w, own = _dense(weights.log_w, sums), _dense(weights.own, torch.int64)
+        overrides = [float("nan") if w is None else w for w in (weights.log_w_own, weights.log_w_next)]
+        log_weights = [_ptr(log_w), weights.common(mu.shape[0]), _ptr(own), *overrides]
+    _run(
+        name,
+        mu.dtype,
+        mu.device,
+        sizes,
+        *map(_ptr, dense),
+        *_row_arguments(*rows),
+        *log_weights,
+        *sizes,
+        *map(_ptr, outputs),
+    )
+
+
+def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    out = torch.empty(z.shape[0], mu.shape[0], dtype=accumulation_dtype(mu.dtype), device=mu.device)
+    _cross("cross_log_prob", (), z, mu, logvar, None, (out,))
+    return out
+
+
+def cross_log_prob_backward(
+    grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]
+) -> list[Tensor]:
+    outputs = _outputs((z, mu, logvar), wanted)
+    _cross("cross_log_prob_backward", (grad,), z, mu, logvar, None, outputs)
+    return _asked(outputs)
+
+
+def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
+    joint = torch.empty(z.shape[0], dtype=accumulation_dtype(mu.dtype), device=mu.device)
+    _cross("agg_log_prob", (), z, mu, logvar, weights, (joint,))
+    return joint
+
+
+def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(mu.dtype)
+    joint, marginals = (torch.empty(shape, dtype=dtype, device=mu.device) for shape in (z.shape[:1], z.shape))
+    _cross("agg_log_prob_marginals", (), z, mu, logvar, weights, (joint, marginals))
+    return joint, marginals
+
+
+def _aggregate_backward(
+    name: str,
+    upstream: Sequence[Tensor | None],
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    weights: LogWeights,
+    wanted: Sequence[bool],
+    first: Sequence[Tensor | None] = (),
+) -> list[Tensor]:
+    """`first`: outputs that come before the gradients."""
+    outputs = _outputs((z, mu, logvar, weights.log_w), wanted)
+    d_log_w = outputs[3]
+    if d_log_w is not None:
+        outputs[3] = d_log_w.to(accumulation_dtype(mu.dtype))
+    _cross(name, upstream, z, mu, logvar, weights, (*first, *outputs))
+    if d_log_w is not None and outputs[3] is not None:
+        outputs[3] = outputs[3].to(d_log_w.dtype)
+    return _asked(outputs)
+
+
+def agg_log_prob_backward(
+    d_joint: Tensor,
+    joint: Tensor | None,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    weights: LogWeights,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    again = torch.empty(z.shape[0], dtype=accumulation_dtype(mu.dtype), device=mu.device) if joint is None else None
+    gradients = _aggregate_backward("agg_log_prob_backward", (d_joint,), z, mu, logvar, weights, wanted, (again,))
+    return gradients if again is None else [again, *gradients]
+
+
+def agg_log_prob_marginals_backward(
+    d_joint: Tensor | None,
+    d_marginals: Tensor | None,
+    joint: Tensor,
+    marginals: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    weights: LogWeights,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    upstream = (d_joint, d_marginals)
+    return _aggregate_backward("agg_log_prob_marginals_backward", upstream, z, mu, logvar, weights, wanted)

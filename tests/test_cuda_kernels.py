@@ -1,0 +1,219 @@
+"""The CUDA library: what its tests on the host see, what its machine code is, and how it says that it is not there.
+
+That the kernels are right is for the tests of the ops, where `cuda-host` is one of the backends.
+"""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import host_simt
+import pytest
+import torch
+from ahead_of_time import by_name, innermost_loops, opcodes, tool
+from conftest import CUDA, computing_on
+from helpers import OPS, assert_same, evaluate, op_named
+
+import fastvae
+from fastvae.backends import cuda
+
+NAMES = [name for name in OPS if name != "log_prob_gauss"]  # which is made of torch's own operations
+KERNELS = host_simt.ROOT / "kernels"
+
+
+@pytest.fixture
+def library() -> Iterator[None]:
+    with computing_on(next(iter(CUDA.values()))):
+        yield
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits_every_time(library: None, name: str) -> None:
+    op = op_named(name, torch.float32, S=3 if name in ("reparameterize", "sample_gauss") else 150, N=139, D=9)
+    assert_same(evaluate(op.fast, op.inputs), evaluate(op.fast, op.inputs))
+
+
+def test_a_workspace_that_is_too_small_is_an_error(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cuda.library()
+
+    class Small:
+        def __getattr__(self, name: str) -> object:
+            return (lambda *sizes: 256) if name == "fastvae_cuda_workspace" else getattr(real, name)
+
+    monkeypatch.setattr(cuda, "library", Small)
+    z = torch.randn(5, 3)
+    with pytest.raises(RuntimeError, match="the workspace is too small"):
+        fastvae.agg_log_prob(z, z, z)
+
+
+# What is run on the host, where mistakes are put into the source.
+
+
+def run_with(tmp_path: Path, file: str, before: str, after: str) -> subprocess.CompletedProcess[str]:
+    """A joint and its gradients by kernels in which a piece of source was replaced."""
+    shutil.copytree(KERNELS, tmp_path / "kernels")
+    path = tmp_path / "kernels" / "cuda" / file
+    source = path.read_text()
+    assert before in source
+    path.write_text(source.replace(before, after))
+    sources = [str(tmp_path / "kernels" / "cuda" / f"{name}.cu") for name in ("agg_log_prob",)]
+    library = tmp_path / "library.so"
+    options = ["-xc++", "-std=c++20", "-O0", "-shared", "-fPIC", "-DFASTVAE_ISA=cuda", "-DFASTVAE_HOST_SIMT"]
+    command = ["g++", *options, f"-I{tmp_path / 'kernels' / 'include'}", *sources, "-o", str(library)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    code = f"""
+import ctypes, torch
+library = ctypes.CDLL({str(library)!r})
+z, mu, logvar = (torch.randn(n, 20, generator=torch.Generator().manual_seed(n)) for n in (9, 130, 130))
+joint, memory = torch.empty(9), torch.empty(1 << 24, dtype=torch.uint8)
+p, n, w = (lambda x: ctypes.c_void_p(x.data_ptr())), ctypes.c_int64, ctypes.c_double
+status = library.fastvae_cuda_agg_log_prob(
+    0, p(z), n(20), p(mu), n(20), p(logvar), n(20), None, w(0), None, w(0), w(0), n(9), n(130), n(20),
+    p(joint), p(memory), n(1 << 24), None)
+exact = torch.logsumexp(
+    torch.distributions.Normal(mu, (logvar / 2).exp()).log_prob(z[:, None]).sum(-1), 1)
+print(status, bool((joint - exact).abs().max() < 1e-4))
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "seen"),
+    [
+        ("tile.h", "no such mistake", "", "0 True"),
+        ("tile.h", "copies_.template wait<kAhead - 1>();", "", "0 False"),
+        ("tile.h", "            __syncthreads();  // every", "            // every", "0 False"),
+        (
+            "row_sums.h",
+            "if (lanes.column || i >= p.S) continue;",
+            "if (i >= p.S) return; __syncthreads();",
+            "never come",
+        ),
+    ],
+    ids=["none", "no wait for a copy", "no barrier after the wait", "a barrier that some threads skip"],
+)
+def test_mistakes_are_seen(tmp_path: Path, file: str, before: str, after: str, seen: str) -> None:
+    if before == "no such mistake":
+        before = after = "#pragma once"
+    ran = run_with(tmp_path, file, before, after)
+    assert seen in ran.stdout + ran.stderr
+
+
+# Machine code.
+
+
+@functools.cache
+def machine_code() -> tuple[str, str]:
+    """What ptxas says of the cross-evaluated kernels for sm_90, and their machine code; skips without nvcc."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    host_simt.BUILD.mkdir(parents=True, exist_ok=True)
+    cubin = host_simt.BUILD / f"machine-code-{os.getpid()}.cubin"
+    options = ["-std=c++20", "-O3", "-arch=sm_90", "-Xptxas", "-v", "-Werror", "all-warnings", "-DFASTVAE_ISA=cuda"]
+    source = KERNELS / "cuda" / "agg_log_prob_marginals.cu"  # which has the joint's kernels too
+    command = [nvcc, *options, f"-I{KERNELS / 'include'}", "-cubin", "-o", str(cubin), str(source)]
+    try:
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        return said, tool("nvdisasm", "-c", str(cubin))
+    finally:
+        cubin.unlink(missing_ok=True)
+
+
+def kernels(name: str) -> dict[str, list[dict[str, int]]]:
+    """The instructions of each innermost loop of the kernels of that name, by mangled name."""
+    sections = re.split(r"^\.text\.(\S+):$", machine_code()[1], flags=re.M)
+    found = {
+        symbol: [by_name(opcodes(loop)) for loop in innermost_loops(code)]
+        for symbol, code in zip(sections[1::2], sections[2::2], strict=True)
+        if f"{len(name)}{name}I" in symbol
+    }
+    assert found
+    return found
+
+
+def hottest(loops: list[dict[str, int]], opcode: str) -> dict[str, int]:
+    return max(loops, key=lambda loop: loop.get(opcode, 0) / sum(loop.values()))
+
+
+def test_registers_and_shared_memory() -> None:
+    """All fit twice on a multiprocessor in float32, but for many dimensions, and spill nothing in a loop over them."""
+    said, _ = machine_code()
+    usage = re.findall(
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+        r"(?:.*?(\d+) bytes smem)?",
+        re.sub(r"\n(?!ptxas info\s*: Compiling)", " ", said),
+    )
+    assert len(usage) > 20
+    for symbol, stores, loads, registers, shared in usage:
+        assert int(stores) + int(loads) <= 32, symbol  # around a tile of thousands of instructions
+        assert int(shared or 0) <= 48 << 10
+        wide = "Lb1EE" in symbol or "IdE" in symbol or "Id" in symbol
+        assert int(registers) <= (255 if wide else 128), symbol
+    for name in ("joint_sums", "pull_on_rows", "pull_on_columns", "marginal_sums"):
+        for symbol, loops in kernels(name).items():
+            innermost = [loop for loop in loops if loop.get("FFMA", 0) + loop.get("DFMA", 0) >= 32]
+            assert not any(op in loop for loop in innermost for op in ("LDL", "STL")), symbol
+
+
+@pytest.mark.parametrize(
+    ("name", "arithmetic", "floor"),
+    [
+        ("joint_sums", ("FFMA",), 0.92),
+        ("pull_on_rows", ("FFMA", "FMUL"), 0.77),
+        ("pull_on_columns", ("FFMA", "FMUL", "FADD"), 0.75),
+    ],
+)
+def test_inner_loops_are_arithmetic(name: str, arithmetic: tuple[str, ...], floor: float) -> None:
+    """Shares of the innermost loops in float32; and a load from shared memory gets at least four numbers."""
+    for symbol, loops in kernels(name).items():
+        if f"{len(name)}{name}If" not in symbol:
+            continue
+        best = max(loops, key=lambda loop: sum(loop.get(op, 0) for op in arithmetic) / sum(loop.values()))
+        assert sum(best.get(op, 0) for op in arithmetic) / sum(best.values()) >= floor, symbol
+        squares = hottest(loops, "FFMA")
+        assert squares["FFMA"] / squares["LDS"] >= 20, symbol
+
+
+# Where it is not.
+
+
+def say(library: str) -> str:
+    code = "import fastvae; print(fastvae.backends.status('cuda'))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FASTVAE_CUDA_LIBRARY": library},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return ran.stdout
+
+
+def test_a_library_that_does_not_load_is_a_reason_not_an_error(tmp_path: Path) -> None:
+    said = say(str(tmp_path / "missing.so"))
+    assert "available=False" in said
+    assert "missing.so" in said
+
+
+def test_a_build_that_fails_leaves_its_reason(tmp_path: Path) -> None:
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "bin").mkdir()
+    for nvcc in (tmp_path / "nvcc", tmp_path / "bin" / "nvcc"):
+        nvcc.write_text("#!/bin/sh\n[ $1 = --list-gpu-code ] && echo sm_90 && exit\necho 'error: a mistake'\nexit 1\n")
+        nvcc.chmod(0o755)
+    options = [f"-DSOURCE={host_simt.ROOT}", f"-DOUTPUT={tmp_path}", "-DVERSION=0", "-DWERROR=OFF"]
+    script = str(KERNELS / "cuda" / "build.cmake")
+    subprocess.run([host_simt.tool("cmake"), *options, "-P", script], env=environment, check=True, capture_output=True)
+    assert "error: a mistake" in (tmp_path / cuda.WHY_NOT).read_text()
+    assert not (tmp_path / cuda.LIBRARY).exists()
+
+
+def test_only_by_name() -> None:
+    """Until a measurement is committed that shows it faster."""
+    assert all(names.index("cuda") > names.index("reference") for names in fastvae.backends.CANDIDATES.values())
