@@ -22,6 +22,12 @@ echo "== installing" | tee "$out/install.txt"
   timeout 120 "$base" -m pip --python "$python" install --quiet --no-index --no-build-isolation --no-deps --editable . \
     --config-settings=build-dir="$environment/build"
 } >> "$out/install.txt" 2>&1 || { cat "$out/install.txt"; exit 1; }
+if command -v nvcc > /dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
+  # The CUDA kernels; where this fails, install.txt says why.
+  timeout 240 cmake -DSOURCE="$PWD" -DOUTPUT="$out" -DVERSION=gpu-check -DWERROR=OFF -P kernels/cuda/build.cmake \
+    >> "$out/install.txt" 2>&1
+  [ -f "$out/libfastvae_cuda.so" ] && export FASTVAE_CUDA_LIBRARY=$out/libfastvae_cuda.so
+fi
 "$python" -m fastvae info | tee -a "$out/install.txt"
 
 tests=(tests) benchmarks=240
@@ -38,5 +44,17 @@ FASTVAE_BACKEND='' timeout 210 "$python" -m pytest -q -k "triton or cuda" $worke
 tail -n 25 "$out/tests.txt"
 
 echo "== measuring"
+[ -n "${FASTVAE_CUDA_LIBRARY:-}" ] && benchmarks=$((benchmarks / 2))
 timeout $((benchmarks + 60)) "$python" -m bench.gpu "$out" --seconds $benchmarks 2>&1 | tee "$out/bench.txt"
+
+if [ -n "${FASTVAE_CUDA_LIBRARY:-}" ] && [ -z "${TRITON_INTERPRET:-}" ]; then
+  echo "== the CUDA library: the same table, and its memory accesses"
+  FASTVAE_BACKEND=cuda timeout 120 "$python" -m bench.gpu "$out/cuda" --seconds 90 2>&1 | tee "$out/bench-cuda.txt"
+  for tool in memcheck racecheck; do
+    command -v compute-sanitizer > /dev/null || break
+    timeout 45 compute-sanitizer --tool $tool --error-exitcode 7 "$python" -m pytest -q tests/test_cuda_kernels.py -k same_bits \
+      > "$out/$tool.txt" 2>&1
+    echo "$tool: exit status $?, $out/$tool.txt"
+  done
+fi
 exit $status
