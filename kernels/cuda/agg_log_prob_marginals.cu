@@ -9,7 +9,7 @@ namespace fastvae::FASTVAE_ISA {
 
 namespace {
 
-// One dimension of a tile, for what it was in the joint: t, and the terms s_ij = log2 w_ij q(z_id | x_j).
+// One dimension d of a tile: t, and the terms s_ij = log2 w_ij q(z_id | x_j).
 template <class T, bool kOwnsRows> struct OneDimension {
     static constexpr int R = kSide<T>, W = kPanel<T>;
     const Packed<T> &p;

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #ifndef __x86_64__
@@ -81,7 +82,7 @@ struct Fiber {
     enum State { kReady, kAtBarrier, kInWarp, kDone } state;
     Context context;
     std::unique_ptr<char[]> stack{new char[kStack]};
-    int line;              // of the barrier or shuffle that it waits at
+    int line;                   // of the barrier or shuffle that it waits at
     unsigned char value[2][8];  // what it gives to the warp, by turns, so that none is overwritten before it is read
     int turn;
     void *fake_stack;
@@ -103,6 +104,7 @@ struct Block {
     std::vector<char> *shared = nullptr;
 };
 inline Block block;
+inline std::mutex launching;  // one kernel at a time
 
 // Sanitizers keep a shadow of the stack in use.
 inline void leaving([[maybe_unused]] void **fake, [[maybe_unused]] const void *to, [[maybe_unused]] size_t size) {
@@ -218,6 +220,7 @@ template <class T> T &shared() {
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, Arguments... arguments) {
+    const std::lock_guard lock(launching);
     gridDim = grid;
     blockDim = dim3(unsigned(threads));
     block.body = [&] { kernel(arguments...); };
