@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fastvae
-from fastvae.ops.table import Table, affordable, columns_of, interpolate, tabulate
+from fastvae.ops.table import Table, columns_of, interpolate, tabulate
 
 from .harness import peak_extra_bytes, seconds
 
@@ -55,7 +55,7 @@ def in_turns(repeats: int, *runs: Callable[[], object]) -> list[float]:
 
 def table_of(z: Tensor, mu: Tensor, logvar: Tensor) -> Table:
     columns = columns_of(mu, logvar, None, -math.log(len(mu)))
-    table = tabulate(z, columns, TOL, affordable(len(z), len(mu), z.dtype))
+    table = tabulate(z, columns, TOL, math.inf)
     assert table is not None
     return table
 

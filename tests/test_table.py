@@ -261,7 +261,7 @@ def test_auto_is_direct_where_that_is_fast_and_a_table_elsewhere() -> None:
 
     auto, direct, _ = methods(2000, 2000, 1)
     assert_same([auto], [direct])
-    auto, direct, table = methods(12_000, 3000, 1)
+    auto, direct, table = methods(30_000, 6000, 1)
     assert not torch.equal(direct, table)
     assert_same([auto], [table])
     assert (auto - direct).abs().max() < 3e-6
