@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -162,3 +163,20 @@ def test_more_elements_than_32_bits_count() -> None:
     z = fastvae.reparameterize(mu.zero_(), logvar.zero_(), seed=3)[last].float()
     expected = philox.standard_normal(torch.tensor(3), (B - 5) * D, 5 * D).reshape(5, D)
     torch.testing.assert_close(z, expected.bfloat16().float(), rtol=2**-7, atol=1e-5)
+
+
+def test_more_elements_of_columns_than_32_bits_count() -> None:
+    """Only the last columns have weights, past 2^31 elements, against those columns alone."""
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("there is no room for it")
+    N, D, last = 2**25 + 3, 66, 5
+    z = torch.randn(3, D).bfloat16()
+    mu, logvar = torch.empty(N, D, dtype=torch.bfloat16).normal_(), torch.zeros(N, D, dtype=torch.bfloat16)
+    log_w = torch.full((N,), -torch.inf)
+    log_w[-last:] = 0.5
+    for precision in ("exact", "tf32x3"):
+        with fastvae.precision(precision):
+            got = fastvae.agg_log_prob(z, mu, logvar, weights=fastvae.ColumnWeights(log_w.bfloat16()))
+        expected = fastvae.agg_log_prob(z.float(), mu[-last:].float(), logvar[-last:].float())
+        tolerance = 1e-5 if precision == "exact" else 1e-3
+        torch.testing.assert_close(got, expected + 0.5 + math.log(last), rtol=tolerance, atol=tolerance)

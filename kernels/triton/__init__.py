@@ -7,6 +7,8 @@ underscore) and the functions that launch them, `op` and `op_backward`, which ar
 
 - launches with plain `kernel[grid](...)`, on whatever stream is current, with a launch configuration fixed by the
   sizes (`_launch.py`);
+- allocates what it needs on that stream and leaves it there, so nothing is owed a `record_stream`: a caller who hands
+  tensors of another stream in owes it, as to any of torch's operations;
 - never reads a tensor's values (no host synchronization, capturable in a CUDA graph), and so also runs on meta
   tensors: the ahead-of-time suite, tests/test_triton_compile.py, compiles what such a call would launch;
 - reads its inputs in the dtype they have and converts in registers; rows may be strided (`_launch.rows`);

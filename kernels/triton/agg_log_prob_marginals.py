@@ -247,7 +247,7 @@ def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWe
     if S == 0:
         return joint, marginals
     g = grid(S, N, D, packed.dtype, z.device, reduce=False)
-    each = grid_per_dimension(S, N, D, packed.dtype, z.device, pull=False)
+    each = grid_per_dimension(S, N, D, packed.dtype, z.device, more=any(packed.overridden))
     joint_parts = None if g.splits == 1 else new(packed, 2, g.splits, S)
     parts = None if each.splits == 1 else new(packed, 2, each.splits, D, S)
     _joint_and_marginals[(g.programs + each.programs,)](
@@ -293,7 +293,7 @@ def agg_log_prob_marginals_backward(
     shares = _shares_of_rows(packed, d_marginals, joint_d_z, d_z)
     if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
         g = grid(N, S, D, packed.dtype, z.device, reduce=True)
-        each = grid_per_dimension(N, S, D, packed.dtype, z.device, pull=True)
+        each = grid_per_dimension(N, S, D, packed.dtype, z.device, more=True)
         n = g.splits if joint_shares else 0
         sums = None if d_mu is None and d_logvar is None else new(packed, n + each.splits, 2, N, D)
         total_shares = new(packed, n, N)
@@ -318,7 +318,7 @@ def _shares_of_rows(
     m, factors = new(packed, D, S), new(packed, D, S)
     if S == 0:
         return m, factors
-    each = grid_per_dimension(S, N, D, packed.dtype, d_marginals.device, pull=True)
+    each = grid_per_dimension(S, N, D, packed.dtype, d_marginals.device, more=True)
     ms, totals = new(packed, each.splits, D, S), new(packed, each.splits, D, S)
     pulls = None if d_z is None else new(packed, each.splits, D, S)
     _marginal_rows[(each.programs,)](

@@ -64,27 +64,28 @@ def grid(
     over what passes by, across lanes, which should then be few.
 
     The register tile is 8 x 8 or 4 x 16 pairs, so that a step in d loads 16 to 20 words for 128 FMAs and 128 registers
-    hold it: two programs of 256 threads on a multiprocessor. Half as many pairs where they are summed in two levels, a
-    quarter of float64."""
+    hold it: two programs of 256 threads on a multiprocessor. Half as many pairs, two steps at a time, where they are
+    summed in two levels; two steps of 8 x 8 would spill. A quarter of float64."""
     if tile is None and dtype == torch.float64:
         tile = (4, 4, 32, 8, 1)
     elif tile is None:
         split = 2 if FOLD.value < D else 1
-        tile = (4, 16 // split, 32, 8, 1) if reduce else (8, 8 // split, 16, 16, 2)
+        tile = (4, 16 // split, 32, 8, 1) if reduce else (8, 8 // split, 16, 16, split)
     return _grid(tile, owned, passing, 1, D + 8, device)
 
 
 def configs(owned: int, passing: int, dtype: torch.dtype) -> list[Config]:
     """Tiles for `grid` to be timed by `_launch.fastest`: its own choice, and others for large problems."""
     large = owned * passing >= 1 << 22 and dtype != torch.float64
-    others = ((4, 16, 32, 8, 1), (4, 8, 32, 8, 2), (8, 4, 16, 16, 2), (8, 8, 16, 16, 1)) if large else ()
+    others = ((4, 16, 32, 8, 1), (4, 8, 32, 8, 2), (8, 4, 16, 16, 2), (8, 8, 16, 16, 2)) if large else ()
     return [{"tile": tile} for tile in (None, *others)]
 
 
-def grid_per_dimension(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, pull: bool) -> Grid:
-    """The same with programs for each dimension alone; `pull`: whether they sum gradients. An exponential takes as long
-    as eight FMAs: what is left to save is what is done once for a row and a tile, so many columns pass at a time."""
-    tile = (4, 4 if dtype == torch.float64 else 8 if pull else 16, 32, 8, 1)
+def grid_per_dimension(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, more: bool) -> Grid:
+    """The same with programs for each dimension alone; `more`: whether they need registers for more than sums, for
+    gradients or own columns' weights. An exponential takes as long as eight FMAs: what is left to save is what is done
+    once for a row and a tile, so many columns pass at a time."""
+    tile = (4, 4 if dtype == torch.float64 else 8 if more else 16, 32, 8, 1)
     return _grid(tile, owned, passing, D, 6, device)
 
 
