@@ -15,6 +15,7 @@ CANDIDATES = {"cpu": ("native", "reference", "triton", "cuda"), "cuda": ("triton
 NAMES = ("native", "triton", "cuda", "reference")
 
 _forced: str | None = os.environ.get("FASTVAE_BACKEND") or None
+_exact_skip = os.environ.get("FASTVAE_EXACT_SKIP") != "0"
 
 
 class BackendStatus(NamedTuple):
@@ -49,6 +50,11 @@ def _choose(forced: str | None, device_type: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 
 
+def exact_skip() -> bool:
+    """Whether kernels may leave out pairs that are too far apart to change a result by as much as its rounding."""
+    return _exact_skip
+
+
 class use_backend:
     """Compute with one backend from here on, or within a `with` block; None goes back to the best available.
 
@@ -57,6 +63,8 @@ class use_backend:
 
     Args:
         name: "native", "triton", "cuda", "reference", or None.
+        exact_skip: False goes through all pairs of `agg_log_prob`, even those too far apart to change a result by as
+            much as its rounding; `FASTVAE_EXACT_SKIP=0` sets that from outside. None keeps what is set.
 
     Raises:
         ValueError: `name` is not a backend's.
@@ -67,15 +75,17 @@ class use_backend:
         ...     kl = fastvae.kl_gauss(mu, logvar)
     """
 
-    def __init__(self, name: str | None):
-        global _forced
+    def __init__(self, name: str | None, *, exact_skip: bool | None = None):
+        global _forced, _exact_skip
         if name is not None:
             _check_name(name)
             found = status(name)
             if not found.available:
                 raise RuntimeError(f"backend {name!r} is not available: {found.detail}")
-        self._before = _forced
+        self._before = _forced, _exact_skip
         _forced = name
+        if exact_skip is not None:
+            _exact_skip = exact_skip
 
     def __enter__(self) -> None:
         pass
@@ -86,8 +96,8 @@ class use_backend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        global _forced
-        _forced = self._before
+        global _forced, _exact_skip
+        _forced, _exact_skip = self._before
 
 
 def _check_name(name: str | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch  # first, because the library takes its OpenMP runtime from torch
 from torch import Tensor
 
+from . import exact_skip
 from .contract import LogWeights, accumulation_dtype, kl_scale, kl_shape
 
 LIBRARY = "libfastvae_cpu.so"
@@ -40,8 +41,8 @@ class Kernels(ctypes.Structure):
             ("sample_gauss_backward", (*_pointers(4), *_ROWS, *_ROWS, c_void_p, *_SNDS, *_pointers(2))),
             ("cross_log_prob", (*_pointers(3), *_SNDS, c_void_p)),
             ("cross_log_prob_backward", (*_pointers(4), *_SNDS, *_pointers(3))),
-            ("agg_log_prob", (*_pointers(3), *_WEIGHTS, *_SNDS, c_void_p)),
-            ("agg_log_prob_backward", (*_pointers(4), *_WEIGHTS, *_SNDS, *_pointers(5))),
+            ("agg_log_prob", (*_pointers(3), *_WEIGHTS, *_SNDS, c_void_p, c_int)),
+            ("agg_log_prob_backward", (*_pointers(4), *_WEIGHTS, *_SNDS, *_pointers(5), c_int)),
             ("agg_log_prob_marginals", (*_pointers(3), *_WEIGHTS, *_SNDS, *_pointers(2))),
             ("agg_log_prob_marginals_backward", (*_pointers(7), *_WEIGHTS, *_SNDS, *_pointers(4))),
         )
@@ -298,7 +299,7 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
     dtype, inputs, (S, N, D) = _cross(z, mu, logvar)
     _alive, log_weights = _weights(weights, dtype, N)
     joint = torch.empty(S, dtype=dtype)
-    _run(_kernels(dtype).agg_log_prob, *map(_ptr, inputs), *log_weights, S, N, D, joint.data_ptr())
+    _run(_kernels(dtype).agg_log_prob, *map(_ptr, inputs), *log_weights, S, N, D, joint.data_ptr(), exact_skip())
     return joint
 
 
@@ -326,16 +327,17 @@ def _aggregate_backward(
     weights: LogWeights,
     wanted: Sequence[bool],
     again: Sequence[Tensor | None] = (),
+    options: Sequence[int] = (),
 ) -> list[Tensor]:
     """`results`: the upstream gradients and the forward's results, in the kernel's order; `again`: those of the results
-    that the kernel writes before the gradients."""
+    that the kernel writes before the gradients; `options`: what it takes after them."""
     dtype, inputs, sizes = _cross(z, mu, logvar)
     _alive, log_weights = _weights(weights, dtype, mu.shape[0])
     likes = (z, mu, logvar, weights.log_w)
     outputs = _outputs(likes, dtype, wanted)
     inputs = [*(_dense(r, dtype) for r in results), *inputs]
     outputs_of_kernel = map(_ptr, (*again, *outputs))
-    _run(getattr(_kernels(dtype), kernel_name), *map(_ptr, inputs), *log_weights, *sizes, *outputs_of_kernel)
+    _run(getattr(_kernels(dtype), kernel_name), *map(_ptr, inputs), *log_weights, *sizes, *outputs_of_kernel, *options)
     return _asked(outputs, likes)
 
 
@@ -349,7 +351,9 @@ def agg_log_prob_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     again = torch.empty(z.shape[0], dtype=accumulation_dtype(z.dtype)) if joint is None else None
-    gradients = _aggregate_backward("agg_log_prob_backward", (d_joint,), z, mu, logvar, weights, wanted, (again,))
+    gradients = _aggregate_backward(
+        "agg_log_prob_backward", (d_joint,), z, mu, logvar, weights, wanted, (again,), (exact_skip(),)
+    )
     return gradients if again is None else [again, *gradients]
 
 

@@ -24,7 +24,7 @@ template <class T> struct Forward {
     template <bool kDirect> void tile(int64_t first, T *rows, TileSums<T> sums) const {
         const int64_t D = columns.panels.D;
         const Overrides<T> overrides(columns, first, S);
-        pack_rows(z, first, S, D, columns.panels.centre(), rows);
+        pack_rows(columns.panels, z, first, S, rows);
         sums.template add_up<kDirect>(first, S, rows, overrides, marginals != nullptr);
         for (int r = 0; r < R && first + r < S; ++r) {
             if (joint) joint[first + r] = T(sums.joint[r].total().log());

@@ -150,7 +150,7 @@ private:
         T *grad = grads + at, *offset = offsets + at;
         bool any_wanted = false;
         for (int64_t d = 0; d < D; ++d) wanted[d] = false;
-        pack_rows(z, first, S, D, panels.centre(), z_rows + at);
+        pack_rows(panels, z, first, S, z_rows + at);
         for (int r = 0; r < R; ++r)
             for (int64_t d = 0; d < D; ++d) {
                 const int64_t k = d * R + r, i = (first + r) * D + d;
@@ -223,7 +223,7 @@ private:
     template <bool kDirect>
     void joint_shares(int64_t tile, int64_t p, T *joint, T *d_log_w) const {
         alignas(64) T squares[R * W];
-        square_sums<kDirect, T>(z_rows + tile * R * D, panels.planes(p), D, squares, W);
+        square_sums<kDirect>(z_rows + tile * R * D, panels.planes(p), D, squares, W);
         const auto share = [&](int r, Vec<T> log_p) {
             return exp2_term<T>(log_p + joint_offsets[tile * R + r]) * joint_grads[tile * R + r];
         };
@@ -291,7 +291,7 @@ int agg_log_prob_marginals_backward(const void *d_joint, const void *d_marginals
                                     void *d_logvar, void *d_log_w, int threads) {
     if (d_joint && !d_marginals)
         return agg_log_prob_backward<T>(d_joint, z, mu, logvar, log_w, log_w_all, own, log_w_own, log_w_next, S, N, D,
-                                        nullptr, d_z, d_mu, d_logvar, d_log_w, threads);
+                                        nullptr, d_z, d_mu, d_logvar, d_log_w, 0, threads);
     const Weights<T> weights(log_w, log_w_all, own, log_w_own, log_w_next, N);
     MarginalColumns<T> columns(weights, N, D);
     Backward<T> backward(columns, static_cast<const T *>(z), S, d_joint, d_log_w, threads);

@@ -21,7 +21,7 @@ int cross_log_prob(const void *z, const void *mu, const void *logvar, int64_t S,
         const int64_t first = unit % blocks * kRows, begin = unit / blocks * chunk;
         T *const rows = scratch + worker * scratch_size, *const squares = rows + kTileRows * round_up(D, L);
         for (int64_t i = first; i < S && i < first + kRows; i += kTileRows) {
-            pack_rows(static_cast<const T *>(z), i, S, D, panels.centre(), rows);
+            pack_rows(panels, static_cast<const T *>(z), i, S, rows);
             for (int64_t p = begin; p < panels.count && p < begin + chunk; ++p) {
                 square_sums(panels, rows, p, 1, squares);
                 const T *const c = panels.c() + p * W;

@@ -146,7 +146,7 @@ private:
 
         for (int64_t i = block.first; i < block.first + block.rows; i += R) {
             const Block tile{i, S_ - i < R ? S_ - i : R, block.panel, block.count};
-            pack_rows(z_, i, S_, D_, panels_.centre(), rows);
+            pack_rows(panels_, z_, i, S_, rows);
             weigh(tile, rows, r, shares);
             for (int64_t d = 0; d < D_; d += kSpan) {
                 const int64_t span = D_ - d < kSpan ? D_ - d : kSpan;
@@ -192,7 +192,7 @@ private:
                 T sum = 0;
                 for (int64_t k = 0; k < rounds_.row_copies(); ++k)
                     sum += row_sums_[k * row_size_ + tile * tile_size_ + d * R + r];
-                d_z[(tile * R + r) * D_ + d] = T(-kInvKappa2) * sum;
+                d_z[(tile * R + r) * D_ + panels_.order()[d]] = T(-kInvKappa2) * sum;
             }
     }
 
@@ -219,8 +219,9 @@ private:
                 store(logvar + v * L, T(kInvKappa2 / 2) * sums[kPanelVectors + v] -
                                           T(0.5) * (share[v] + share[kPanelVectors + v]));
             }
-            for (int64_t l = 0; l < columns && d_mu; ++l) d_mu[(p * W + l) * D_ + d] = mu[l];
-            for (int64_t l = 0; l < columns && d_logvar; ++l) d_logvar[(p * W + l) * D_ + d] = logvar[l];
+            const int64_t to = panels_.order()[d];
+            for (int64_t l = 0; l < columns && d_mu; ++l) d_mu[(p * W + l) * D_ + to] = mu[l];
+            for (int64_t l = 0; l < columns && d_logvar; ++l) d_logvar[(p * W + l) * D_ + to] = logvar[l];
         }
     }
 

@@ -40,12 +40,12 @@ int cross_log_prob_backward(const void *grad, const void *z, const void *mu, con
 
 template <class T>
 int agg_log_prob(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N,
-                 int64_t D, void *joint, int threads);
+                 int64_t D, void *joint, int exact_skip, int threads);
 
 template <class T>
 int agg_log_prob_backward(const void *d_joint, const void *z, const void *mu, const void *logvar,
                           FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D, void *joint, void *d_z, void *d_mu,
-                          void *d_logvar, void *d_log_w, int threads);
+                          void *d_logvar, void *d_log_w, int exact_skip, int threads);
 
 template <class T>
 int agg_log_prob_marginals(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S,

@@ -42,6 +42,15 @@ template <class T> bool all_moderate(const T *x, int64_t n) {
     return !any_lane<T>(outside);
 }
 
+template <class T> bool all_finite(const T *x, int64_t n) {
+    IVec<T> odd = {};
+    for_each_vector<T>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+        const Vec<T> v = load_some(x + i, lanes);
+        odd |= ~(v - v == T(0));
+    });
+    return !any_lane<T>(odd);
+}
+
 // A finite double stays finite as a T.
 template <class T> FASTVAE_INLINE T to_finite(double x) {
     constexpr double kMax = double(kLargest<T>);
@@ -55,14 +64,48 @@ public:
     bool direct = false;
 
     Panels(int64_t N, int64_t D)
-        : N(N), D(D), count((N + W - 1) / W), planes_(count * D * 2 * W), c_(count * W), cw_(count * W), centre_(D) {}
+        : N(N), D(D), count((N + W - 1) / W), planes_(count * D * 2 * W), c_(count * W), cw_(count * W), centre_(D),
+          order_(D), spread_(D), reach_(count), steep_(count), least_a_(count) {
+        for (int64_t d = 0; d < D && order_; ++d) order_[d] = d;
+    }
 
-    bool allocated() const { return planes_ && c_ && cw_ && centre_; }
+    bool allocated() const {
+        return planes_ && c_ && cw_ && centre_ && order_ && spread_ && reach_ && steep_ && least_a_;
+    }
 
     const T *planes(int64_t p) const { return planes_ + p * D * 2 * W; }  // [D][2][W]
     const T *c() const { return c_; }            // [count W] log2 normalizer, -sum_d (logvar + ln 2 pi) / 2 in bits
     const T *cw() const { return cw_; }          // [count W] c + log2 w; padding columns: -inf
     const T *centre() const { return centre_; }  // [D] what is to be subtracted from z; 0 where `direct`
+    const int64_t *order() const { return order_; }  // [D] the dimensions as they are packed
+
+    // Of panel p: the largest cw, and the largest cw + log2 a; infinity where they bound nothing, as a number is not
+    // finite or all weights are zero. Of all panels: the least log2 a.
+    T reach(int64_t p) const { return reach_[p]; }
+    T steep(int64_t p) const { return steep_[p]; }
+    T least_a() const {
+        T least = kInf<T>;
+        for (int64_t p = 0; p < count; ++p) least = least_a_[p] < least ? least_a_[p] : least;
+        return T(std::log2(double(least)));
+    }
+
+    // Puts the dimensions first that tell columns apart, by var(mu) / sigma^2 in a sample; to be called before pack.
+    void order_dimensions(const T *mu, const T *logvar) {
+        const int64_t n = N < 256 ? N : 256;
+        for (int64_t d = 0; d < D; ++d) {
+            double sum = 0, squares = 0, sum_logvar = 0;
+            for (int64_t k = 0; k < n; ++k) {
+                const int64_t at = k * N / n * D + d;
+                const double x = double(mu[at]) - double(mu[d]);
+                sum += x, squares += x * x, sum_logvar += double(logvar[at]);
+            }
+            const double variance = squares - sum * sum / double(n);
+            spread_[d] = variance > 0 ? std::log(variance) - sum_logvar / double(n) : -kInf<double>;
+            int64_t at = d;
+            for (; at > 0 && spread_[order_[at - 1]] < spread_[d]; --at) order_[at] = order_[at - 1];
+            order_[at] = d;
+        }
+    }
 
     // log2_w(j) as a double. Padding columns have a = kappa, b = 0 and weight 0.
     template <class F>
@@ -95,7 +138,7 @@ private:
         for (int64_t d = 0; d < D; ++d) centre_[d] = T(0);
         for (int64_t k = 0; k < n; ++k) {
             const T *row = mu + (k * N / n) * D;
-            for (int64_t d = 0; d < D; ++d) centre_[d] += row[d];
+            for (int64_t d = 0; d < D; ++d) centre_[d] += row[order_[d]];
         }
         for (int64_t d = 0; d < D; ++d) {
             centre_[d] /= T(n);
@@ -111,12 +154,14 @@ private:
         const int64_t first = p * W, columns = N - first < W ? N - first : W;
         for (int64_t l = 0; l < W; ++l)  // transpose: logvar into a's plane, mu into b's
             for (int64_t d = 0; d < D; ++d) {
-                planes[d * 2 * W + l] = l < columns ? logvar[(first + l) * D + d] : T(0);
-                planes[d * 2 * W + W + l] = l < columns ? mu[(first + l) * D + d] : centre_[d];
+                planes[d * 2 * W + l] = l < columns ? logvar[(first + l) * D + order_[d]] : T(0);
+                planes[d * 2 * W + W + l] = l < columns ? mu[(first + l) * D + order_[d]] : centre_[d];
             }
 
         double sum_logvar[W] = {}, part[W] = {};
-        IVec<T> large = {};
+        IVec<T> large = {}, odd = {};
+        Vec<T> most[kPanelVectors], least = splat(kLargest<T>);  // of a
+        for (Vec<T> &x : most) x = splat(Elementary<T>::kMinNormal);
         for (int64_t d = 0; d < D; ++d) {
             T *a = planes + d * 2 * W, *b = a + W;
             const bool fold = d % 16 == 15 || d == D - 1;  // in two levels, for doubles' sake
@@ -125,6 +170,9 @@ private:
             inverse_sigmas(a);
             for (int l = 0; l < W; l += kLanes<T>) {
                 const Vec<T> va = load(a + l), vmu = load(b + l), vb = (vmu - centre_[d]) * va;
+                odd |= ~(vmu - vmu == T(0));
+                most[l / kLanes<T>] = max_<T>(va, most[l / kLanes<T>]);
+                least = min_<T>(va, least);
                 large |= ~((vb <= T(kMaxOffset)) & (vb >= T(-kMaxOffset)) & (va <= T(kModerate)));
                 store(b + l, direct ? vmu : vb);
             }
@@ -133,7 +181,18 @@ private:
             const double c = -0.5 * kLog2e * (sum_logvar[l] + kLog2Pi * double(D));
             c_[first + l] = to_finite<T>(c);
             cw_[first + l] = l < columns ? to_finite<T>(c + log2_w(first + l)) : -kInf<T>;
+            odd[0] |= !__builtin_isfinite(sum_logvar[l]) || !(cw_[first + l] < kInf<T>);
         }
+        T reach = -kInf<T>, steep = -kInf<T>;
+        for (int v = 0; v < kPanelVectors; ++v) {
+            const Vec<T> cw = load(cw_ + first + v * kLanes<T>);
+            reach = max_lanes<T>(max_<T>(cw, splat(reach)));
+            steep = max_lanes<T>(max_<T>(cw + log_<T>(most[v]) * T(kLog2e), splat(steep)));
+        }
+        const bool bound = !any_lane<T>(odd) && reach > -kInf<T>;
+        reach_[p] = bound ? reach : kInf<T>;
+        steep_[p] = bound ? steep : kInf<T>;
+        least_a_[p] = -max_lanes<T>(-least);
         return !any_lane<T>(large);
     }
 
@@ -157,6 +216,9 @@ private:
     }
 
     Buffer<T> planes_, c_, cw_, centre_;
+    Buffer<int64_t> order_;
+    Buffer<double> spread_;  // [D] log of var(mu) / sigma^2, up to a constant
+    Buffer<T> reach_, steep_, least_a_;  // [count]
 };
 
 }  // namespace fastvae::FASTVAE_ISA

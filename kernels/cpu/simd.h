@@ -178,6 +178,18 @@ template <class T> FASTVAE_INLINE bool any_lane(IVec<T> v) {
     return any;
 }
 
+// Whether every lane is above 0; NaN is not.
+template <class T> FASTVAE_INLINE bool all_positive(Vec<T> v) {
+#if FASTVAE_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+        return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GT_OQ) == 0xffff;
+    else
+        return _mm512_cmp_pd_mask((__m512d)v, _mm512_setzero_pd(), _CMP_GT_OQ) == 0xff;
+#else
+    return !any_lane<T>(~(v > T(0)));
+#endif
+}
+
 // c - a b, in one rounding wherever the instruction set can: so that it is the same number in every kernel, which
 // the compiler's own choice is not.
 template <class T> FASTVAE_INLINE Vec<T> minus_product(Vec<T> c, Vec<T> a, Vec<T> b) {

@@ -65,13 +65,14 @@ typedef struct fastvae_kernels {
                                    int64_t S, int64_t N, int64_t D, void *d_z, void *d_mu, void *d_logvar,
                                    int threads);
 
-    /* joint [S] = log sum_j w_ij prod_d q(z_id | x_j). */
+    /* joint [S] = log sum_j w_ij prod_d q(z_id | x_j). exact_skip: whether pairs may be left out that are too
+     * far apart to change the results by as much as their rounding. */
     int (*agg_log_prob)(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S,
-                        int64_t N, int64_t D, void *joint, int threads);
+                        int64_t N, int64_t D, void *joint, int exact_skip, int threads);
     /* The joint, which it computes again, is an output like the gradients. */
     int (*agg_log_prob_backward)(const void *d_joint, const void *z, const void *mu, const void *logvar,
                                  FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D, void *joint, void *d_z,
-                                 void *d_mu, void *d_logvar, void *d_log_w, int threads);
+                                 void *d_mu, void *d_logvar, void *d_log_w, int exact_skip, int threads);
 
     /* The joint, and marginals [S, D] = log sum_j w_ij q(z_id | x_j), in one pass. */
     int (*agg_log_prob_marginals)(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS,

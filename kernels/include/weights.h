@@ -21,6 +21,8 @@ template <class T> struct Weights {
 
     FASTVAE_SHARED double log2_w(int64_t j) const { return (log_w ? double(log_w[j]) : log_w_all) * kLog2e; }
 
+    FASTVAE_SHARED bool any_overrides() const { return own && (log_w_own == log_w_own || log_w_next == log_w_next); }
+
     // f(j, log2_w) for the columns, at most two, whose weight for sample i is not the common one.
     template <class F> FASTVAE_SHARED void overrides(int64_t i, const F &f) const {
         if (!own || own[i] < 0 || own[i] >= N) return;
@@ -31,14 +33,21 @@ template <class T> struct Weights {
     }
 
     // Takes those pairs out of row i's sums of squares over columns [first, first + n): infinity stays behind,
-    // whose density is 0, and f(j - first, s) gets the term s = c_j + log2_w - squares.
-    template <class F>
-    FASTVAE_SHARED void take_overrides(int64_t i, int64_t first, int64_t n, const T *c, T *squares, const F &f) const {
+    // whose density is 0, and f(j - first, s) gets the term s = c_j + log2_w - squares. The sum of column j is at
+    // squares[place(j - first)].
+    template <class F, class G>
+    FASTVAE_SHARED void take_overrides(int64_t i, int64_t first, int64_t n, const T *c, T *squares, const F &f,
+                                       const G &place) const {
         overrides(i, [&](int64_t j, T log2_w) {
             if (j < first || j >= first + n) return;
-            f(j - first, c[j] - squares[j - first] + log2_w);
-            squares[j - first] = T(__builtin_inf());
+            T &square = squares[place(j - first)];
+            f(j - first, c[j] - square + log2_w);
+            square = T(__builtin_inf());
         });
+    }
+    template <class F>
+    FASTVAE_SHARED void take_overrides(int64_t i, int64_t first, int64_t n, const T *c, T *squares, const F &f) const {
+        take_overrides(i, first, n, c, squares, f, [](int64_t k) { return k; });
     }
 };
 

@@ -1,0 +1,249 @@
+"""The early exit of agg_log_prob, exact to rounding: on or off the tolerance rule holds, wherever a wrong bound would
+lose what can be seen."""
+
+import functools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import Target
+from helpers import (
+    DTYPES,
+    SEARCH_MARGIN,
+    Expected,
+    Named,
+    aggregate,
+    assert_same,
+    cast,
+    draw,
+    evaluate,
+    needing_gradients,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastvae
+from fastvae import ColumnWeights, backends
+
+INF = math.inf
+N = 1200  # above the fewest columns that are worth a look
+
+
+def population(S: int, D: int, logvar: float, active: int, seed: int = 0) -> Named:
+    """Posteriors of which `active` dimensions, the last ones, tell them apart; sample i is from posterior i mod N."""
+    width = torch.where(torch.arange(D) >= D - active, logvar, 0.0) + 0.1 * draw(N, D, seed=seed + 1)
+    mu = draw(N, D, seed=seed) * torch.where(torch.arange(D) >= D - active, 1.0, 0.01)
+    z = (mu + torch.exp(width / 2) * draw(N, D, seed=seed + 2))[torch.arange(S) % N]
+    return {"z": z.clone(), "mu": mu, "logvar": width}
+
+
+def one_heavy_column(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
+    """It is far from every sample in the dimension that is looked at last, and outweighs that."""
+    inputs = population(S, 33, -4, 33)
+    inputs["logvar"][:, 16] = 4  # the one that tells columns apart least
+    inputs["mu"][777] = inputs["z"][5]
+    inputs["mu"][777, 16] += 60  # 33 nats
+    log_w = torch.full((N,), -math.log(N), dtype=torch.float64)
+    log_w[777] += 40
+    return inputs, ColumnWeights(log_w, own)
+
+
+def heavy_weights(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
+    return population(S, 20, -3, 20), ColumnWeights(30 * draw(N, seed=3).sign(), own)
+
+
+def heavy_overrides(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
+    """The next column is far, and weighs e^60."""
+    return population(S, 20, -3, 20), ColumnWeights(-1.0, own, 0.0, 60.0)
+
+
+def no_weight(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
+    return population(S, 20, -3, 20), ColumnWeights(draw(N, seed=3).where(torch.arange(N) % 3 > 0, -INF), own)
+
+
+def without_their_own(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
+    return population(S, 20, -3, 20), ColumnWeights(-math.log(N - 1), own, -INF)
+
+
+def far_samples(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
+    """Some are far from everything, and drawn from none."""
+    inputs = population(S, 12, -3, 12)
+    inputs["z"][::7] *= 30
+    return inputs, ColumnWeights(-math.log(N), own.where(torch.arange(S) % 7 > 0, -1))
+
+
+def weak_columns(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
+    """Columns that are only reached from afar keep what gradient they have."""
+    inputs = population(S, 12, -3, 12)
+    inputs["mu"][1000:] += 3
+    return inputs, ColumnWeights(draw(N, seed=3))
+
+
+def widths_apart(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
+    """Some columns are so narrow that their gradients weigh more than their shares."""
+    inputs = population(S, 12, -3, 12)
+    inputs["logvar"][::5] -= 8
+    return inputs, ColumnWeights(draw(N, seed=3))
+
+
+def near(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
+    return population(S, 9, 0, 9), ColumnWeights(-math.log(N), own)
+
+
+CASES: dict[str, Callable[[int, Tensor], tuple[Named, ColumnWeights]]] = {
+    case.__name__: case
+    for case in (
+        one_heavy_column,
+        heavy_weights,
+        heavy_overrides,
+        no_weight,
+        without_their_own,
+        far_samples,
+        weak_columns,
+        widths_apart,
+        near,
+    )
+}
+
+
+def functions(
+    weights: ColumnWeights,
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """agg_log_prob and the formula, of z, mu, logvar and, where it is a tensor, log_w."""
+
+    def fast(log_w: Tensor | None = None, **x: Tensor) -> Tensor:
+        return fastvae.agg_log_prob(**x, weights=weights if log_w is None else weights._replace(log_w=log_w))
+
+    return fast, lambda **x: aggregate(**x, weights=weights)[0]
+
+
+def with_weights(inputs: Named, weights: ColumnWeights, dtype: torch.dtype) -> Named:
+    log_w = {"log_w": weights.log_w} if isinstance(weights.log_w, Tensor) else {}
+    return needing_gradients(cast(inputs | log_w, dtype))
+
+
+@functools.cache
+def problem(case: str, S: int, dtype: torch.dtype) -> tuple[Callable[..., Tensor], Named, Expected]:
+    inputs, weights = CASES[case](S, torch.arange(S) % N)
+    fast, formula = functions(weights)
+    inputs = with_weights(inputs, weights, dtype)
+    return fast, inputs, Expected(formula, inputs, ("z", "mu"))
+
+
+@pytest.mark.parametrize("exact_skip", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_visible_is_lost(native: Target, case: str, dtype: torch.dtype, exact_skip: bool) -> None:
+    fast, inputs, expected = problem(case, 13, dtype)
+    with fastvae.use_backend("native", exact_skip=exact_skip):
+        expected.check(evaluate(fast, inputs))
+
+
+def differences(results: list[Tensor], exact: list[Tensor]) -> list[Tensor]:
+    return [(got.double() - x).abs() for got, x in zip(results, exact, strict=True)]
+
+
+@pytest.mark.parametrize("wanted", [("z", "mu", "logvar", "log_w"), ("z",), ("logvar",)], ids="-".join)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_as_many_samples_as_columns(native: Target, case: str, wanted: tuple[str, ...]) -> None:
+    """Where every column has a sample of its own, so that column sums are skipped too: no further from float64 than
+    twice what going through all pairs is, and 4 eps."""
+    S = 1300
+    inputs, weights = CASES[case](S, torch.arange(S) % N)
+    fast, _ = functions(weights)
+    inputs = {name: x.detach() for name, x in with_weights(inputs, weights, torch.float32).items()}
+    inputs = {name: x.requires_grad_(name in wanted) for name, x in inputs.items()}
+    with fastvae.use_backend("native", exact_skip=False):
+        exact = evaluate(fast, cast(inputs, torch.float64))
+        plain = differences(evaluate(fast, inputs), exact)
+    with fastvae.use_backend("native", exact_skip=True):
+        early = differences(evaluate(fast, inputs), exact)
+    for got, allowed, x in zip(early, plain, exact, strict=True):
+        assert not got.isnan().any()
+        assert (got <= 2 * allowed.max() + 4 * torch.finfo(torch.float32).eps * x.abs().clamp(min=1)).all()
+
+
+@given(
+    S=st.integers(1, 12),
+    D=st.integers(1, 24),
+    active=st.integers(0, 24),
+    logvar=st.sampled_from([-8.0, -4.0, -2.0, 0.0]),
+    spread=st.sampled_from([0.0, 3.0, 30.0]),
+    known=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**20),
+)
+def test_any_population(
+    native: Target,
+    S: int,
+    D: int,
+    active: int,
+    logvar: float,
+    spread: float,
+    known: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    if seed % 6:  # a formula of [S, 1200, D] takes its time
+        return
+    own = torch.arange(S).where(torch.arange(S) % 3 > 0, -1) if known else None
+    weights = ColumnWeights(spread * draw(N, seed=seed + 3), own)
+    fast, formula = functions(weights)
+    inputs = with_weights(population(S, D, logvar, min(active, D), seed), weights, dtype)
+    with fastvae.use_backend("native", exact_skip=True):
+        Expected(formula, inputs, ("z", "mu"), margin=SEARCH_MARGIN).check(evaluate(fast, inputs))
+
+
+@pytest.mark.parametrize("value", [math.nan, INF, -INF])
+@pytest.mark.parametrize("name", ["z", "mu", "logvar", "log_w"])
+def test_what_is_not_finite_is_not_skipped(native: Target, name: str, value: float) -> None:
+    """Not even in a dimension that no tile gets to."""
+    inputs, weights = population(60, 40, -6, 40), ColumnWeights(torch.zeros(N, dtype=torch.float64))
+    fast, formula = functions(weights)
+    everything = {n: x.detach() for n, x in with_weights(inputs, weights, torch.float32).items()}
+    for d in (0, 17, 39):
+        broken = {n: x.clone() for n, x in everything.items()}
+        broken[name][7 if name == "log_w" else (7, d)] = value
+        expected = formula(**cast(broken, torch.float64))
+        got = fast(**broken)
+        assert_same([got.isnan(), got == INF, got == -INF], [expected.isnan(), expected == INF, expected == -INF])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_on_any_number_of_threads(native: Target, dtype: torch.dtype) -> None:
+    weights = ColumnWeights(draw(N, seed=3))
+    fast, _ = functions(weights)
+    inputs = with_weights(population(1300, 33, -4, 20), weights, dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(evaluate(fast, inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+
+
+def test_it_can_be_turned_off(native: Target) -> None:
+    """By an argument and from outside, with results that differ in their last bits at most."""
+    inputs = cast(population(96, 33, -4, 33), torch.float32)
+    assert backends.exact_skip() is (os.environ.get("FASTVAE_EXACT_SKIP") != "0")
+    with fastvae.use_backend("native", exact_skip=False):
+        assert not backends.exact_skip()
+        with fastvae.use_backend("native"):  # keeps what is set
+            assert not backends.exact_skip()
+        plain = fastvae.agg_log_prob(**inputs)
+    with fastvae.use_backend("native", exact_skip=True):
+        assert backends.exact_skip()
+        torch.testing.assert_close(fastvae.agg_log_prob(**inputs), plain)
+    code = "from fastvae import backends; print(backends.exact_skip())"
+    environment = {**os.environ, "FASTVAE_EXACT_SKIP": "0"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
