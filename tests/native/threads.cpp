@@ -79,10 +79,10 @@ template <class T> Outputs<T> run_all(const fastvae_kernels &k, int threads) {
     k.cross_log_prob_backward(g.data(), z.data(), mu.data(), logvar.data(), S, N, D, out.add("cross d_z", S * D),
                               out.add("cross d_mu", N * D), out.add("cross d_logvar", N * D), threads);
     T *joint = out.add("joint", S);
-    k.agg_log_prob(z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, joint, threads);
-    k.agg_log_prob_backward(g.data(), joint, z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D,
+    k.agg_log_prob(z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, joint, 1, threads);
+    k.agg_log_prob_backward(g.data(), z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, nullptr,
                             out.add("agg d_z", S * D), out.add("agg d_mu", N * D), out.add("agg d_logvar", N * D),
-                            out.add("agg d_log_w", N), threads);
+                            out.add("agg d_log_w", N), 1, threads);
     joint = out.add("joint again", S);
     T *marginals = out.add("marginals", S * D);
     k.agg_log_prob_marginals(z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, joint, marginals, threads);
