@@ -151,7 +151,7 @@ def _largest(x: Tensor) -> float:
     return x[x.isfinite()].max().item() if x.isfinite().any() else 0.0
 
 
-def _nudged(inputs: Named, centred: Sequence[str], eps: float, seed: int) -> Named:
+def nudge(inputs: Named, centred: Sequence[str], eps: float, seed: int) -> Named:
     """Half an ulp up or down for every element of the centred inputs, counted from the centre of the columns."""
     centre = inputs["mu"].detach().mean(-2, keepdim=True) if centred else None
     nudged = dict(inputs)
@@ -205,7 +205,7 @@ class Expected:
             exactly = evaluate(formula, cast(again, torch.float64), upstream)
             errors.append(difference(evaluate(formula, again, upstream), exactly))
             if centred:
-                nudged = evaluate(formula, _nudged(wide, centred, visible, seed), upstream)
+                nudged = evaluate(formula, nudge(wide, centred, visible, seed), upstream)
                 changes.append([change * eps / visible for change in difference(nudged, self.exact)])
         self.tolerance = [
             margin * (max(error) * (2 * eps + eps64) / eps32 + max(change)) + 4 * eps * exact.abs().clamp(min=1)

@@ -22,6 +22,7 @@ from helpers import (
     draw,
     evaluate,
     needing_gradients,
+    nudge,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,39 +145,46 @@ def test_nothing_visible_is_lost(native: Target, case: str, dtype: torch.dtype, 
         expected.check(evaluate(fast, inputs))
 
 
-def differences(results: list[Tensor], exact: list[Tensor]) -> list[float]:
-    return [float((got.double() - x).abs().max()) for got, x in zip(results, exact, strict=True)]
-
-
 @functools.cache
 def large(case: str) -> tuple[Callable[..., Tensor], Named, list[Tensor], list[float]]:
-    """A problem with as many samples as columns, in float64, and what the broadcast formula is off by in float32."""
+    """A problem with as many samples as columns, its results in float64, and how far float32's may be from them by the
+    tolerance rule, but for its last term; all without early exit, and the formula in the reference's chunks."""
     S = N + 100
     inputs, weights = CASES[case](S, torch.arange(S) % N)
     fast, _ = functions(weights)
     inputs = with_weights(inputs, weights, torch.float32)
+    wide = cast(inputs, torch.float64)
+
+    def differences(results: list[Tensor], exact: list[Tensor]) -> list[float]:
+        return [float((got.double() - x).abs().max()) for got, x in zip(results, exact, strict=True)]
+
     with fastvae.use_backend("native", exact_skip=False):
-        exact = evaluate(fast, cast(inputs, torch.float64))
+        exact = evaluate(fast, wide)
+        eps = torch.finfo(torch.float32).eps
+        nudged = [evaluate(fast, nudge(wide, ("z", "mu"), eps, seed)) for seed in range(4)]
+    changes = [max(several) for several in zip(*(differences(results, exact) for results in nudged), strict=True)]
     with fastvae.use_backend("reference"):
-        return fast, inputs, exact, differences(evaluate(fast, inputs), exact)
+        errors = differences(evaluate(fast, inputs), exact)
+    return fast, inputs, exact, [2 * error + change for error, change in zip(errors, changes, strict=True)]
 
 
 @pytest.mark.parametrize("wanted", [("z", "mu", "logvar", "log_w"), ("z",), ("logvar",)], ids="-".join)
+@pytest.mark.parametrize("exact_skip", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_as_many_samples_as_columns(native: Target, case: str, wanted: tuple[str, ...]) -> None:
-    """Where every column has a sample of its own, so that tiles of its sums are left out too: no further from float64
-    than twice what the formula is, or going through all pairs, and 4 eps."""
-    fast, inputs, exact, errors = large(case)
-    with fastvae.use_backend("native", exact_skip=False):
-        errors = list(map(max, errors, differences(evaluate(fast, inputs), exact)))
+def test_gradients_of_as_many_samples_as_columns(
+    native: Target, case: str, exact_skip: bool, wanted: tuple[str, ...]
+) -> None:
+    """Where every column has a sample of its own, so that tiles of its sums are left out too."""
+    fast, inputs, exact, tolerances = large(case)
     names = ["joint", *inputs]
     inputs = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
-    with fastvae.use_backend("native", exact_skip=True):
+    with fastvae.use_backend("native", exact_skip=exact_skip):
         got = dict(zip(["joint", *(n for n in inputs if n in wanted)], evaluate(fast, inputs), strict=True))
-    for name, x, error in zip(names, exact, errors, strict=True):
+    for name, x, tolerance in zip(names, exact, tolerances, strict=True):
         if name in got:
-            allowed = 2 * error + 4 * torch.finfo(torch.float32).eps * x.abs().clamp(min=1)
-            assert ((got[name].double() - x).abs() <= allowed).all(), name
+            allowed = tolerance + 4 * torch.finfo(torch.float32).eps * x.abs().clamp(min=1)
+            worst = ((got[name].double() - x).abs() / allowed).max()
+            assert worst <= 1, f"{name}: {worst:.3g} times what the rule allows"
 
 
 @given(
