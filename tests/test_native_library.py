@@ -1,6 +1,7 @@
 """The shared library itself: the same bits on any number of threads, forks, and what it exports."""
 
 import functools
+import mmap
 import multiprocessing
 import os
 import re
@@ -191,3 +192,19 @@ print(*{line.split()[-1] for line in open("/proc/self/maps") if ".so" in line})
 """)
     runtimes = {path for path in ran.stdout.split() if re.search(r"/lib(gomp|omp|iomp5)\b", path)}
     assert len(runtimes) == 1
+
+
+def test_large_results_are_asked_for_in_huge_pages(native: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(backend, "_MADVISE", lambda begin, n_bytes, advice: asked.append((begin, n_bytes)))
+    mu, logvar = torch.zeros(1025, 1024), torch.zeros(1025, 1024)
+    small = fastvae.reparameterize(mu[:64], logvar[:64], seed=1)
+    assert not asked
+    z = fastvae.reparameterize(mu, logvar, seed=1)
+    (place,) = asked
+    assert place[0] % mmap.PAGESIZE == 0
+    assert z.data_ptr() <= place[0] < z.data_ptr() + mmap.PAGESIZE
+    assert sum(place) == z.data_ptr() + z.nbytes
+    assert torch.equal(z[:64], small)
+    monkeypatch.setattr(backend, "_MADVISE", None)  # a system without
+    assert torch.equal(fastvae.reparameterize(mu, logvar, seed=1), z)
