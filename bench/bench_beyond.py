@@ -2,8 +2,9 @@
 
     python -m bench.bench_beyond [--threads 2] [--repeats 5] [--full]
 
-Prints a Markdown table: for each case the time by brute force and ours, in turns, medians; the points at which the
-marginals of a dimension are evaluated; the largest error. Errors are against brute force in float64, on 64 samples.
+Prints Markdown tables: the early exit of the joint against all pairs (early_exit.py); and for the marginals, the time
+by brute force and ours, in turns, medians; the points at which the marginals of a dimension are evaluated; the largest
+error. Errors are against brute force in float64, on 64 samples.
 `--full` adds the terms of the KL over 737,280 posteriors, which takes minutes, with a progress bar.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 import fastvae
 from fastvae.ops.table import Table, columns_of, interpolate, tabulate
 
+from . import early_exit
 from .harness import peak_extra_bytes, seconds
 
 TOL = 1e-6
@@ -143,6 +145,9 @@ def main() -> None:
     marginals_alone(4096, 4, -2, 1)  # what is loaded and kept at a first call
 
     print(f"{options.threads} threads, float32, tolerance {TOL:g}\n")
+    for line_of_joint in early_exit.lines(options.repeats):
+        print(line_of_joint, flush=True)
+    print()
     print("| case | brute force | ours | ratio | points | error, nats | memory | target |")
     print("|---|--:|--:|--:|--:|--:|--:|---|")
     n = options.repeats

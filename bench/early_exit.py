@@ -1,13 +1,9 @@
-"""The early exit of agg_log_prob against going through all pairs, in one run: times in turns, medians.
+"""The early exit of agg_log_prob against going through all pairs, for `bench_beyond`."""
 
-    python -m bench.early_exit [--threads 2] [--repeats 7]
-
-Prints a Markdown table. Differences are between the two, relative to the largest element, gradients included.
-"""
-
-import argparse
+import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +11,35 @@ from torch import Tensor
 import fastvae
 
 from .harness import seconds
+from .peers import compiled_broadcast, compiled_gemm
 
-# S = N, D, active dimensions, logvar of these (the others: mu near 0, logvar near 0), backward too, target
+
+class Population(NamedTuple):
+    """N samples and posteriors, whose active dimensions have logvar; in the others all are nearly N(0, I). The ratios
+    to reach are of all pairs' time, and of the fastest compiled formula's."""
+
+    N: int
+    D: int
+    active: int
+    logvar: float
+    backward: bool
+    of_plain: str = ""
+    of_compiled: str = ""
+
+    def __str__(self) -> str:
+        mode = "forward + backward" if self.backward else "forward"
+        return f"{mode}, {self.N}×{self.N}, D {self.D}, {self.active} active, logvar {self.logvar:g}"
+
+
 CASES = (
-    (4096, 128, 20, -3, False, "3.5"),
-    (4096, 32, 32, -4, False, ""),
-    (4096, 32, 32, -2, False, ""),
-    (4096, 10, 10, 0, False, "0.98"),
-    (4096, 32, 32, 0, False, "0.98"),
-    (4096, 64, 64, -4, True, "2.5"),
-    (4096, 32, 32, -2, True, ""),
-    (4096, 10, 10, 0, True, "0.98"),
+    Population(4096, 128, 20, -3, False, "3.5", "10"),
+    Population(4096, 32, 32, -4, False),
+    Population(4096, 32, 32, -2, False),
+    Population(4096, 10, 10, 0, False, "0.98"),
+    Population(4096, 32, 32, 0, False, "0.98"),
+    Population(4096, 64, 64, -4, True, "2.5"),
+    Population(4096, 32, 32, -2, True),
+    Population(4096, 10, 10, 0, True, "0.98"),
 )
 
 
@@ -51,24 +65,20 @@ def run(inputs: list[Tensor], backward: bool, exact_skip: bool) -> Callable[[], 
     return call
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(f"{options.threads} threads, float32\n")
-    print("| agg_log_prob | all pairs, ms | early exit, ms | ratio | target | largest relative difference |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for N, D, active, logvar, backward, target in CASES:
-        inputs = population(N, D, active, logvar)
-        early, plain = (run(inputs, backward, skip) for skip in (True, False))
+def lines(repeats: int) -> Iterator[str]:
+    """A Markdown table, row by row as it is measured: medians, in turns. Differences are between all pairs and early
+    exit, relative to the largest element, gradients included."""
+    yield "| agg_log_prob | all pairs | early exit | ratio | target | compiled | ratio | target | difference |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    for case in CASES:
+        inputs = population(case.N, case.D, case.active, case.logvar)
+        early, plain = (run(inputs, case.backward, skip) for skip in (True, False))
         difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(early(), plain(), strict=True))
-        times = [(1e3 * seconds(plain), 1e3 * seconds(early)) for _ in range(options.repeats)]
-        slow, fast = (statistics.median(column) for column in zip(*times, strict=True))
-        what = f"{'forward + backward' if backward else 'forward'}, {N}×{N}, D {D}, {active} active, logvar {logvar}"
-        print(f"| {what} | {slow:.2f} | {fast:.2f} | {slow / fast:.2f} | {target} | {difference:.1e} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        peers = [functools.partial(f, *inputs) for f in (compiled_gemm, compiled_broadcast) if case.of_compiled]
+        for peer in peers:
+            peer()  # compiled now
+        times = zip(*([seconds(call) for call in (plain, early, *peers)] for _ in range(repeats)), strict=True)
+        slow, fast, *others = (1e3 * statistics.median(t) for t in times)
+        compiled = f"{min(others):.2f} ms | {min(others) / fast:.2f} | {case.of_compiled}" if others else " | | "
+        figures = f"{slow:.2f} ms | {fast:.2f} ms | {slow / fast:.2f} | {case.of_plain}"
+        yield f"| {case} | {figures} | {compiled} | {difference:.1e} |"
