@@ -29,9 +29,10 @@ def ceilings(threads: int, repeats: int = 5) -> Ceilings:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "probe.so"
         flags = "-std=c++20 -O3 -march=native -ffp-contract=fast -fno-math-errno -w -shared -fPIC"
-        include = str(HERE.parent / "kernels" / "cpu")
+        kernels = HERE.parent / "kernels"
+        include = [f"-I{kernels / folder}" for folder in ("cpu", "include")]
         subprocess.run(
-            ["g++", *flags.split(), "-I", include, str(HERE / "probe.cpp"), "-o", str(library), "-lpthread"],
+            ["g++", *flags.split(), *include, str(HERE / "probe.cpp"), "-o", str(library), "-lpthread"],
             check=True,
         )
         probe = ctypes.CDLL(str(library))
