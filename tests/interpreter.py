@@ -1,4 +1,5 @@
-"""Triton's interpreter, made to round as GPUs do, kept to what it can finish, and made to finish sooner.
+"""Triton's interpreter, made to round as GPUs do, to check addresses, kept to what it can finish, and made to finish
+sooner.
 
 It computes a kernel program by program in numpy, some ten microseconds for each operation of each program. So a
 test that launches more than `MOST_PROGRAMS` is skipped: at most sizes that is the largest of them, and every kernel
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import triton.language as tl
 from triton._C.libtriton.ir import INPUT_PRECISION
 from triton.language import core
@@ -26,6 +28,8 @@ MOST_PROGRAMS = 96
 
 _cast = InterpreterBuilder.cast_impl
 _dot = InterpreterBuilder.create_dot
+_load = InterpreterBuilder.create_masked_load
+_store = InterpreterBuilder.create_masked_store
 _run = GridExecutor.__call__
 _patch_language = interpreter._patch_lang
 _np_dtype = interpreter._get_np_dtype
@@ -87,8 +91,43 @@ def _create_dot(
 def _call(self: GridExecutor, *arguments: Any, **keywords: Any) -> None:
     if not callable(self.grid) and math.prod(self.grid) > MOST_PROGRAMS:
         pytest.skip(f"{math.prod(self.grid)} programs: more than {MOST_PROGRAMS} are too slow in Triton's interpreter")
+    _memory[:] = [_extent(x) for x in (*arguments, *keywords.values()) if isinstance(x, torch.Tensor) and x.numel()]
     with np.errstate(all="ignore"):
         _run(self, *arguments, **keywords)
+
+
+# No kernel reads or writes what is not its own: on a GPU that would go unseen most of the time.
+
+_memory: list[tuple[int, int]] = []  # the addresses of the tensors that a kernel was launched with
+
+
+def _extent(x: torch.Tensor) -> tuple[int, int]:
+    """The first byte, and the one after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def _check(pointers: TensorHandle, mask: TensorHandle) -> None:
+    addresses = pointers.data if mask.data.all() else pointers.data[mask.data.astype(bool)]
+    if addresses.size == 0:
+        return
+    first, end = int(addresses.min()), int(addresses.max()) + pointers.get_element_ty().primitive_bitwidth // 8
+    if not any(begin <= first and end <= until for begin, until in _memory):
+        raise IndexError(f"a kernel looked at [{first:#x}, {end:#x}), which is in none of its tensors")
+
+
+def _create_masked_load(
+    self: InterpreterBuilder, pointers: TensorHandle, mask: TensorHandle, *rest: Any
+) -> TensorHandle:
+    _check(pointers, mask)
+    return _load(self, pointers, mask, *rest)
+
+
+def _create_masked_store(
+    self: InterpreterBuilder, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any
+) -> Any:
+    _check(pointers, mask)
+    return _store(self, pointers, value, mask, *rest)
 
 
 # Sooner.
@@ -184,6 +223,8 @@ def adjust() -> None:
     InterpreterBuilder.cast_impl = _cast_impl
     InterpreterBuilder.create_fma = _create_fma
     InterpreterBuilder.create_dot = _create_dot
+    InterpreterBuilder.create_masked_load = _create_masked_load
+    InterpreterBuilder.create_masked_store = _create_masked_store
     GridExecutor.__call__ = _call
     interpreter._patch_lang = _patch_lang
     interpreter._get_np_dtype = _get_np_dtype

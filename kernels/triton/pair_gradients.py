@@ -145,7 +145,9 @@ def _combine_columns(
                 x += tl.load(sums + wide_N * D * (2 * k) + at, mask, other=0.0)
                 x2 += tl.load(sums + wide_N * D * (2 * k + 1) + at, mask, other=0.0)
             if d_mu is not None:
-                a, _ = load_pair(planes, offset(j, D)[:, None] + d * PANEL)
+                a, _ = load_pair(
+                    planes, offset(j, D)[:, None] + tl.minimum(d, D - 1) * PANEL
+                )  # the last for those past it
                 tl.store(d_mu + at, (x * a * inverse_kappa2(ACC)).to(d_mu.dtype.element_ty), mask)
             if d_logvar is not None:
                 pull = 0.5 * (x2 * inverse_kappa2(ACC) - share[:, None])
