@@ -118,3 +118,17 @@ def test_gradients_see_the_noise_of_the_forward(backend: Target) -> None:
     z = fastvae.reparameterize(mu, logvar, seed=4)
     (gradient,) = torch.autograd.grad(z.sum(), logvar)
     assert torch.equal(gradient, z.detach() / 2)
+
+
+def test_the_interpreter_sees_a_kernel_that_leaves_its_tensors() -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU's kernels are not interpreted")
+    import philox_kernel
+
+    groups, seed, out = torch.arange(8), torch.tensor(1), torch.empty(8, 4, dtype=torch.int64)
+    philox_kernel._words[(1,)](groups, seed, out, 8)
+    with pytest.raises(Exception, match="in none of its tensors"):
+        philox_kernel._words[(1,)](groups[:7], seed, out, 8)
+    with pytest.raises(Exception, match="in none of its tensors"):
+        philox_kernel._words[(1,)](groups, seed, out[:7], 8)
