@@ -123,7 +123,7 @@ def too_wide(tree: Tree, columns: Columns, width: float, reach: float) -> Tensor
                 at = offsets + torch.minimum(place.clamp_(min=0), nodes).int()
                 steps.index_add_(0, at.flatten(), signed.flatten())
                 signed = -signed
-    reached = steps.view(D, size).cumsum(1) > 0
+    reached = steps.view(D, size).cumsum(1, dtype=torch.int32) > 0
     levels = [reached[:, size // 2 : -1].unflatten(1, (-1, 2)).any(2)]
     for k in range(LEVELS, 0, -1):
         levels.insert(0, (reached[:, 2**k : 2 ** (k + 1)] | levels[0]).unflatten(1, (-1, 2)).any(2))

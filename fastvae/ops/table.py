@@ -63,7 +63,7 @@ class Table(NamedTuple):
 
 def columns_of(mu: Tensor, logvar: Tensor, log_w: Tensor | None, log_w_all: float) -> Columns:
     """Columns in memory, mu and logvar `[N, D]`."""
-    mu, logvar = (x.detach().double().T.contiguous() for x in (mu, logvar))
+    mu, logvar = (x.detach().T.contiguous().double() for x in (mu, logvar))
     chunk = mu, logvar, None if log_w is None else log_w.detach().double()
     return Columns(lambda: [chunk], log_w_all, mu.shape[1])
 
@@ -215,21 +215,20 @@ class Interpolation(Function):
         _, to_coefficients = _chebyshev(grad)
         d_values = torch.cat((_product(d_coefficients, to_coefficients).flatten(), grad.reshape(-1)[table.singles]))
         d_points, *others = _through_columns(table, inputs, ctx.log_w_all, d_values, wanted)
-        d_z.view(-1)[table.singles] = d_points[len(d_points) - len(table.singles) :]
+        d_z.view(-1)[table.singles] = d_points[len(d_points) - len(table.singles) :].to(d_z.dtype)
         gradients = zip((d_z, *others), inputs, wanted, strict=True)
         return (*(g.to(x.dtype) if want else None for g, x, want in gradients), *[None] * (1 + len(table)))
 
 
 def _through_panels(table: Table, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """d z `[S, D]` of the samples in panels, and d coefficients `[P, 16]`."""
+    """d z `[S, D]` of the samples in panels, in z's dtype, and d coefficients `[P, 16]`."""
     k = torch.arange(NODES, dtype=torch.float64, device=z.device)[:, None]
     slopes = table.coefficients * (2 * k / table.width)  # of T_k: k U_{k − 1}
-    d_z, d_coefficients = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), torch.zeros_like(slopes)
-    grad = grad.clone(memory_format=torch.contiguous_format)
-    grad.view(-1)[table.singles] = 0
+    d_z, d_coefficients = torch.empty_like(z, memory_format=torch.contiguous_format), torch.zeros_like(slopes)
+    single = torch.zeros(z.numel(), dtype=torch.bool, device=z.device).index_fill_(0, table.singles, True).view(z.shape)
     for rows, wide, cell in Tree(*table[:3]).cells(z):
         panel, u = _within(table, wide, cell)
-        above, slope = grad[rows].flatten(), torch.zeros_like(u)
+        above, slope = grad[rows].masked_fill(single[rows], 0).flatten(), torch.zeros_like(u)
         t, t_next = torch.ones_like(u), u  # T_k and T_{k + 1}
         v, v_next = torch.zeros_like(u), torch.ones_like(u)  # U_{k − 1} and U_k
         for d_c, c in zip(d_coefficients, slopes, strict=True):
@@ -244,20 +243,22 @@ def _through_panels(table: Table, z: Tensor, grad: Tensor) -> tuple[Tensor, Tens
 def _through_columns(
     table: Table, inputs: tuple[Tensor, ...], log_w_all: float, d_values: Tensor, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, ...]:
-    """d points `[n]`, d mu and d logvar `[N, D]`, d log_w `[N]`; zero where not wanted."""
+    """d points `[n]`, d mu and d logvar `[N, D]` in their dtypes, d log_w `[N]`; zero where not wanted."""
     ((mu, logvar, log_w),) = columns_of(inputs[1], inputs[2], inputs[3], log_w_all).chunks()
     order, places = _by_dimension(table.dims, len(mu))
     x, d_x = table.points[order, None], torch.zeros_like(table.points)
     values, d_values = table.values[order], d_values[order]
-    d_mu, d_logvar, d_log_w = torch.zeros_like(mu), torch.zeros_like(logvar), torch.zeros_like(mu[0])
+    d_mu, d_logvar = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs[1:3])
+    d_log_w = torch.zeros_like(mu[0])
     for d, part in places:
         arguments = d_values[part], values[part], x[part], mu[d, :, None], logvar[d, :, None]
         weights = log_w, log_w_all, None, None, None
         gradients = torch.ops.fastvae.agg_log_prob_backward(*arguments, *weights, wanted)
-        totals = (t for t, want in zip((d_x[part], d_mu[d], d_logvar[d], d_log_w), wanted, strict=True) if want)
-        for total, gradient in zip(totals, gradients, strict=True):
+        totals = d_x[part], d_mu[:, d], d_logvar[:, d], d_log_w  # all but the last are the sums of one dimension
+        asked = (total for total, want in zip(totals, wanted, strict=True) if want)
+        for total, gradient in zip(asked, gradients, strict=True):
             total += gradient.view_as(total)
-    return torch.empty_like(d_x).index_put_((order,), d_x), d_mu.T, d_logvar.T, d_log_w
+    return torch.empty_like(d_x).index_put_((order,), d_x), d_mu, d_logvar, d_log_w
 
 
 def override(
