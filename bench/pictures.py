@@ -1,6 +1,7 @@
 """The report's pictures: time and memory against the size, and error against time."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ Value = Callable[[dict[str, Any]], float]
 def draw(cases: dict[Case, Measured], folder: Path) -> None:
     size = (13.0, 7.4)
     plots.save(folder / "time.png", size, functools.partial(against_size, cases, "median", "time of a call", _time))
-    memory = functools.partial(against_size, cases, "bytes", "peak extra memory of a call", _bytes)
+    memory = functools.partial(against_size, cases, "bytes", "peak extra memory of a call", _mebibytes)
     plots.save(folder / "memory.png", size, memory)
     plots.save(folder / "error.png", (13.0, 4.2), functools.partial(error_against_time, cases))
 
@@ -54,7 +55,7 @@ def against_size(
         D = DIMENSIONS.get(name, 32)
         row = {c.size[0]: m["results"] for c, m in cases.items() if (c.name, c.mode, c.size[1]) == (name, mode, D)}
         for who, look in LOOKS.items():
-            points = [(B, max(r[who][key], _floor(key))) for B, r in row.items() if key in r.get(who, {})]
+            points = [(B, _value(key, r[who][key])) for B, r in row.items() if key in r.get(who, {})]
             if not points:
                 continue
             seen[who] = _line(axes, points, look, hollow=[_inaccurate(row[B][who]) for B, _ in points])
@@ -63,7 +64,8 @@ def against_size(
         axes.set(
             xscale="log", yscale="log", title=f"{name}, {mode}, D {D}", xlabel="N" if name == "full_dataset" else "B"
         )
-        axes.set_xticks(list(row), [f"{B:,}" for B in row], rotation=30 if len(row) > 5 else 0)
+        crowded = any(b < 3 * a for a, b in itertools.pairwise(sorted(row)))
+        axes.set_xticks(list(row), [f"{B:,}" for B in row], rotation=40 if crowded else 0)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(unit))
         axes.grid(axis="y", color="#e8e8e8", lw=0.8)
@@ -89,14 +91,13 @@ def error_against_time(cases: dict[Case, Measured], figure: Any) -> None:
                 seen[who] = _line(axes, [(r["median"], r["error"])], look, hollow=[_inaccurate(r)], size=9)
         bound = measured["results"]["fastvae"]["bound"]
         axes.axhline(bound, color=plots.MUTED, lw=1, ls="--")
-        axes.set(
-            xscale="log", yscale="log", title=f"{case.name}, {case.mode}, 1024 × 1024, D 32", xlabel="time of a call"
-        )
+        axes.set(xscale="log", yscale="log", title=f"{case.name}, {case.mode}", xlabel="time of a call")
         axes.xaxis.set_major_formatter(FuncFormatter(_time))
         axes.annotate(
             "bound", (1, bound), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=plots.MUTED
         )
     figure.supylabel("error, relative", fontsize=10)
+    figure.suptitle("1024 × 1024, D 32")
     figure.legend(seen.values(), seen, loc="outside right center", frameon=False)
 
 
@@ -119,14 +120,14 @@ def _inaccurate(result: dict[str, Any]) -> bool:
     return result.get("verdict") != "accurate"
 
 
-def _floor(key: str) -> float:
-    return 2.0**18 if key == "bytes" else 0.0  # the kernel's counters see no less
+def _value(key: str, value: float) -> float:
+    """Seconds, or MiB; the kernel's counters see no less than a quarter of one."""
+    return max(value / 2**20, 0.25) if key == "bytes" else value
 
 
 def _time(seconds: float, _: Any = None) -> str:
     return f"{seconds:g} s" if seconds >= 1 else f"{seconds * 1e3:g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:g} µs"
 
 
-def _bytes(count: float, _: Any = None) -> str:
-    mebibytes = count / 2**20
-    return f"{mebibytes / 1024:.3g} GiB" if mebibytes >= 1024 else f"{mebibytes:.3g} MiB"
+def _mebibytes(count: float, _: Any = None) -> str:
+    return f"{count:,.3g} MiB" if count < 1000 else f"{count:,.0f} MiB"
