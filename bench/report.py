@@ -256,7 +256,9 @@ Times are medians of repeats in which all contestants take turns, on inputs writ
 other's time over fastvae's. Memory is how far a call raises the process's resident memory. The error is the largest
 difference from float64 relative to the largest value, over results, or gradients where there is a backward; † marks
 one above four times what half an ulp in the inputs and float32's eps come to; ‡ one above 0.001, which gets no ratio.
-A contestant may allocate 4 GiB and take about 4 s; one that cannot says so. Compilation is not timed."""
+A contestant may allocate 4 GiB and take about 4 s; one that cannot says so. Compilation is not timed. A share of a
+ceiling above 100% says that not all of the work was done: pairs too far apart are left out, and marginals tabulated
+(docs/beyond-brute-force.md)."""
 
 SCALING_NOTES = f"""\
 Elements are S·N·D, for kl_gauss and reparameterize B·D; B doubles from 32. The exponent is fitted over the {DECADES}
