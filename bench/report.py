@@ -45,7 +45,8 @@ def load(paths: Iterable[Path]) -> Results:
     for path in paths:
         raw = json.loads(path.read_text())
         machines.append(raw["machine_info"])
-        commits.append(raw["commit_info"]["id"][:9] + ("-dirty" if raw["commit_info"].get("dirty") else ""))
+        commits += re.sub("([0-9a-f]{9})[0-9a-f]*", r"\1", raw["commit_info"]["id"]).split(", ")
+        commits[-1] += "-dirty" if raw["commit_info"].get("dirty") else ""
         dates.append(raw["datetime"][:10])
         for benchmark in raw["benchmarks"]:
             measured = benchmark["extra_info"]

@@ -342,10 +342,12 @@ def test_runs_in_parts_are_put_together(tmp_path: Path) -> None:
     assert [*results.cases] == [KL, AGG]
     assert results.cases[AGG]["results"]["fastvae"]["median"] == 3.14159e-3
     slim = tmp_path / "slim.json"
+    results = results._replace(commit="012345678, 9abcdef01-dirty")
     slim.write_text(report.dump(results))
     assert "data" not in slim.read_text()
     again = report.load([slim])
     assert report.dump(again) == slim.read_text()
+    assert again.commit == results.commit
     assert again.cases[AGG]["results"]["fastvae"]["median"] == 3.142e-3
     with pytest.raises(ValueError, match="different machines"):
         report.load([first, written(tmp_path / "3.json", cpu="Another")])
