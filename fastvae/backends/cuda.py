@@ -15,34 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import c_interface as c
 from .contract import LogWeights, accumulation_dtype, kl_scale, kl_shape
 
 LIBRARY = "libfastvae_cuda.so"
 WHY_NOT = "libfastvae_cuda.txt"  # what a build that failed leaves instead
 
-_ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
-_PAIRS = _ROWS * 3
-_WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)
-_SIZES = (c_int64,) * 3
+_PAIRS = c.ROWS * 3
 _WORKSPACE = (c_void_p, c_int64)
-
-
-def _pointers(n: int) -> tuple[type, ...]:
-    return (c_void_p,) * n
 
 
 # The parameters of each function between the dtype and the stream.
 _FUNCTIONS: dict[str, tuple[type, ...]] = {
-    "kl_gauss": (*_ROWS * 4, *_SIZES[:2], c_int, c_double, c_void_p, *_WORKSPACE),
-    "kl_gauss_backward": (*_ROWS, c_int64, c_double, *_ROWS * 4, *_SIZES[:2], *_pointers(4), *_WORKSPACE),
-    "sample_gauss": (*_ROWS * 2, c_void_p, *_SIZES, *_pointers(4)),
-    "sample_gauss_backward": (*_pointers(4), *_ROWS * 2, c_void_p, *_SIZES, *_pointers(2)),
-    "cross_log_prob": (*_PAIRS, *_SIZES, c_void_p, *_WORKSPACE),
-    "cross_log_prob_backward": (c_void_p, *_PAIRS, *_SIZES, *_pointers(3), *_WORKSPACE),
-    "agg_log_prob": (*_PAIRS, *_WEIGHTS, *_SIZES, c_void_p, *_WORKSPACE),
-    "agg_log_prob_backward": (c_void_p, *_PAIRS, *_WEIGHTS, *_SIZES, *_pointers(5), *_WORKSPACE),
-    "agg_log_prob_marginals": (*_PAIRS, *_WEIGHTS, *_SIZES, *_pointers(2), *_WORKSPACE),
-    "agg_log_prob_marginals_backward": (*_pointers(2), *_PAIRS, *_WEIGHTS, *_SIZES, *_pointers(4), *_WORKSPACE),
+    "kl_gauss": (*c.ROWS * 4, *c.SIZES[:2], c_int, c_double, c_void_p, *_WORKSPACE),
+    "kl_gauss_backward": (*c.ROWS, c_int64, c_double, *c.ROWS * 4, *c.SIZES[:2], *c.pointers(4), *_WORKSPACE),
+    "sample_gauss": (*c.ROWS * 2, c_void_p, *c.SIZES, *c.pointers(4)),
+    "sample_gauss_backward": (*c.pointers(4), *c.ROWS * 2, c_void_p, *c.SIZES, *c.pointers(2)),
+    "cross_log_prob": (*_PAIRS, *c.SIZES, c_void_p, *_WORKSPACE),
+    "cross_log_prob_backward": (c_void_p, *_PAIRS, *c.SIZES, *c.pointers(3), *_WORKSPACE),
+    "agg_log_prob": (*_PAIRS, *c.WEIGHTS, *c.SIZES, c_void_p, *_WORKSPACE),
+    "agg_log_prob_backward": (c_void_p, *_PAIRS, *c.WEIGHTS, *c.SIZES, *c.pointers(5), *_WORKSPACE),
+    "agg_log_prob_marginals": (*_PAIRS, *c.WEIGHTS, *c.SIZES, *c.pointers(2), *_WORKSPACE),
+    "agg_log_prob_marginals_backward": (*c.pointers(2), *_PAIRS, *c.WEIGHTS, *c.SIZES, *c.pointers(4), *_WORKSPACE),
 }
 _WITH_WORKSPACE = (
     "cross_log_prob",
@@ -55,7 +49,6 @@ _WITH_WORKSPACE = (
     "kl_gauss_backward",
 )  # in the order of fastvae_cuda_op
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_REDUCTION_CODE = {"none": 0, "sample": 1, "dim": 2}  # others: 3, a scalar
 
 
 @functools.cache
@@ -66,7 +59,7 @@ def library() -> ctypes.CDLL:
     for name, parameters in _FUNCTIONS.items():
         getattr(lib, f"fastvae_cuda_{name}").argtypes = (c_int, *parameters, c_void_p)
     lib.fastvae_cuda_workspace.restype = c_int64
-    lib.fastvae_cuda_workspace.argtypes = (c_int, c_int, *_SIZES)
+    lib.fastvae_cuda_workspace.argtypes = (c_int, c_int, *c.SIZES)
     lib.fastvae_cuda_version.restype = c_char_p
     lib.fastvae_cuda_status_string.restype = c_char_p
     return lib
@@ -123,23 +116,8 @@ def _run(name: str, dtype: torch.dtype, device: torch.device, sizes: Sequence[in
         raise RuntimeError(f"fastvae_cuda_{name}: {lib.fastvae_cuda_status_string(status).decode()} (status {status})")
 
 
-def _rows(x: Tensor | None, n_rows: int) -> tuple[Tensor | None, int]:
-    """The tensor with contiguous rows, and its row stride; one row serves all as stride 0."""
-    if x is None:
-        return None, 0
-    (n, D), (row, column) = x.shape, x.stride()
-    if (column != 1 and D > 1) or (row == 0 and n > 1):
-        x = x.contiguous()
-        row = D
-    return x, 0 if n == 1 != n_rows else row
-
-
 def _row_arguments(*rows: tuple[Tensor | None, int]) -> list[Any]:
-    return [part for x, stride in rows for part in (_ptr(x), stride)]
-
-
-def _ptr(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+    return [part for x, stride in rows for part in (c.ptr(x), stride)]
 
 
 def _outputs(likes: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -153,17 +131,13 @@ def _asked(outputs: Sequence[Tensor | None]) -> list[Tensor]:
     return [o for o in outputs if o is not None]
 
 
-def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype).contiguous()
-
-
 def kl_gauss(
     mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
 ) -> Tensor:
     B, D = mu.shape
-    rows = [_rows(x, B) for x in (mu, logvar, prior_mu, prior_logvar)]
+    rows = [c.optional_rows(x, mu.dtype, B) for x in (mu, logvar, prior_mu, prior_logvar)]
     out = torch.empty(kl_shape(reduction, B, D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
-    code, scale = _REDUCTION_CODE.get(reduction, 3), kl_scale(reduction, B, D)
+    code, scale = c.REDUCTION_CODE.get(reduction, 3), kl_scale(reduction, B, D)
     _run("kl_gauss", mu.dtype, mu.device, (B, 1, D), *_row_arguments(*rows), B, D, code, scale, out.data_ptr())
     return out
 
@@ -179,7 +153,7 @@ def kl_gauss_backward(
 ) -> list[Tensor]:
     B, D = mu.shape
     likes = (mu, logvar, prior_mu, prior_logvar)
-    rows = [_rows(x, B) for x in likes]
+    rows = [c.optional_rows(x, mu.dtype, B) for x in likes]
     outputs = _outputs(likes, wanted)
     grad = grad.to(accumulation_dtype(mu.dtype))
     grad_row = grad.stride(0) if reduction in ("none", "sample") else 0
@@ -192,7 +166,7 @@ def kl_gauss_backward(
         *(grad.data_ptr(), grad_row, grad_col, kl_scale(reduction, B, D)),
         *_row_arguments(*rows),
         *(B, D),
-        *map(_ptr, outputs),
+        *map(c.ptr, outputs),
     )
     return _asked(outputs)
 
@@ -205,7 +179,7 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
         torch.empty(shape, dtype=dtype, device=mu.device) if want else None
         for (shape, dtype), want in zip(kinds, outputs, strict=True)
     ]
-    rows = [_rows(x, B) for x in (mu, logvar)]
+    rows = [c.optional_rows(x, mu.dtype, B) for x in (mu, logvar)]
     _run(
         "sample_gauss",
         mu.dtype,
@@ -213,7 +187,7 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
         (),
         *_row_arguments(*rows),
         *(seed.data_ptr(), n_samples, B, D),
-        *map(_ptr, results),
+        *map(c.ptr, results),
     )
     return _asked(results)
 
@@ -231,18 +205,18 @@ def sample_gauss_backward(
 ) -> list[Tensor]:
     B, D = mu.shape
     sums = accumulation_dtype(mu.dtype)
-    upstream = [_dense(d_z, mu.dtype), *(_dense(g, sums) for g in (d_log_q, d_log_p, d_kl))]
+    upstream = [c.dense(d_z, mu.dtype), *(c.dense(g, sums) for g in (d_log_q, d_log_p, d_kl))]
     outputs = _outputs((mu, logvar), wanted)
-    rows = [_rows(x, B) for x in (mu, logvar)]
+    rows = [c.optional_rows(x, mu.dtype, B) for x in (mu, logvar)]
     _run(
         "sample_gauss_backward",
         mu.dtype,
         mu.device,
         (),
-        *map(_ptr, upstream),
+        *map(c.ptr, upstream),
         *_row_arguments(*rows),
         *(seed.data_ptr(), n_samples, B, D),
-        *map(_ptr, outputs),
+        *map(c.ptr, outputs),
     )
     return _asked(outputs)
 
@@ -259,24 +233,19 @@ def _cross(
     """`first`: the upstream gradients."""
     sizes = (z.shape[0], *mu.shape)
     sums = accumulation_dtype(mu.dtype)
-    dense = [_dense(x, sums) for x in first]
-    rows = [_rows(x, x.shape[0]) for x in (z, mu, logvar)]
-    log_w = own = None
-    log_weights: list[Any] = []
-    if weights is not None:
-        log_w, own = _dense(weights.log_w, sums), _dense(weights.own, torch.int64)
-        overrides = [float("nan") if w is None else w for w in (weights.log_w_own, weights.log_w_next)]
-        log_weights = [_ptr(log_w), weights.common(mu.shape[0]), _ptr(own), *overrides]
+    dense = [c.dense(x, sums) for x in first]
+    rows = [c.rows(x, mu.dtype, x.shape[0]) for x in (z, mu, logvar)]
+    _alive, log_weights = ([], []) if weights is None else c.log_weights(weights, sums, len(mu))
     _run(
         name,
         mu.dtype,
         mu.device,
         sizes,
-        *map(_ptr, dense),
+        *map(c.ptr, dense),
         *_row_arguments(*rows),
         *log_weights,
         *sizes,
-        *map(_ptr, outputs),
+        *map(c.ptr, outputs),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch  # first, because the library takes its OpenMP runtime from torch
 from torch import Tensor
 
+from . import c_interface as c
 from . import exact_skip
 from .contract import LogWeights, accumulation_dtype, kl_scale, kl_shape
 
@@ -24,15 +25,6 @@ if _HUGE_PAGES is not None:
     _MADVISE = ctypes.CDLL(None).madvise
     _MADVISE.argtypes = (c_void_p, ctypes.c_size_t, c_int)
 
-_ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
-_PRIORS = (*_ROWS, *_ROWS)
-_WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)
-_SNDS = (c_int64, c_int64, c_int64)
-
-
-def _pointers(n: int) -> tuple[type, ...]:
-    return (c_void_p,) * n
-
 
 class Kernels(ctypes.Structure):
     """The table of kernels of one instruction set and dtype."""
@@ -40,19 +32,19 @@ class Kernels(ctypes.Structure):
     _fields_ = [
         (name, ctypes.CFUNCTYPE(c_int, *parameters, c_int))  # the last one: threads
         for name, parameters in (
-            ("kl_gauss", (*_ROWS, *_ROWS, *_PRIORS, c_int64, c_int64, c_int, c_double, c_void_p)),
+            ("kl_gauss", (*c.ROWS, *c.ROWS, *c.ROWS, *c.ROWS, c_int64, c_int64, c_int, c_double, c_void_p)),
             (
                 "kl_gauss_backward",
-                (*_ROWS, c_int64, c_double, *_ROWS, *_ROWS, *_PRIORS, c_int64, c_int64, *_pointers(4)),
+                (*c.ROWS, c_int64, c_double, *c.ROWS, *c.ROWS, *c.ROWS, *c.ROWS, c_int64, c_int64, *c.pointers(4)),
             ),
-            ("sample_gauss", (*_ROWS, *_ROWS, c_void_p, *_SNDS, *_pointers(4))),
-            ("sample_gauss_backward", (*_pointers(4), *_ROWS, *_ROWS, c_void_p, *_SNDS, *_pointers(2))),
-            ("cross_log_prob", (*_pointers(3), *_SNDS, c_void_p)),
-            ("cross_log_prob_backward", (*_pointers(4), *_SNDS, *_pointers(3))),
-            ("agg_log_prob", (*_pointers(3), *_WEIGHTS, *_SNDS, c_void_p, c_int)),
-            ("agg_log_prob_backward", (*_pointers(4), *_WEIGHTS, *_SNDS, *_pointers(5), c_int)),
-            ("agg_log_prob_marginals", (*_pointers(3), *_WEIGHTS, *_SNDS, *_pointers(2))),
-            ("agg_log_prob_marginals_backward", (*_pointers(7), *_WEIGHTS, *_SNDS, *_pointers(4))),
+            ("sample_gauss", (*c.ROWS, *c.ROWS, c_void_p, *c.SIZES, *c.pointers(4))),
+            ("sample_gauss_backward", (*c.pointers(4), *c.ROWS, *c.ROWS, c_void_p, *c.SIZES, *c.pointers(2))),
+            ("cross_log_prob", (*c.pointers(3), *c.SIZES, c_void_p)),
+            ("cross_log_prob_backward", (*c.pointers(4), *c.SIZES, *c.pointers(3))),
+            ("agg_log_prob", (*c.pointers(3), *c.WEIGHTS, *c.SIZES, c_void_p, c_int)),
+            ("agg_log_prob_backward", (*c.pointers(4), *c.WEIGHTS, *c.SIZES, *c.pointers(5), c_int)),
+            ("agg_log_prob_marginals", (*c.pointers(3), *c.WEIGHTS, *c.SIZES, *c.pointers(2))),
+            ("agg_log_prob_marginals_backward", (*c.pointers(7), *c.WEIGHTS, *c.SIZES, *c.pointers(4))),
         )
     ]
 
@@ -116,35 +108,6 @@ def _run(kernel: Any, *arguments: Any) -> None:
         raise MemoryError("fastvae: no memory for the kernel's workspace")
 
 
-# Small calls are mostly Python: what follows avoids torch calls that would change nothing.
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype is dtype else x.to(dtype)
-
-
-def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else _cast(x, dtype).contiguous()
-
-
-def _ptr(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _rows(x: Tensor, dtype: torch.dtype, n_rows: int) -> tuple[Tensor, int]:
-    """The tensor with contiguous rows, and its row stride; one row serves all as stride 0."""
-    x = _cast(x, dtype)
-    (n, D), (row, column) = x.shape, x.stride()
-    if (column != 1 and D > 1) or (row == 0 and n > 1):
-        x = x.contiguous()
-        row = D
-    return x, 0 if n == 1 != n_rows else row
-
-
-def _prior_rows(x: Tensor | None, dtype: torch.dtype, n_rows: int) -> tuple[Tensor | None, int]:
-    return (None, 0) if x is None else _rows(x, dtype, n_rows)
-
-
 def _in_huge_pages(out: Tensor) -> Tensor:
     """A new tensor, for which the system is asked for huge pages where it is large: half of the time of writing fresh
     memory goes into its page faults, and huge pages have few."""
@@ -177,24 +140,21 @@ def _asked(outputs: Sequence[Tensor | None], likes: Sequence[Tensor | None]) -> 
     ]
 
 
-_REDUCTION_CODE = {"none": 0, "sample": 1, "dim": 2}  # others: 3, a scalar
-
-
 def kl_gauss(
     mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
 ) -> Tensor:
     dtype = accumulation_dtype(mu.dtype)
     B, D = mu.shape
-    mu, mu_row = _rows(mu, dtype, B)
-    logvar, logvar_row = _rows(logvar, dtype, B)
-    prior_mu, prior_mu_row = _prior_rows(prior_mu, dtype, B)
-    prior_logvar, prior_logvar_row = _prior_rows(prior_logvar, dtype, B)
+    mu, mu_row = c.rows(mu, dtype, B)
+    logvar, logvar_row = c.rows(logvar, dtype, B)
+    prior_mu, prior_mu_row = c.optional_rows(prior_mu, dtype, B)
+    prior_logvar, prior_logvar_row = c.optional_rows(prior_logvar, dtype, B)
     out = _empty(*kl_shape(reduction, B, D), dtype=dtype)
     _run(
         _kernels(dtype).kl_gauss,
         *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
-        *(_ptr(prior_mu), prior_mu_row, _ptr(prior_logvar), prior_logvar_row),
-        *(B, D, _REDUCTION_CODE.get(reduction, 3), kl_scale(reduction, B, D)),
+        *(c.ptr(prior_mu), prior_mu_row, c.ptr(prior_logvar), prior_logvar_row),
+        *(B, D, c.REDUCTION_CODE.get(reduction, 3), kl_scale(reduction, B, D)),
         out.data_ptr(),
     )
     return out
@@ -213,11 +173,11 @@ def kl_gauss_backward(
     dtype = accumulation_dtype(mu.dtype)
     B, D = mu.shape
     outputs = _outputs(likes, dtype, wanted)
-    mu, mu_row = _rows(mu, dtype, B)
-    logvar, logvar_row = _rows(logvar, dtype, B)
-    prior_mu, prior_mu_row = _prior_rows(prior_mu, dtype, B)
-    prior_logvar, prior_logvar_row = _prior_rows(prior_logvar, dtype, B)
-    grad = _cast(grad, dtype)
+    mu, mu_row = c.rows(mu, dtype, B)
+    logvar, logvar_row = c.rows(logvar, dtype, B)
+    prior_mu, prior_mu_row = c.optional_rows(prior_mu, dtype, B)
+    prior_logvar, prior_logvar_row = c.optional_rows(prior_logvar, dtype, B)
+    grad = c.cast(grad, dtype)
     if reduction in ("none", "dim") and grad.stride(-1) not in (0, 1):
         grad = grad.contiguous()
     grad_row = grad.stride(0) if reduction in ("none", "sample") else 0
@@ -226,9 +186,9 @@ def kl_gauss_backward(
         _kernels(dtype).kl_gauss_backward,
         *(grad.data_ptr(), grad_row, grad_col, kl_scale(reduction, B, D)),
         *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
-        *(_ptr(prior_mu), prior_mu_row, _ptr(prior_logvar), prior_logvar_row),
+        *(c.ptr(prior_mu), prior_mu_row, c.ptr(prior_logvar), prior_logvar_row),
         *(B, D),
-        *map(_ptr, outputs),
+        *map(c.ptr, outputs),
     )
     return _asked(outputs, likes)
 
@@ -237,18 +197,18 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
     sample_dtype = mu.dtype
     dtype = accumulation_dtype(sample_dtype)
     B, D = mu.shape
-    mu, mu_row = _rows(mu, dtype, B)
-    logvar, logvar_row = _rows(logvar, dtype, B)
+    mu, mu_row = c.rows(mu, dtype, B)
+    logvar, logvar_row = c.rows(logvar, dtype, B)
     shapes = ((n_samples, B, D), (n_samples, B), (n_samples, B), (B,))
     results = [_empty(*s, dtype=dtype) if want else None for s, want in zip(shapes, outputs, strict=True)]
     _run(
         _kernels(dtype).sample_gauss,
         *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
         *(seed.data_ptr(), n_samples, B, D),
-        *map(_ptr, results),
+        *map(c.ptr, results),
     )
     if results[0] is not None:
-        results[0] = _cast(results[0], sample_dtype)
+        results[0] = c.cast(results[0], sample_dtype)
     return [r for r in results if r is not None]
 
 
@@ -267,28 +227,28 @@ def sample_gauss_backward(
     dtype = accumulation_dtype(mu.dtype)
     B, D = mu.shape
     outputs = _outputs(likes, dtype, wanted)
-    mu, mu_row = _rows(mu, dtype, B)
-    logvar, logvar_row = _rows(logvar, dtype, B)
-    grads = [_dense(g, dtype) for g in (d_z, d_log_q, d_log_p, d_kl)]
+    mu, mu_row = c.rows(mu, dtype, B)
+    logvar, logvar_row = c.rows(logvar, dtype, B)
+    grads = [c.dense(g, dtype) for g in (d_z, d_log_q, d_log_p, d_kl)]
     _run(
         _kernels(dtype).sample_gauss_backward,
-        *map(_ptr, grads),
+        *map(c.ptr, grads),
         *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
         *(seed.data_ptr(), n_samples, B, D),
-        *map(_ptr, outputs),
+        *map(c.ptr, outputs),
     )
     return _asked(outputs, likes)
 
 
 def _cross(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[torch.dtype, list[Tensor | None], tuple[int, int, int]]:
     dtype = accumulation_dtype(z.dtype)
-    return dtype, [_dense(x, dtype) for x in (z, mu, logvar)], (z.shape[0], *mu.shape)
+    return dtype, [c.dense(x, dtype) for x in (z, mu, logvar)], (z.shape[0], *mu.shape)
 
 
 def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     dtype, inputs, (S, N, D) = _cross(z, mu, logvar)
     out = _empty(S, N, dtype=dtype)
-    _run(_kernels(dtype).cross_log_prob, *map(_ptr, inputs), S, N, D, out.data_ptr())
+    _run(_kernels(dtype).cross_log_prob, *map(c.ptr, inputs), S, N, D, out.data_ptr())
     return out
 
 
@@ -297,40 +257,26 @@ def cross_log_prob_backward(
 ) -> list[Tensor]:
     dtype, inputs, sizes = _cross(z, mu, logvar)
     outputs = _outputs((z, mu, logvar), dtype, wanted)
-    inputs = [_dense(grad, dtype), *inputs]
-    _run(_kernels(dtype).cross_log_prob_backward, *map(_ptr, inputs), *sizes, *map(_ptr, outputs))
+    inputs = [c.dense(grad, dtype), *inputs]
+    _run(_kernels(dtype).cross_log_prob_backward, *map(c.ptr, inputs), *sizes, *map(c.ptr, outputs))
     return _asked(outputs, (z, mu, logvar))
-
-
-def _weights(weights: LogWeights, dtype: torch.dtype, n_columns: int) -> tuple[list[Tensor | None], list[Any]]:
-    """(tensors to keep alive, the arguments of FASTVAE_WEIGHTS)"""
-    log_w, own = _dense(weights.log_w, dtype), _dense(weights.own, torch.int64)
-    nan = float("nan")
-    arguments = [
-        _ptr(log_w),
-        weights.common(n_columns),
-        _ptr(own),
-        nan if weights.log_w_own is None else weights.log_w_own,
-        nan if weights.log_w_next is None else weights.log_w_next,
-    ]
-    return [log_w, own], arguments
 
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
     dtype, inputs, (S, N, D) = _cross(z, mu, logvar)
-    _alive, log_weights = _weights(weights, dtype, N)
+    _alive, log_weights = c.log_weights(weights, dtype, N)
     joint = _empty(S, dtype=dtype)
-    _run(_kernels(dtype).agg_log_prob, *map(_ptr, inputs), *log_weights, S, N, D, joint.data_ptr(), exact_skip())
+    _run(_kernels(dtype).agg_log_prob, *map(c.ptr, inputs), *log_weights, S, N, D, joint.data_ptr(), exact_skip())
     return joint
 
 
 def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> tuple[Tensor, Tensor]:
     dtype, inputs, (S, N, D) = _cross(z, mu, logvar)
-    _alive, log_weights = _weights(weights, dtype, N)
+    _alive, log_weights = c.log_weights(weights, dtype, N)
     joint, marginals = _empty(S, dtype=dtype), _empty(S, D, dtype=dtype)
     _run(
         _kernels(dtype).agg_log_prob_marginals,
-        *map(_ptr, inputs),
+        *map(c.ptr, inputs),
         *log_weights,
         *(S, N, D),
         joint.data_ptr(),
@@ -353,12 +299,12 @@ def _aggregate_backward(
     """`results`: the upstream gradients and the forward's results, in the kernel's order; `again`: those of the results
     that the kernel writes before the gradients; `options`: what it takes after them."""
     dtype, inputs, sizes = _cross(z, mu, logvar)
-    _alive, log_weights = _weights(weights, dtype, mu.shape[0])
+    _alive, log_weights = c.log_weights(weights, dtype, mu.shape[0])
     likes = (z, mu, logvar, weights.log_w)
     outputs = _outputs(likes, dtype, wanted)
-    inputs = [*(_dense(r, dtype) for r in results), *inputs]
-    outputs_of_kernel = map(_ptr, (*again, *outputs))
-    _run(getattr(_kernels(dtype), kernel_name), *map(_ptr, inputs), *log_weights, *sizes, *outputs_of_kernel, *options)
+    inputs = [*(c.dense(r, dtype) for r in results), *inputs]
+    outputs_of_kernel = map(c.ptr, (*again, *outputs))
+    _run(getattr(_kernels(dtype), kernel_name), *map(c.ptr, inputs), *log_weights, *sizes, *outputs_of_kernel, *options)
     return _asked(outputs, likes)
 
 

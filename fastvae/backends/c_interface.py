@@ -1,0 +1,61 @@
+"""How tensors cross a plain C interface by ctypes: what the backends `native` and `cuda` have in common."""
+
+from ctypes import c_double, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contract import LogWeights
+
+ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
+SIZES = (c_int64,) * 3  # S, N, D or L, B, D
+WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)
+REDUCTION_CODE = {"none": 0, "sample": 1, "dim": 2}  # others: 3, a scalar
+
+
+def pointers(n: int) -> tuple[type, ...]:
+    return (c_void_p,) * n
+
+
+# Small calls are mostly Python: what follows avoids torch calls that would change nothing.
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else cast(x, dtype).contiguous()
+
+
+def ptr(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def rows(x: Tensor, dtype: torch.dtype, n_rows: int) -> tuple[Tensor, int]:
+    """The tensor with contiguous rows, and its row stride; one row serves all as stride 0."""
+    x = cast(x, dtype)
+    (n, D), (row, column) = x.shape, x.stride()
+    if (column != 1 and D > 1) or (row == 0 and n > 1):
+        x = x.contiguous()
+        row = D
+    return x, 0 if n == 1 != n_rows else row
+
+
+def optional_rows(x: Tensor | None, dtype: torch.dtype, n_rows: int) -> tuple[Tensor | None, int]:
+    return (None, 0) if x is None else rows(x, dtype, n_rows)
+
+
+def log_weights(weights: LogWeights, dtype: torch.dtype, n_columns: int) -> tuple[list[Tensor | None], list[Any]]:
+    """(tensors to keep alive, the arguments of FASTVAE_WEIGHTS)"""
+    log_w, own = dense(weights.log_w, dtype), dense(weights.own, torch.int64)
+    nan = float("nan")
+    arguments = [
+        ptr(log_w),
+        weights.common(n_columns),
+        ptr(own),
+        nan if weights.log_w_own is None else weights.log_w_own,
+        nan if weights.log_w_next is None else weights.log_w_next,
+    ]
+    return [log_w, own], arguments
