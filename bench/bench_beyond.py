@@ -10,7 +10,6 @@ error. Errors are against brute force in float64, on 64 samples.
 
 import argparse
 import math
-import statistics
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import fastvae
 from fastvae.ops.table import Table, columns_of, interpolate, tabulate
 
 from . import early_exit
-from .harness import peak_extra_bytes, seconds
+from .harness import in_turns, peak_extra_bytes, seconds
 
 TOL = 1e-6
 ROWS = 64  # that are checked
@@ -47,12 +46,6 @@ def population(N: int, D: int, logvar: float, spread: float = 0.5) -> tuple[Tens
     mu = torch.randn(N, D, generator=generator)
     logvars = logvar + spread * torch.randn(N, D, generator=generator)
     return fastvae.reparameterize(mu, logvars, seed=0), mu, logvars
-
-
-def in_turns(repeats: int, *runs: Callable[[], object]) -> list[float]:
-    """The median time of each."""
-    times = [[seconds(run) for run in runs] for _ in range(repeats)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 def table_of(z: Tensor, mu: Tensor, logvar: Tensor) -> Table:

@@ -1,7 +1,6 @@
 """The early exit of agg_log_prob against going through all pairs, for `bench_beyond`."""
 
 import functools
-import statistics
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 import fastvae
 
-from .harness import seconds
+from .harness import in_turns
 from .peers import compiled_broadcast, compiled_gemm
 
 
@@ -77,8 +76,7 @@ def lines(repeats: int) -> Iterator[str]:
         peers = [functools.partial(f, *inputs) for f in (compiled_gemm, compiled_broadcast) if case.of_compiled]
         for peer in peers:
             peer()  # compiled now
-        times = zip(*([seconds(call) for call in (plain, early, *peers)] for _ in range(repeats)), strict=True)
-        slow, fast, *others = (1e3 * statistics.median(t) for t in times)
+        slow, fast, *others = (1e3 * median for median in in_turns(repeats, plain, early, *peers))
         compiled = f"{min(others):.2f} ms | {min(others) / fast:.2f} | {case.of_compiled}" if others else " | | "
         figures = f"{slow:.2f} ms | {fast:.2f} ms | {slow / fast:.2f} | {case.of_plain}"
         yield f"| {case} | {figures} | {compiled} | {difference:.1e} |"

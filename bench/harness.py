@@ -6,6 +6,7 @@ import gc
 import random
 import resource
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -84,6 +85,12 @@ def seconds(run: Run) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def in_turns(repeats: int, *runs: Run) -> list[float]:
+    """The median time of each."""
+    times = [[seconds(run) for run in runs] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 def by_hand(ready: Prepare, rounds: int) -> list[float]:
