@@ -178,7 +178,7 @@ def test_no_code_is_shared_between_instruction_sets(library: None) -> None:
 
 
 def test_only_the_interface_is_exported(library: None) -> None:
-    interface = {"fastvae_version", "fastvae_instruction_sets", "fastvae_kernels_for"}
+    interface = {"fastvae_interface", "fastvae_version", "fastvae_instruction_sets", "fastvae_kernels_for"}
     assert interface == {name for _, name in symbols("--dynamic")} - {"_init", "_fini"}
 
 

@@ -1,6 +1,9 @@
-"""How tensors cross a plain C interface by ctypes: what the backends `native` and `cuda` have in common."""
+"""How a plain C interface is called by ctypes: what the backends `native` and `cuda` have in common."""
 
+import ctypes
+import os
 from ctypes import c_double, c_int64, c_void_p
+from importlib.resources import as_file, files
 from typing import Any
 
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from .contract import LogWeights
 
+INTERFACE = 1  # FASTVAE_INTERFACE of kernels/include/fastvae.h, which the backends mirror
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
 SIZES = (c_int64,) * 3  # S, N, D or L, B, D
 WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)
@@ -16,6 +20,29 @@ REDUCTION_CODE = {"none": 0, "sample": 1, "dim": 2}  # others: 3, a scalar
 
 def pointers(n: int) -> tuple[type, ...]:
     return (c_void_p,) * n
+
+
+def load(library: str, variable: str, interface: str, build: str) -> ctypes.CDLL:
+    """The package's shared library, or another build of it where the environment variable names one.
+
+    Args:
+        interface: the name of the function that says the number of the library's interface.
+        build: the command that builds it.
+
+    Raises:
+        OSError: it does not load, or its interface is not the one that this package calls.
+    """
+    named = os.environ.get(variable)
+    with as_file(files("fastvae") / library) as path:
+        lib = ctypes.CDLL(named or str(path))
+    number = getattr(lib, interface)() if hasattr(lib, interface) else "none"
+    if number != INTERFACE:
+        otherwise = f", or unset {variable}" if named else ""
+        raise OSError(
+            f"its interface number is {number} and this package's is {INTERFACE}, so it is of another revision;"
+            f" build it again, by `{build}`{otherwise}"
+        )
+    return lib
 
 
 # Small calls are mostly Python: what follows avoids torch calls that would change nothing.

@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Sequence
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
-from importlib.resources import as_file, files
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -54,8 +54,7 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The shared library, loaded once; `FASTVAE_CUDA_LIBRARY` names another build of it."""
-    with as_file(files("fastvae") / LIBRARY) as path:
-        lib = ctypes.CDLL(os.environ.get("FASTVAE_CUDA_LIBRARY") or str(path))
+    lib = c.load(LIBRARY, "FASTVAE_CUDA_LIBRARY", "fastvae_cuda_interface", "make cuda")
     for name, parameters in _FUNCTIONS.items():
         getattr(lib, f"fastvae_cuda_{name}").argtypes = (c_int, *parameters, c_void_p)
     lib.fastvae_cuda_workspace.restype = c_int64

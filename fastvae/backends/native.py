@@ -6,7 +6,6 @@ import mmap
 import os
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
-from importlib.resources import as_file, files
 from typing import Any
 
 import torch  # first, because the library takes its OpenMP runtime from torch
@@ -52,8 +51,7 @@ class Kernels(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The shared library, loaded once; `FASTVAE_LIBRARY` names another build of it, for the sanitizers."""
-    with as_file(files("fastvae") / LIBRARY) as path:
-        lib = ctypes.CDLL(os.environ.get("FASTVAE_LIBRARY") or str(path))
+    lib = c.load(LIBRARY, "FASTVAE_LIBRARY", "fastvae_interface", "pip install .")
     lib.fastvae_version.restype = c_char_p
     lib.fastvae_instruction_sets.restype = c_char_p
     lib.fastvae_kernels_for.restype = POINTER(Kernels)

@@ -36,6 +36,8 @@ extern "C" {
 
 #define EXPORT __attribute__((visibility("default")))
 
+EXPORT int fastvae_interface(void) { return FASTVAE_INTERFACE; }
+
 EXPORT const char *fastvae_version(void) { return FASTVAE_VERSION; }
 
 EXPORT const char *fastvae_instruction_sets(void) {

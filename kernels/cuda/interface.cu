@@ -4,6 +4,8 @@
 
 using namespace fastvae::FASTVAE_ISA;
 
+int fastvae_cuda_interface(void) { return FASTVAE_INTERFACE; }
+
 int64_t fastvae_cuda_workspace(int op, int dtype, int64_t S, int64_t N, int64_t D) {
     const bool backward = op & 1;
     switch (op & ~1) {

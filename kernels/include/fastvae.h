@@ -14,6 +14,10 @@
 extern "C" {
 #endif
 
+/* The number of this interface and of fastvae_cuda.h's. Whoever changes a declaration in either raises it, here
+ * and in fastvae/backends/c_interface.py: the Python package refuses a library that has another number. */
+#define FASTVAE_INTERFACE 1
+
 enum fastvae_status { FASTVAE_OK = 0, FASTVAE_OUT_OF_MEMORY = 1 };
 enum fastvae_dtype { FASTVAE_F32 = 0, FASTVAE_F64 = 1 };
 enum fastvae_reduction {
@@ -85,7 +89,10 @@ typedef struct fastvae_kernels {
                                            int threads);
 } fastvae_kernels;
 
-/* The version of this interface and library, for example "0.1.0". */
+/* FASTVAE_INTERFACE of the headers that the library was built with: to be asked for before anything else. */
+int fastvae_interface(void);
+
+/* The version of this library, for example "0.1.0". */
 const char *fastvae_version(void);
 
 /* The instruction sets compiled in that this CPU can run, best first, space separated: "avx512 avx2 sse4". */

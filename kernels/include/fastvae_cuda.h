@@ -42,6 +42,9 @@ enum fastvae_cuda_op {
 
 #define FASTVAE_EXPORT __attribute__((visibility("default")))
 
+/* FASTVAE_INTERFACE of the headers that the library was built with: to be asked for before anything else. */
+FASTVAE_EXPORT int fastvae_cuda_interface(void);
+
 /* The bytes that an op needs; sampling needs none. */
 FASTVAE_EXPORT int64_t fastvae_cuda_workspace(int op, int dtype, int64_t S, int64_t N, int64_t D);
 

@@ -1,0 +1,59 @@
+"""A library of another revision than the package's is refused, not called."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from host_simt import ROOT
+
+from fastvae.backends import c_interface
+
+HEADERS = [ROOT / "kernels" / "include" / name for name in ("fastvae.h", "fastvae_cuda.h")]
+DECLARED = (1, "7296d077031bd84d")  # the interface's number, and the digest of what it declares
+
+
+def declarations() -> str:
+    """What both headers declare: no comments, and whitespace all alike."""
+    return " ".join(" ".join(re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S).split()) for path in HEADERS)
+
+
+def test_the_number_rises_with_the_declarations() -> None:
+    (number,) = re.findall(r"#define FASTVAE_INTERFACE (\d+)", declarations())
+    assert int(number) == c_interface.INTERFACE, "fastvae.h and fastvae/backends/c_interface.py have different numbers"
+    digest = hashlib.sha256(declarations().encode()).hexdigest()[:16]
+    assert (int(number), digest) == DECLARED, (
+        "The C interface has changed. Raise its number, FASTVAE_INTERFACE in fastvae.h and INTERFACE in"
+        " fastvae/backends/c_interface.py; then DECLARED is what this test finds."
+    )
+
+
+@pytest.mark.parametrize("number", [c_interface.INTERFACE + 1, None])
+@pytest.mark.parametrize(
+    ("backend", "variable", "function"),
+    [("native", "FASTVAE_LIBRARY", "fastvae_interface"), ("cuda", "FASTVAE_CUDA_LIBRARY", "fastvae_cuda_interface")],
+)
+def test_another_revision_is_refused(
+    backend: str, variable: str, function: str, number: int | None, tmp_path: Path
+) -> None:
+    """With a reason, before anything else of it is called; what comes next in order computes."""
+    source = "" if number is None else f"int {function}(void) {{ return {number}; }}"
+    library = tmp_path / "library.so"
+    subprocess.run(["gcc", "-xc", "-shared", "-fPIC", "-", "-o", library], input=source, text=True, check=True)
+    code = f"""
+import fastvae, torch
+from fastvae.__main__ import main
+main(["info"])
+print(fastvae.kl_gauss(torch.ones(1, 5), torch.zeros(1, 5)).item())
+fastvae.use_backend("{backend}")
+"""
+    environment = {**os.environ, variable: str(library), "FASTVAE_BACKEND": ""}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    reason = f"interface number is {number or 'none'} and this package's is {c_interface.INTERFACE},"
+    assert re.search(rf"^  {backend} +not used: .*{reason} .*unset {variable}$", ran.stdout, re.M)
+    assert re.search(rf"^  CPU tensors +{'.*' if backend == 'cuda' else 'reference'}$", ran.stdout, re.M)
+    assert ran.stdout.splitlines()[-1] == "2.5"
+    assert ran.stderr.splitlines()[-1].startswith(f"RuntimeError: backend '{backend}' is not available")
