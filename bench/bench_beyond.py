@@ -2,9 +2,9 @@
 
     python -m bench.bench_beyond [--threads 2] [--repeats 5] [--full]
 
-Prints Markdown tables: the early exit of the joint against all pairs (early_exit.py); and for the marginals, the time
-by brute force and ours, in turns, medians; the points at which the marginals of a dimension are evaluated; the largest
-error. Errors are against brute force in float64, on 64 samples.
+Prints Markdown tables: the early exit of the joint against all pairs, and the share of dimensions that it visits
+(early_exit.py); and for the marginals, the time by brute force and ours, in turns, medians; the points at which the
+marginals of a dimension are evaluated; the largest error. Errors are against brute force in float64, on 64 samples.
 `--full` adds the terms of the KL over 737,280 posteriors, which takes minutes, with a progress bar.
 """
 

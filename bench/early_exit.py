@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastvae
+from fastvae.backends import native
 
 from .harness import in_turns
 from .peers import compiled_broadcast, compiled_gemm
@@ -64,19 +65,30 @@ def run(inputs: list[Tensor], backward: bool, exact_skip: bool) -> Callable[[], 
     return call
 
 
+def visited(call: Callable[[], list[Tensor]]) -> tuple[list[Tensor], float]:
+    """A call's result, and the share of the pairs' dimensions that it visited."""
+    native.take_visits()
+    result = call()
+    visits, everything = native.take_visits()
+    return result, visits / everything
+
+
 def lines(repeats: int) -> Iterator[str]:
-    """A Markdown table, row by row as it is measured: medians, in turns. Differences are between all pairs and early
-    exit, relative to the largest element, gradients included."""
-    yield "| agg_log_prob | all pairs | early exit | ratio | target | compiled | ratio | target | difference |"
-    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    """A Markdown table, row by row as it is measured: medians, in turns. Visited is the share of the pairs' dimensions
+    that the early exit goes through. Differences are between all pairs and early exit, relative to the largest element,
+    gradients included."""
+    columns = "all pairs | early exit | ratio | target | visited | compiled | ratio | target | difference"
+    yield f"| agg_log_prob | {columns} |"
+    yield f"|---{'|--:' * 9}|"
     for case in CASES:
         inputs = population(case.N, case.D, case.active, case.logvar)
         early, plain = (run(inputs, case.backward, skip) for skip in (True, False))
-        difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(early(), plain(), strict=True))
+        results, share = visited(early)
+        difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(results, plain(), strict=True))
         peers = [functools.partial(f, *inputs) for f in (compiled_gemm, compiled_broadcast) if case.of_compiled]
         for peer in peers:
             peer()  # compiled now
         slow, fast, *others = (1e3 * median for median in in_turns(repeats, plain, early, *peers))
         compiled = f"{min(others):.2f} ms | {min(others) / fast:.2f} | {case.of_compiled}" if others else " | | "
-        figures = f"{slow:.2f} ms | {fast:.2f} ms | {slow / fast:.2f} | {case.of_plain}"
+        figures = f"{slow:.2f} ms | {fast:.2f} ms | {slow / fast:.2f} | {case.of_plain} | {share:.1%}"
         yield f"| {case} | {figures} | {compiled} | {difference:.1e} |"

@@ -30,6 +30,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import ColumnWeights, backends
+from fastvae.backends import native as native_backend
 
 INF = math.inf
 N = 1200  # above the fewest columns that are worth a look
@@ -251,6 +252,62 @@ def test_same_bits_on_any_number_of_threads(native: Target, dtype: torch.dtype) 
         torch.set_num_threads(before)
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
+
+
+# What is counted
+
+
+def visits(inputs: Named, weights: ColumnWeights | None = None) -> tuple[int, int]:
+    """Dimensions of pairs that a forward and a backward visit, and those that there are."""
+    native_backend.take_visits()
+    evaluate(lambda **x: fastvae.agg_log_prob(**x, weights=weights), inputs)
+    return native_backend.take_visits()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_without_early_exit_all_dimensions_are_visited(native: Target, backward: bool) -> None:
+    """By the forward, and twice by the backward."""
+    S, D = 61, 33
+    inputs = {name: x.requires_grad_(backward) for name, x in cast(population(S, D, -4, D), torch.float32).items()}
+    everything = S * N * D * (3 if backward else 1)
+    with fastvae.use_backend("native", exact_skip=False):
+        assert visits(inputs) == (everything, everything)
+    with fastvae.use_backend("native", exact_skip=True):
+        visited, counted = visits(inputs)
+        assert counted == everything
+        assert visited < everything
+        few = {name: x[:50].detach() for name, x in inputs.items()}
+        assert visits(few) == (50 * 50 * D,) * 2
+
+
+def test_visits_where_all_columns_are_far_but_those_of_a_panel(native: Target) -> None:
+    """Tiles of them stop when they are first looked at, after 8 dimensions."""
+    S, N, D = 13, 1024, 40
+    mu = 100.0 * torch.arange(N)[:, None].expand(N, D)
+    inputs = {"z": mu[:1].expand(S, D).clone().requires_grad_(), "mu": mu, "logvar": torch.zeros(N, D)}
+    visited, everything = visits(inputs, ColumnWeights(0.0, torch.zeros(S, dtype=torch.int64)))
+    assert everything == 3 * S * N * D
+    width = (visited - 3 * S * N * 8) / (3 * S * (D - 8))
+    assert width in (4, 8, 16, 32)  # whole vectors
+
+
+def test_few_active_dimensions_are_few_visits(native: Target) -> None:
+    """As many on any number of threads; and the dimensions are taken in the right order."""
+    inputs = needing_gradients(cast(population(N, 128, -3, 20), torch.float32))
+    before = torch.get_num_threads()
+    try:
+        counts = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            counts.append(visits(inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert counts[0] == counts[1]
+    visited, everything = counts[0]
+    assert visited < 0.25 * everything
+
+
+# Turning it off
 
 
 def test_it_can_be_turned_off(native: Target) -> None:

@@ -164,7 +164,7 @@ def symbols(*options: str) -> list[tuple[str, str]]:
 
 
 SETS = "|".join(target.instruction_set or "" for target in NATIVE.values())
-OF_THE_POOL_AND_THE_DISPATCHER = re.compile(r"fastvae::(run_units|watch_forks|cpu_has)\b")
+OF_THE_POOL_AND_THE_DISPATCHER = re.compile(r"fastvae::(run_units|watch_forks|cpu_has|count_visits)\b")
 
 
 def test_no_code_is_shared_between_instruction_sets(library: None) -> None:
@@ -178,7 +178,13 @@ def test_no_code_is_shared_between_instruction_sets(library: None) -> None:
 
 
 def test_only_the_interface_is_exported(library: None) -> None:
-    interface = {"fastvae_interface", "fastvae_version", "fastvae_instruction_sets", "fastvae_kernels_for"}
+    interface = {
+        "fastvae_interface",
+        "fastvae_version",
+        "fastvae_take_visits",
+        "fastvae_instruction_sets",
+        "fastvae_kernels_for",
+    }
     assert interface == {name for _, name in symbols("--dynamic")} - {"_init", "_fini"}
 
 

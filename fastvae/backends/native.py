@@ -56,6 +56,8 @@ def library() -> ctypes.CDLL:
     lib.fastvae_instruction_sets.restype = c_char_p
     lib.fastvae_kernels_for.restype = POINTER(Kernels)
     lib.fastvae_kernels_for.argtypes = (c_char_p, c_int)
+    lib.fastvae_take_visits.restype = None
+    lib.fastvae_take_visits.argtypes = (POINTER(c_int64), POINTER(c_int64))
     return lib
 
 
@@ -99,6 +101,14 @@ def status() -> tuple[bool, str]:
     except (OSError, ValueError, AttributeError) as error:
         return False, f"{LIBRARY}: {error}"
     return True, f"{LIBRARY} {library().fastvae_version().decode()}, {_instruction_set}"
+
+
+def take_visits() -> tuple[int, int]:
+    """How many dimensions of pairs `agg_log_prob` visited since this was last called, its backward too, and how many
+    there were: S·N·D for each pass over all pairs. A backward makes two, of which the first adds the rows up again."""
+    visited, everything = c_int64(), c_int64()
+    library().fastvae_take_visits(visited, everything)
+    return visited.value, everything.value
 
 
 def _run(kernel: Any, *arguments: Any) -> None:

@@ -21,7 +21,7 @@ template <class T> struct Responsibilities {
     const GradientReach<T> *reach;  // null: every tile is gone through
 
     // see Gradients::run
-    void operator()(const Block &tile, const T *rows, T *r, T *shares) const {
+    int64_t operator()(const Block &tile, const T *rows, T *r, T *shares) const {
         const int64_t columns = tile.count * W, first = tile.panel * W;
         const T *const cw = panels.cw() + first;
         struct {
@@ -30,9 +30,10 @@ template <class T> struct Responsibilities {
         } replaced[2 * R];
         int n_replaced = 0;
 
+        int64_t left_out = 0;
         bool far[kMaxChunkColumns / W] = {};
         if (reach)
-            find_far(tile, rows, r, far);
+            left_out = find_far(tile, rows, r, far);
         else
             square_sums(panels, rows, tile.panel, tile.count, r);
         __builtin_memset(r + tile.rows * columns, 0, uint64_t((R - tile.rows) * columns) * sizeof(T));
@@ -73,19 +74,25 @@ template <class T> struct Responsibilities {
             r[i * columns + j] = r_ij;
             shares[j / W * 2 * W + W + j % W] += r_ij;
         }
+        return left_out;
     }
 
-    // Squares of the panels that are not far from all rows of the tile, and zeros, their r, of those that are.
-    void find_far(const Block &tile, const T *rows, T *squares, bool *far) const {
+    // Squares of the panels that are not far from all rows of the tile, and zeros, their r, of those that are. Gives how
+    // many dimensions of pairs it left out.
+    int64_t find_far(const Block &tile, const T *rows, T *squares, bool *far) const {
+        int64_t left_out = 0;
         T limits[R];
         bool kept[kMaxChunkColumns / W];
         keep_overridden(weights, tile.first, tile.rows, tile.panel, tile.count, kept);
         for (int64_t q = 0; q < tile.count; ++q) {
             const bool can_be = !kept[q] && reach->limits(tile.panel + q, tile.first, tile.rows, limits);
-            far[q] = square_sums_unless_far(panels, rows, tile.panel + q, squares + q * W, tile.count * W,
-                                            can_be ? limits : nullptr) > 0;
-            for (int64_t i = 0; i < R && far[q]; ++i) clear(squares + i * tile.count * W + q * W, W);
+            const int64_t stopped = square_sums_unless_far(panels, rows, tile.panel + q, squares + q * W, tile.count * W,
+                                                           can_be ? limits : nullptr);
+            if (!(far[q] = stopped > 0)) continue;
+            left_out += tile.rows * panels.columns(tile.panel + q) * (panels.D - stopped);
+            for (int64_t i = 0; i < R; ++i) clear(squares + i * tile.count * W + q * W, W);
         }
+        return left_out;
     }
 };
 
@@ -133,6 +140,7 @@ int agg_log_prob_backward(const void *d_joint, const void *z, const void *mu, co
         reach.set(panels, weights, totals.data(), totals.likely(), upstream, S, d_z, d_mu || d_logvar || d_log_w);
     const Responsibilities<T> weigh{panels, weights, upstream, totals.data(), whole_rows, skip ? &reach : nullptr};
     if (!gradients.run(weigh)) return FASTVAE_OUT_OF_MEMORY;
+    count_visits(S * N * D - gradients.left_out(), S * N * D);
     if (joint) totals.write(static_cast<T *>(joint));
     gradients.write(static_cast<T *>(d_z), static_cast<T *>(d_mu), static_cast<T *>(d_logvar),
                     static_cast<T *>(d_log_w));

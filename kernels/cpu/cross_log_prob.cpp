@@ -57,6 +57,7 @@ int cross_log_prob_backward(const void *grad, const void *z, const void *mu, con
                 store(r + i * columns + k, g);
                 store(share, load(share) + g);
             });
+        return int64_t(0);
     };
     if (!gradients.run(weigh)) return FASTVAE_OUT_OF_MEMORY;
     gradients.write(static_cast<T *>(d_z), static_cast<T *>(d_mu), static_cast<T *>(d_logvar), nullptr);

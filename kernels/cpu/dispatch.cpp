@@ -1,4 +1,4 @@
-// Which instruction sets this library holds, and which of them the CPU it runs on has.
+// Which instruction sets this library holds, which of them the CPU it runs on has, and what all of them count.
 
 #include <cstring>
 
@@ -30,6 +30,13 @@ static bool cpu_has(const char *name) {
 #endif
 }
 
+static int64_t visited_dimensions, all_dimensions;
+
+void count_visits(int64_t visited, int64_t all) {
+    __atomic_fetch_add(&visited_dimensions, visited, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&all_dimensions, all, __ATOMIC_RELAXED);
+}
+
 }  // namespace fastvae
 
 extern "C" {
@@ -39,6 +46,11 @@ extern "C" {
 EXPORT int fastvae_interface(void) { return FASTVAE_INTERFACE; }
 
 EXPORT const char *fastvae_version(void) { return FASTVAE_VERSION; }
+
+EXPORT void fastvae_take_visits(int64_t *visited, int64_t *all) {
+    *visited = __atomic_exchange_n(&fastvae::visited_dimensions, 0, __ATOMIC_RELAXED);
+    *all = __atomic_exchange_n(&fastvae::all_dimensions, 0, __ATOMIC_RELAXED);
+}
 
 EXPORT const char *fastvae_instruction_sets(void) {
     static char names[64];

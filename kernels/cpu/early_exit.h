@@ -8,6 +8,13 @@
 
 #include "tile.h"
 
+namespace fastvae {
+
+// Adds a pass over pairs to what fastvae_take_visits gives (dispatch.cpp).
+void count_visits(int64_t visited, int64_t all);
+
+}  // namespace fastvae
+
 namespace fastvae::FASTVAE_ISA {
 
 // All columns together may be left out where they come to no more than e^-18 (float) or e^-40 (double) of a sum.

@@ -105,7 +105,7 @@ public:
 
     // weigh(tile, rows [D][6], r [6][columns of the tile], shares [columns / W][2][W]) for up to 6 rows: sets r, to 0 in
     // rows that are not there, and adds its sums over rows to shares, [0] where a pair's weight is the common one of its
-    // column, [1] elsewhere. False if there is no memory.
+    // column, [1] elsewhere; gives how many dimensions of pairs it left out. False if there is no memory.
     template <class F> bool run(const F &weigh) {
         clear<T>(row_sums_, rounds_.row_copies() * row_size_);
         clear<T>(column_sums_, rounds_.column_copies() * column_size_);
@@ -114,9 +114,12 @@ public:
             const int64_t first = row_block * block_rows_, panel = column_block * block_panels_;
             const Block block{first, S_ - first < block_rows_ ? S_ - first : block_rows_, panel,
                               panels_.count - panel < block_panels_ ? panels_.count - panel : block_panels_};
-            add_block(block, copy, scratch_ + worker * scratch_size_, weigh);
+            const int64_t left_out = add_block(block, copy, scratch_ + worker * scratch_size_, weigh);
+            __atomic_fetch_add(&left_out_, left_out, __ATOMIC_RELAXED);
         });
     }
+
+    int64_t left_out() const { return left_out_; }  // by weigh, in all
 
     // d_z [S, D], d_mu and d_logvar [N, D], d_log_w [N]; each may be null.
     void write(T *d_z, T *d_mu, T *d_logvar, T *d_log_w) const {
@@ -134,20 +137,21 @@ public:
     }
 
 private:
-    template <class F> void add_block(const Block &block, int64_t copy, T *scratch, const F &weigh) const {
+    template <class F> int64_t add_block(const Block &block, int64_t copy, T *scratch, const F &weigh) const {
         T *rows = scratch, *lanes = rows + tile_size_;                 // [D][6], [kSpan][6][L]
         T *r = lanes + round_up(kSpan * R, L) * L;                     // [6][columns]
         T *shares = r + block_panels_ * W * R;                         // [count][2][W]
         T *column_sums = shares + block_panels_ * W * 2;               // [count][D][2][W]
         T *row_sums = row_sums_ + (rounds_.by_rows ? 0 : copy) * row_size_;  // [tiles][D][6]
         const int64_t column_copy = rounds_.by_rows ? copy : 0;
+        int64_t left_out = 0;
         clear(shares, block.count * 2 * W);
         if (want_columns_) clear(column_sums, block.count * panel_size_);
 
         for (int64_t i = block.first; i < block.first + block.rows; i += R) {
             const Block tile{i, S_ - i < R ? S_ - i : R, block.panel, block.count};
             pack_rows(panels_, z_, i, S_, rows);
-            weigh(tile, rows, r, shares);
+            left_out += weigh(tile, rows, r, shares);
             for (int64_t d = 0; d < D_; d += kSpan) {
                 const int64_t span = D_ - d < kSpan ? D_ - d : kSpan;
                 if (want_rows_) clear(lanes, round_up(span * R, L) * L);
@@ -162,6 +166,7 @@ private:
             add(column_sums_ + column_copy * column_size_ + block.panel * panel_size_, column_sums,
                 block.count * panel_size_);
         add(shares_ + column_copy * share_size_ + block.panel * 2 * W, shares, block.count * 2 * W);
+        return left_out;
     }
 
     void tile_gradients(const T *r, int64_t stride, const T *rows, const T *planes, int64_t span, T *columns,
@@ -197,7 +202,7 @@ private:
     }
 
     void write_columns(int64_t p, T *d_mu, T *d_logvar, T *d_log_w) const {
-        const int64_t columns = panels_.N - p * W < W ? panels_.N - p * W : W;
+        const int64_t columns = panels_.columns(p);
         // the copies of [2][W] at an offset into those of a size, summed
         const auto total = [&](const T *x, int64_t size, int64_t at, Vec<T>(&sum)[2 * kPanelVectors]) {
             for (int v = 0; v < 2 * kPanelVectors; ++v) {
@@ -238,6 +243,7 @@ private:
     Buffer<T> shares_;       // [copies][panels][2][W]: of r, see run
     const int64_t scratch_size_;
     Buffer<T> scratch_;
+    int64_t left_out_ = 0;
 };
 
 }  // namespace fastvae::FASTVAE_ISA

@@ -73,6 +73,7 @@ public:
         return planes_ && c_ && cw_ && centre_ && order_ && spread_ && reach_ && steep_ && least_a_;
     }
 
+    int64_t columns(int64_t p) const { return N - p * W < W ? N - p * W : W; }  // of panel p, without padding
     const T *planes(int64_t p) const { return planes_ + p * D * 2 * W; }  // [D][2][W]
     const T *c() const { return c_; }            // [count W] log2 normalizer, -sum_d (logvar + ln 2 pi) / 2 in bits
     const T *cw() const { return cw_; }          // [count W] c + log2 w; padding columns: -inf
@@ -151,7 +152,7 @@ private:
     // Whether every offset is small and every a moderate.
     template <class F> bool pack_panel(int64_t p, const T *mu, const T *logvar, const F &log2_w) {
         T *planes = planes_ + p * D * 2 * W;
-        const int64_t first = p * W, columns = N - first < W ? N - first : W;
+        const int64_t first = p * W, columns = this->columns(p);
         for (int64_t l = 0; l < W; ++l)  // transpose: logvar into a's plane, mu into b's
             for (int64_t d = 0; d < D; ++d) {
                 planes[d * 2 * W + l] = l < columns ? logvar[(first + l) * D + order_[d]] : T(0);

@@ -57,6 +57,7 @@ public:
     const LogSumExp<T> &operator[](int64_t i) const { return sums_[i]; }
     T likely(int64_t i) const { return likely_[i]; }
     int64_t saved() const { return balance_.saved(); }
+    int64_t left_out() const { return left_out_; }  // dimensions of pairs
 
 private:
     void add(int64_t i, int64_t p, int64_t count) {
@@ -85,7 +86,8 @@ private:
         find_floors(i, floors);
         bool kept[kMaxPanels];
         int64_t place[kMaxPanels], live = 0;
-        keep_overridden(weights_, first_ + i, S_ - first_ - i < R ? S_ - first_ - i : R, p, count, kept);
+        const int64_t rows = S_ - first_ - i < R ? S_ - first_ - i : R;
+        keep_overridden(weights_, first_ + i, rows, p, count, kept);
         for (int64_t q = 0; q < count; ++q) {
             const T reach = panels_.reach(p + q);
             if (kept[q] || !(reach < kInf<T>)) {
@@ -95,7 +97,10 @@ private:
                 const int64_t stopped = square_sums_unless_far(panels_, packed_ + i * D_, p + q, squares_ + live * W,
                                                                count * W, limits);
                 balance_.add(stopped);
-                if (stopped) continue;
+                if (stopped) {
+                    left_out_ += rows * panels_.columns(p + q) * (D_ - stopped);
+                    continue;
+                }
             }
             for (int64_t l = 0; l < W; l += L) store(live_cw_ + live * W + l, load(panels_.cw() + (p + q) * W + l));
             place[q] = live++;
@@ -124,6 +129,7 @@ private:
     const bool early_;
     const T margin_;
     Balance balance_;
+    int64_t left_out_ = 0;
     LogSumExp<T> *const sums_;  // [rows]
     T *const squares_;          // [6][columns of a chunk]
     T *const live_cw_;          // [columns of a chunk]
@@ -150,6 +156,7 @@ public:
     }
 
     void run() {
+        int64_t left_out = 0;
         parallel_for(grid_.blocks * grid_.ranges, threads_, [&](int64_t unit, int worker) {
             const int64_t first = unit / grid_.ranges * grid_.rows, range = unit % grid_.ranges;
             const int64_t rows = first + grid_.rows < S_ ? grid_.rows : S_ - first;
@@ -159,7 +166,9 @@ public:
             for (int64_t i = 0; i < rows; ++i) parts_[range * S_ + first + i] = sums[i].total();
             for (int64_t i = 0; i < rows && range == 0; ++i) likely_[first + i] = sums.likely(i);
             __atomic_fetch_add(&saved_, sums.saved(), __ATOMIC_RELAXED);
+            __atomic_fetch_add(&left_out, sums.left_out(), __ATOMIC_RELAXED);
         });
+        count_visits(S_ * panels_.N * panels_.D - left_out, S_ * panels_.N * panels_.D);
         for (int64_t range = 1; range < grid_.ranges; ++range)
             for (int64_t i = 0; i < S_; ++i) parts_[i].add(parts_[range * S_ + i]);
     }

@@ -16,7 +16,7 @@ extern "C" {
 
 /* The number of this interface and of fastvae_cuda.h's. Whoever changes a declaration in either raises it, here
  * and in fastvae/backends/c_interface.py: the Python package refuses a library that has another number. */
-#define FASTVAE_INTERFACE 1
+#define FASTVAE_INTERFACE 2
 
 enum fastvae_status { FASTVAE_OK = 0, FASTVAE_OUT_OF_MEMORY = 1 };
 enum fastvae_dtype { FASTVAE_F32 = 0, FASTVAE_F64 = 1 };
@@ -94,6 +94,10 @@ int fastvae_interface(void);
 
 /* The version of this library, for example "0.1.0". */
 const char *fastvae_version(void);
+
+/* How many dimensions of pairs agg_log_prob visited, its backward too, and how many all pairs have, S N D for each pass
+ * over them; in the whole process since this was last asked. */
+void fastvae_take_visits(int64_t *visited, int64_t *all);
 
 /* The instruction sets compiled in that this CPU can run, best first, space separated: "avx512 avx2 sse4". */
 const char *fastvae_instruction_sets(void);
