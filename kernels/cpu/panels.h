@@ -26,8 +26,8 @@ template <class T> constexpr int kPanelWidth = kPanelVectors * kLanes<T>;
 
 constexpr double kMaxOffset = 128;
 constexpr double kModerate = 0x1p60;  // a and z - centre within it cannot overflow together
-constexpr long double kLongKappa = 0.84932180028801904272L;  // sqrt(log2(e) / 2)
-constexpr double kKappa = double(kLongKappa);
+constexpr double kKappaHigh = 0x1.b2da4e8p-1, kKappaLow = 2.7978991086394715e-09;  // sqrt(log2(e) / 2)
+constexpr double kKappa = kKappaHigh + kKappaLow;
 constexpr double kInvKappa2 = 1.38629436111989061883;  // 1 / kappa^2 = 2 ln 2
 
 template <class T> constexpr T kLargest = sizeof(T) == 4 ? T(3.40282346638528859812e38) : T(1.7976931348623157e308);
@@ -197,18 +197,15 @@ private:
         return !any_lane<T>(large);
     }
 
-    // logvar [W] -> a [W], a step wider than T because its error counts twice in every t^2 of the column. Finite for
+    // logvar [W] -> a [W], more exact than T because its error counts twice in every t^2 of the column. Finite for
     // finite inputs, so that 0 a is 0 and infinity a is infinity.
     static FASTVAE_INLINE void inverse_sigmas(T *x) {
         typedef T Some __attribute__((vector_size(kLanes<double> * sizeof(T))));
         for (int l = 0; l < W; l += kLanes<double>) {
             Some some;
             __builtin_memcpy(&some, x + l, sizeof some);
-            Vec<double> a = __builtin_convertvector(some, Vec<double>) * -0.5;
-            if constexpr (sizeof(T) == 4)
-                a = exp_<double>(a) * kKappa;
-            else
-                for (int i = 0; i < kLanes<double>; ++i) a[i] = double(__builtin_expl(a[i]) * kLongKappa);
+            const Exponential<double> e(__builtin_convertvector(some, Vec<double>) * -0.5);
+            const Vec<double> a = sizeof(T) == 4 ? e.value() * kKappa : e.times(kKappaHigh, kKappaLow);
             some = __builtin_convertvector(min_<double>(splat(double(kLargest<T>)),
                                                         max_<double>(splat(double(Elementary<T>::kMinNormal)), a)),
                                            Some);
