@@ -3,6 +3,7 @@
 That the kernels are right is for the tests of the ops, where `cuda-host` is one of the backends.
 """
 
+import ctypes
 import functools
 import os
 import re
@@ -104,6 +105,24 @@ def test_mistakes_are_seen(tmp_path: Path, file: str, before: str, after: str, s
     assert seen in ran.stdout + ran.stderr
 
 
+def test_the_polynomial_of_an_exponential(tmp_path: Path) -> None:
+    """Within 2 ulp down to 2^-126, then 0; NaN stays NaN."""
+    (tmp_path / "exponential.cpp").write_text(
+        '#include "exponentials.h"\nextern "C" void powers(float *x, int n)'
+        "{ for (; n--; ++x) *x = fastvae::cuda::exp2_by_polynomial(*x); }"
+    )
+    library = tmp_path / "library.so"
+    options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-DFASTVAE_ISA=cuda", "-DFASTVAE_HOST_SIMT"]
+    folders = [f"-I{KERNELS / 'include'}", f"-I{KERNELS / 'cuda'}"]
+    subprocess.run(["g++", *options, *folders, str(tmp_path / "exponential.cpp"), "-o", str(library)], check=True)
+    x = torch.cat((torch.linspace(-126, 1, 1 << 18), torch.tensor([-127.0, -300.0, -torch.inf, torch.nan])))
+    y = x.clone()
+    ctypes.CDLL(str(library)).powers(ctypes.c_void_p(y.data_ptr()), len(y))
+    assert (y[:-4] / torch.exp2(x[:-4].double()) - 1).abs().max() < 2 * torch.finfo(torch.float32).eps
+    assert (y[-4:-1] == 0).all()
+    assert y[-1].isnan()
+
+
 # Machine code.
 
 
@@ -178,6 +197,17 @@ def test_inner_loops_are_arithmetic(name: str, arithmetic: tuple[str, ...], floo
         assert sum(best.get(op, 0) for op in arithmetic) / sum(best.values()) >= floor, symbol
         squares = hottest(loops, "FFMA")
         assert squares["FFMA"] / squares["LDS"] >= 20, symbol
+
+
+@pytest.mark.parametrize(("pulls", "slots"), [(False, 6.8), (True, 7.9)])
+def test_marginals_share_exponentials_between_two_units(pulls: bool, slots: float) -> None:
+    """A thread's 64 pairs: instructions to issue, and the special-function unit's, at 8 slots each, which wait for none."""
+    for symbol, loops in kernels("marginal_sums").items():
+        if f"marginal_sumsIfLb{int(pulls)}E" not in symbol:
+            continue
+        plain = min((loop for loop in loops if loop.get("MUFU", 0) >= 32), key=lambda loop: sum(loop.values()))
+        assert sum(plain.values()) <= 64 * slots
+        assert 0.93 * sum(plain.values()) <= 8 * plain["MUFU"] <= sum(plain.values())
 
 
 # Where it is not.

@@ -1,7 +1,7 @@
 // joint_i = log sum_j w_ij prod_d q(z_id | x_j) and marginal_id = log sum_j w_ij q(z_id | x_j), never forming [S, N],
-// and their gradients. The joint is agg_log_prob.cu's. A marginal's block takes a panel of samples in one dimension and
-// walks over columns; that is bound by exponentials, so that operands come straight from the cache.
+// and their gradients. The joint is agg_log_prob.cu's, the marginals' sums are those of marginals.h.
 
+#include "marginals.h"
 #include "ops.h"
 #include "pull.h"
 
@@ -9,94 +9,13 @@ namespace fastvae::FASTVAE_ISA {
 
 namespace {
 
-// One dimension d of a tile: t, and the terms s_ij = log2 w_ij q(z_id | x_j).
-template <class T, bool kOwnsRows> struct OneDimension {
-    static constexpr int R = kSide<T>, W = kPanel<T>;
-    const Packed<T> &p;
-    const int64_t d;
-    const Lanes<kOwnsRows> lanes;
-    T z[R], a[R], b[R], cw[R];
-
-    FASTVAE_DEVICE OneDimension(const Packed<T> &p, int64_t d) : p(p), d(d) {}
-    FASTVAE_DEVICE void load_row(int64_t panel) { load_side(p.samples + (panel * p.D + d) * W, lanes.row, z); }
-    FASTVAE_DEVICE void load_column(int64_t panel) {
-        const T *const planes = p.columns + (panel * p.D + d) * 2 * W;
-        load_side(planes, lanes.column, a);
-        load_side(planes + W, lanes.column, b);
-        load_side(p.marginal_cw + (panel * p.D + d) * W, lanes.column, cw);
-    }
-    // t of row r
-    FASTVAE_DEVICE void standardize(int r, bool far_column, T (&t)[R]) const {
-        FASTVAE_UNROLL
-        for (int k = 0; k < R; ++k)
-            t[k] = far_column ? standardized<true>(z[r], a[k], b[k]) : standardized<false>(z[r], a[k], b[k]);
-    }
-    // Finite for finite inputs, so that 0 t is 0
-    FASTVAE_DEVICE static void hold_finite(bool far, T (&t)[R]) {
-        if (!far) return;
-        FASTVAE_UNROLL
-        for (int k = 0; k < R; ++k) t[k] = min_(max_(t[k], -largest<T>()), largest<T>());
-    }
-    FASTVAE_DEVICE void terms(int64_t row_panel, int64_t column_panel, bool meets, int r, const T (&t)[R], T (&s)[R]) const {
-        FASTVAE_UNROLL
-        for (int k = 0; k < R; ++k) s[k] = minus_square(cw[k], t[k]);
-        if (!meets) return;
-        const Special<T> special(p, row_panel * W + place<T>(lanes.row, r), column_panel);
-        FASTVAE_UNROLL
-        for (int k = 0; k < R; ++k) {
-            const int at = place<T>(lanes.column, k);
-            if (!special.has(at)) continue;
-            const T c = p.marginal_c[(column_panel * p.D + d) * W + at];
-            s[k] = minus_square(c + special.log2_w(at), t[k]);
-        }
-    }
-
-private:
-    static FASTVAE_DEVICE T minus_square(T c, T t) { return sizeof(T) == 4 ? fma_(-t, t, c) : minus_squares(c, t * t); }
-};
-
-// m and sum of each range, [ranges][D][S]; with kPull also sum_j 2^(s - m) t a.
-template <class T, bool kPull>
-__global__ __launch_bounds__(kThreads, kBlocks<T>) void marginal_sums(Packed<T> p, int64_t tiles, RangeSums<T> sums, T *pulls) {
-    constexpr int R = kSide<T>;
-    const int64_t panel = blockIdx.x / p.D, d = blockIdx.x % p.D, first = blockIdx.y * tiles;
-    const int64_t last = first + tiles < p.column_panels ? first + tiles : p.column_panels;
-    const bool far_row = p.far_rows[panel];
-    OneDimension<T, true> tile(p, d);
-    RowSum<T> rows[R];
-    T pull[R] = {};
-    tile.load_row(panel);
-    for (int64_t column_panel = first; column_panel < last; ++column_panel) {
-        const bool far_column = p.far_columns[column_panel], meets = meets_own(p, panel, column_panel);
-        tile.load_column(column_panel);
-        FASTVAE_UNROLL
-        for (int r = 0; r < R; ++r) {
-            T t[R], s[R];
-            tile.standardize(r, far_column, t);
-            tile.terms(panel, column_panel, meets, r, t, s);
-            const T rescale = rows[r].add(s, s);
-            if (!kPull) continue;
-            tile.hold_finite(far_row || far_column, t);
-            pull[r] *= rescale;
-            FASTVAE_UNROLL
-            for (int k = 0; k < R; ++k) pull[r] = fma_(s[k] * t[k], tile.a[k], pull[r]);
-        }
-    }
-    FASTVAE_UNROLL
-    for (int r = 0; r < R; ++r) {
-        rows[r].across_lanes(pull[r]);
-        const int64_t i = panel * kPanel<T> + place<T>(tile.lanes.row, r), at = (blockIdx.y * p.D + d) * p.S + i;
-        if (tile.lanes.column || i >= p.S) continue;
-        sums.m[at] = rows[r].m;
-        sums.sum[at] = rows[r].sum;
-        if (kPull) pulls[at] = pull[r];
-    }
-}
-
 // marginals [S, D]
 template <class T> __global__ void combine_marginals(Packed<T> p, RangeSums<T> sums, T *marginals) {
     const int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (k < sums.size) marginals[k % p.S * p.D + k / p.S] = T(sums.total(k).log());
+    if (k >= sums.size) return;
+    LogSum total = sums.total(k);
+    total.shift += double(p.marginal_top[k / p.S]);
+    marginals[k % p.S * p.D + k / p.S] = T(total.log());
 }
 
 // The shares [D, S] in d_marginals [S, D], and where d_z is wanted the last of its parts
@@ -163,6 +82,11 @@ __global__ __launch_bounds__(kThreads, kBlocks<T>) void pull_on_marginal_columns
     parts.t[to + lane] = t;
     parts.tt[to + lane] = tt;
     parts.common[to_common + lane] = c;
+}
+
+template <class In> int pack_with_tops(const Inputs<In> &in, const Packed<Accumulator<In>> &p, Stream stream) {
+    FASTVAE_TRY(pack(in, p, stream));
+    return launch(find_tops<Accumulator<In>>, p.D, 1, kThreads, stream, p);
 }
 
 // How the marginals' work is divided: dimensions are blocks of their own.
@@ -232,7 +156,7 @@ int fastvae_cuda_agg_log_prob_marginals(int dtype, FASTVAE_CUDA_PAIRS, FASTVAE_W
         const MarginalsForward<In> forward(arena, S, N, D, {log_w, log_w_all, own, log_w_own, log_w_next, N});
         if (arena.used() > workspace_size) return FASTVAE_CUDA_WORKSPACE_TOO_SMALL;
         const auto &[p, joint_op, ranges, sums] = forward;
-        FASTVAE_TRY(pack(Inputs<In>(z, z_stride, mu, mu_stride, logvar, logvar_stride), p, stream));
+        FASTVAE_TRY(pack_with_tops(Inputs<In>(z, z_stride, mu, mu_stride, logvar, logvar_stride), p, stream));
         FASTVAE_TRY(joint_op.run(p, static_cast<T *>(joint), static_cast<const T *>(nullptr), stream));
         FASTVAE_TRY(launch(marginal_sums<T, false>, p.row_panels * D, ranges.columns.count, kThreads, stream, p,
                            ranges.columns.size, sums, static_cast<T *>(nullptr)));
@@ -255,7 +179,7 @@ int fastvae_cuda_agg_log_prob_marginals_backward(int dtype, const void *d_joint,
         const Gradients<In> out{static_cast<In *>(d_z), static_cast<In *>(d_mu), static_cast<In *>(d_logvar),
                                 static_cast<T *>(d_log_w)};
         const auto &p = backward.packed;
-        FASTVAE_TRY(pack(Inputs<In>(z, z_stride, mu, mu_stride, logvar, logvar_stride), p, stream));
+        FASTVAE_TRY(pack_with_tops(Inputs<In>(z, z_stride, mu, mu_stride, logvar, logvar_stride), p, stream));
         if (d_joint) {
             FASTVAE_TRY(backward.joint.run(p, static_cast<T *>(nullptr), static_cast<const T *>(d_joint), stream));
             FASTVAE_TRY(backward.pull.run(p, OfShares<T>{backward.joint.shares}, out, stream));

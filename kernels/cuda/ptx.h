@@ -36,6 +36,17 @@ FASTVAE_DEVICE float exp2_(float x) {
 }
 FASTVAE_DEVICE double exp2_(double x) { return exp2(x); }
 
+// The greater of the two, or NaN if one is
+FASTVAE_DEVICE float max_or_nan(float a, float b) {
+#ifdef FASTVAE_HOST_SIMT
+    return a > b || a != a ? a : b;
+#else
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+#endif
+}
+
 // Copies from global to shared memory that go on while the block computes. All threads of the block make the same
 // calls: fetch(), any number of times; commit(), which closes a group; wait<n>(), until all but the last n groups are
 // there; then a barrier, as each thread knows only of its own part. Addresses and sizes are multiples of 16 bytes.

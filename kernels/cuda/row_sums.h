@@ -12,11 +12,23 @@ template <class T> struct RowSum {
     T m = -largest<T>(), sum = 0;  // 2^m sum
     T carry = 0;                   // what sum has too much, after Kahan: tiles may be thousands
 
-    // Terms s; p = 2^(s - m) and what earlier sums were multiplied by come back.
-    template <int n> FASTVAE_DEVICE T add(const T (&s)[n], T (&p)[n]) {
+    // Of numbers 2^(s - m)
+    template <int n> FASTVAE_DEVICE void add(const T (&p)[n]) {
+        T part = p[0];
+        FASTVAE_UNROLL
+        for (int k = 1; k < n; ++k) part += p[k];
+        add(part);
+    }
+    FASTVAE_DEVICE void add(T part) {
+        const T old = sum, term = part - carry;
+        sum = old + term;
+        carry = (sum - old) - term;
+    }
+    // Terms s; p = 2^(s - m) and what earlier sums were multiplied by come back. `fixed`: m stays what it is.
+    template <int n> FASTVAE_DEVICE T add(const T (&s)[n], T (&p)[n], bool fixed = false) {
         T top = m;
         FASTVAE_UNROLL
-        for (int k = 0; k < n; ++k) top = max_(s[k], top);
+        for (int k = 0; k < n && !fixed; ++k) top = max_(s[k], top);
         top = min_(top, largest<T>());
         T part = 0;
         FASTVAE_UNROLL

@@ -25,9 +25,10 @@ template <class T> FASTVAE_DEVICE void load_side(const T *panel, int lane, T (&x
     struct alignas(16) Piece {
         T x[kPiece<T>];
     };
+    const Piece *const mine = reinterpret_cast<const Piece *>(panel) + lane;
     FASTVAE_UNROLL
     for (int v = 0; v < kSide<T> / kPiece<T>; ++v) {
-        const Piece piece = *reinterpret_cast<const Piece *>(panel + (v * kLanes + lane) * kPiece<T>);
+        const Piece piece = mine[v * kLanes];
         FASTVAE_UNROLL
         for (int k = 0; k < kPiece<T>; ++k) x[v * kPiece<T> + k] = piece.x[k];
     }
@@ -179,12 +180,22 @@ FASTVAE_DEVICE void square_sums(Sweep<T, kOwnsRows> &sweep, bool far, const Lane
     }
 }
 
-// Whether an own column of a panel's samples, or the next one, may be in a panel of columns.
+// The panels of columns where an own column of a panel's samples, or the next one, may be.
+template <class T> struct OwnPanels {
+    int first = 0, last = -1;
+    bool wraps = false;  // the next one of the last column is the first
+    FASTVAE_DEVICE OwnPanels(const Packed<T> &p, int64_t row_panel) {
+        if (!p.weights.own || p.own_high[row_panel] < 0) return;
+        first = int(p.own_low[row_panel] / kPanel<T>);
+        last = int((p.own_high[row_panel] + 1) / kPanel<T>);
+        wraps = p.own_high[row_panel] == p.N - 1;
+    }
+    FASTVAE_DEVICE bool has(int column_panel) const {
+        return (column_panel >= first && column_panel <= last) || (wraps && column_panel == 0);
+    }
+};
 template <class T> FASTVAE_DEVICE bool meets_own(const Packed<T> &p, int64_t row_panel, int64_t column_panel) {
-    if (!p.weights.own) return false;
-    constexpr int W = kPanel<T>;
-    const int64_t low = p.own_low[row_panel], high = p.own_high[row_panel], first = column_panel * W;
-    return (low < first + W && high + 1 >= first) || (high == p.N - 1 && column_panel == 0);
+    return OwnPanels<T>(p, row_panel).has(int(column_panel));
 }
 
 // The columns of a panel, at most two, whose weight for one sample is not the common one.

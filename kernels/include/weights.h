@@ -23,6 +23,14 @@ template <class T> struct Weights {
 
     FASTVAE_SHARED bool any_overrides() const { return own && (log_w_own == log_w_own || log_w_next == log_w_next); }
 
+    // The larger of the weights that stand instead of a common one; -inf where there is none.
+    FASTVAE_SHARED T largest_override() const {
+        double largest = -__builtin_inf();
+        if (own && log_w_own > largest) largest = log_w_own;
+        if (own && log_w_next > largest) largest = log_w_next;
+        return T(largest * kLog2e);
+    }
+
     // f(j, log2_w) for the columns, at most two, whose weight for sample i is not the common one.
     template <class F> FASTVAE_SHARED void overrides(int64_t i, const F &f) const {
         if (!own || own[i] < 0 || own[i] >= N) return;
