@@ -1,5 +1,6 @@
 # cmake -P: libfastvae_cuda.so by nvcc, or libfastvae_cuda.txt with the reason why there is none. Never fails, so that
-# the rest of the library is built in any case. Wants SOURCE, OUTPUT, VERSION, WERROR.
+# the rest of the library is built in any case. Wants SOURCE, OUTPUT, VERSION, WERROR;
+# BULK=0 for kernels without bulk copies.
 
 function(give_up reason)
   file(REMOVE "${OUTPUT}/libfastvae_cuda.so")
@@ -11,6 +12,10 @@ find_program(NVCC nvcc HINTS "$ENV{CUDA_HOME}/bin" "$ENV{CUDA_PATH}/bin" /usr/lo
 if(NOT NVCC)
   give_up("libfastvae_cuda.so was not built: there is no nvcc (CUDA_HOME says where)")
   return()
+endif()
+
+if(NOT DEFINED BULK)
+  set(BULK 1)
 endif()
 
 # Machine code for each architecture that the toolkit knows, and PTX of the last for what comes after.
@@ -29,7 +34,8 @@ list(APPEND targets -gencode=arch=compute_${last},code=compute_${last})
 
 file(GLOB sources "${SOURCE}/kernels/cuda/*.cu")
 set(options -std=c++20 -O3 -Xptxas -v --cudart static --threads 0 -Xcompiler -fPIC,-fvisibility=hidden
-    -I "${SOURCE}/kernels/include" -DFASTVAE_ISA=cuda "-DFASTVAE_VERSION=\"${VERSION}\"")
+    -I "${SOURCE}/kernels/include" -DFASTVAE_ISA=cuda "-DFASTVAE_VERSION=\"${VERSION}\""
+    -DFASTVAE_CUDA_BULK=${BULK})
 if(WERROR)
   list(APPEND options -Werror all-warnings)
 endif()

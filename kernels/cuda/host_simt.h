@@ -79,19 +79,14 @@ inline void swap(Context *from, Context *to) { swapcontext(&from->context, &to->
 #endif
 
 struct Fiber {
-    enum State { kReady, kAtBarrier, kInWarp, kDone } state;
+    enum State { kReady, kAtBarrier, kInWarp, kPolls, kDone } state;
     Context context;
     std::unique_ptr<char[]> stack{new char[kStack]};
     int line;                   // of the barrier or shuffle that it waits at
     unsigned char value[2][8];  // what it gives to the warp, by turns, so that none is overwritten before it is read
     int turn;
+    std::function<bool()> until;  // what it polls for
     void *fake_stack;
-};
-
-struct Pending {  // an asynchronous copy
-    void *to;
-    const void *from;
-    size_t size;
 };
 
 struct Block {
@@ -101,6 +96,7 @@ struct Block {
     size_t scheduler_size = 0;
     int current = 0, votes = 0, vote = 0;
     std::function<void()> body;
+    std::function<void()> at_end;  // checks that are another's
     std::vector<char> *shared = nullptr;
 };
 inline Block block;
@@ -160,6 +156,8 @@ inline bool release() {
             any = true;
         }
     }
+    for (Fiber &f : fibers)
+        if (f.state == Fiber::kPolls && f.until()) f.state = Fiber::kReady, any = true;
     bool all = true;
     for (const Fiber &f : fibers) all &= f.state == Fiber::kAtBarrier;
     if (!all) return any;
@@ -191,6 +189,7 @@ inline void run_block(int threads) {
             if (f.state != Fiber::kDone) fail("threads wait for others that never come", first.line, f.line);
         break;
     }
+    if (block.at_end) block.at_end();
     delete block.shared;
 }
 
@@ -200,6 +199,12 @@ inline int barrier_or(int predicate, int line) {
     block.votes |= predicate != 0;
     wait(Fiber::kAtBarrier, line);
     return block.vote;
+}
+
+inline void poll(std::function<bool()> until, int line) {
+    if (until()) return;
+    block.fibers[block.current].until = std::move(until);
+    wait(Fiber::kPolls, line);
 }
 
 template <class T> T shuffle_xor(T x, int offset, int line) {

@@ -135,6 +135,21 @@ FASTVAE_DEVICE void pull_columns(const Stage<T> &stage, int n, bool far_column, 
     }
 }
 
+// Adds the shares in columns whose weight is special, or those where it is not, to to[kPanel].
+template <class T>
+FASTVAE_DEVICE void add_shares(const Packed<T> &p, int64_t row_panel, int64_t column_panel, bool meets, bool special,
+                               const Lanes<false> &lanes, const Pairs<T> &x, T *to) {
+    constexpr int R = kSide<T>;
+    T sum[R] = {};
+    FASTVAE_UNROLL
+    for (int r = 0; r < R; ++r) {
+        const Special<T> of_row(p, meets ? row_panel * kPanel<T> + place<T>(lanes.row, r) : p.S, column_panel);
+        FASTVAE_UNROLL
+        for (int c = 0; c < R; ++c) sum[c] += of_row.has(place<T>(lanes.column, c)) == special ? x[r][c] : T(0);
+    }
+    add_up(sum, lanes.column, to);
+}
+
 template <class T> FASTVAE_DEVICE bool any_nonzero(const Pairs<T> &x) {
     bool any = false;
     FASTVAE_UNROLL
@@ -174,7 +189,6 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void pull_on_rows(Pack
 template <class T, class Weigh, bool kFold>
 __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void pull_on_columns(Packed<T> p, Weigh weigh, int64_t tiles,
                                                                            ColumnParts<T> parts) {
-    constexpr int R = kSide<T>;
     const int panel = int(blockIdx.x), first = int(blockIdx.y * tiles);
     const int last = int(first + tiles < p.row_panels ? first + tiles : p.row_panels);
     const Lanes<false> lanes;
@@ -192,24 +206,9 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void pull_on_columns(P
         const bool far_column = p.far_columns[panel], far = far_column || p.far_rows[row_panel];
         sweep.start(panel, row_panel, row_panel + 1);
         const bool meets = meets_own(p, row_panel, panel);
-        T common[R] = {}, special[R] = {};
-        FASTVAE_UNROLL
-        for (int r = 0; r < R; ++r) {
-            if (meets) {
-                const Special<T> of_row(p, int64_t(row_panel) * kPanel<T> + place<T>(lanes.row, r), panel);
-                FASTVAE_UNROLL
-                for (int c = 0; c < R; ++c) {
-                    const bool has = of_row.has(place<T>(lanes.column, c));
-                    common[c] += has ? T(0) : x[r][c];
-                    special[c] += has ? x[r][c] : T(0);
-                }
-            } else {
-                FASTVAE_UNROLL
-                for (int c = 0; c < R; ++c) common[c] += x[r][c];
-            }
-        }
-        add_up(common, lanes.column, parts.common + part);
-        if (meets) add_up(special, lanes.column, parts.special + part);
+        FASTVAE_NO_UNROLL
+        for (int special = 0; special <= int(meets); ++special)
+            add_shares(p, row_panel, panel, meets, special, lanes, x, (special ? parts.special : parts.common) + part);
         sweep.run([&](const Stage<T> &stage, int chunk, int n) {
             const int64_t at = part * p.D + int64_t(chunk) * sweep.dims() * kPanel<T>;
             if (far)

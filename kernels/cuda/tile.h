@@ -14,6 +14,10 @@ inline bool folds(int64_t D) { return D > kFoldChunks * kChunk; }
 template <class T> struct Stage {
     T z[kChunk][kPanel<T>], ab[kChunk][2][kPanel<T>];
 };
+template <class T> struct Stages {
+    Stage<T> stages[kStages];
+    AsyncCopies<kStages>::Shared copies;
+};
 
 // Which of a panel's samples or columns a thread has, by its lane: pieces of 16 bytes, so that 16 lanes read from
 // different banks.
@@ -68,12 +72,13 @@ template <class T, bool kFold = false> constexpr int kBlocks = kFold || sizeof(T
 template <class T, bool kOwnsRows> class Sweep {
 public:
     FASTVAE_DEVICE Sweep(const Packed<T> &p)
-        : p_(p), stages_(shared_memory<Stage<T>[kStages]>()),
+        : p_(p), stages_(shared_memory<Stages<T>>().stages), copies_(shared_memory<Stages<T>>().copies),
           chunks_(p.D > kChunk ? int((p.D + kChunk - 1) / kChunk) : 1), dims_(int((p.D + chunks_ - 1) / chunks_)) {}
 
     // The next sweeps are over the tiles of this panel with passing ones [first, last): what they need first is sent
     // for.
     FASTVAE_DEVICE void start(int64_t owner, int64_t first, int64_t last) {
+        __syncthreads();  // no thread still reads what came last
         owner_ = int(owner);
         next_ = int(first);
         last_ = int(last);
@@ -84,12 +89,11 @@ public:
     // One tile: f(stage, first dimension, dimensions) for its chunks, in order.
     template <class F> FASTVAE_DEVICE void run(const F &f) {
         for (int chunk = 0; chunk < chunks_; ++chunk) {
-            copies_.template wait<kAhead - 1>();
+            const Stage<T> &stage = stages_[copies_.template wait<kAhead - 1>()];
             __syncthreads();  // every thread's part is there, and no thread still reads the stage that is filled next
             request();
             const int first = chunk * dims_, left = int(p_.D) - first;
-            f(stages_[arrived_], chunk, left < dims_ ? left : dims_);
-            arrived_ = arrived_ + 1 == kStages ? 0 : arrived_ + 1;
+            f(stage, chunk, left < dims_ ? left : dims_);
         }
     }
     FASTVAE_DEVICE int dims() const { return dims_; }
@@ -100,9 +104,9 @@ private:
             const int64_t row = kOwnsRows ? owner_ : next_, column = kOwnsRows ? next_ : owner_;
             const int first = next_chunk_ * dims_, left = int(p_.D) - first, n = left < dims_ ? left : dims_;
             constexpr int W = kPanel<T>, kBytes = W * int(sizeof(T));
-            copies_.fetch(stages_[filled_].z, p_.samples + (row * p_.D + first) * W, n * kBytes);
-            copies_.fetch(stages_[filled_].ab, p_.columns + (column * p_.D + first) * 2 * W, n * 2 * kBytes);
-            filled_ = filled_ + 1 == kStages ? 0 : filled_ + 1;
+            Stage<T> &stage = stages_[copies_.filling()];
+            copies_.fetch(stage.z, p_.samples + (row * p_.D + first) * W, n * kBytes);
+            copies_.fetch(stage.ab, p_.columns + (column * p_.D + first) * 2 * W, n * 2 * kBytes);
             if (++next_chunk_ == chunks_) next_chunk_ = 0, ++next_;
         }
         copies_.commit();  // also of nothing, so that wait() counts right
@@ -110,10 +114,10 @@ private:
 
     const Packed<T> &p_;
     Stage<T> (&stages_)[kStages];
-    AsyncCopies copies_;
+    AsyncCopies<kStages> copies_;
     const int chunks_, dims_;
     int owner_, next_, last_;  // panels
-    int next_chunk_, filled_ = 0, arrived_ = 0;
+    int next_chunk_;
 };
 
 template <bool kFar, class T, bool kOwnsRows>
