@@ -46,7 +46,6 @@ class Case(NamedTuple):
     shares: Mapping[str, float] = MappingProxyType({})  # of the longest innermost loop, at least: {"FFMA": 0.6}
     loops: tuple[Mapping[str, float], ...] = ()  # for each, an innermost loop that has at least these shares
     tensor_cores: bool = False  # whether its machine code is read on every NVIDIA target, for theirs
-    stack: Mapping[str, int] = MappingProxyType({})  # bytes, at most, of registers spilled outside the innermost loops
 
 
 class Report(NamedTuple):
@@ -147,7 +146,11 @@ def pairs(name: str, *problem: Any, want_z: bool = True, precision: str = "exact
 MANY = 1 << 20
 HALF, DOUBLE = torch.bfloat16, torch.float64
 PACK = 224  # registers of the kernel that packs, which takes no time; the others launched with it have 128
-AROUND = {"sm_80": 48, "sm_90": 40, "sm_100": 48}  # of gradients, kept while the shares of a tile are found
+FORWARD = ({"FFMA": 0.82},)  # a tile of 8 x 8 pairs
+UNROLLED = ({"FFMA": 0.78},)  # 8 x 4, two dimensions at a time
+HALF_TILE = ({"FFMA": 0.70},)  # 8 x 4
+SQUARES = {"FFMA": 0.73}  # 2 x 16, two dimensions at a time
+PULLS = {"FFMA": 0.52, "FMUL": 0.19}
 CASES = {
     "kl_gauss sum": Case(kl(MANY, 128, "batchmean"), "_kl_gauss", 64, instructions=46, wide=True),
     "kl_gauss sample": Case(kl(MANY, 128, "sample"), "_kl_gauss", 64, instructions=46, wide=True),
@@ -168,64 +171,71 @@ CASES = {
     ),
     "sample_gauss_backward all": Case(sample_backward(8, 507, 33, "zqpk"), "_sample_gauss_backward"),
     "sample_gauss_backward float64": Case(sample_backward(2, 97, 64, "zqpk", DOUBLE), "_sample_gauss_backward"),
-    "cross_log_prob": Case(
-        pairs("cross_log_prob", 8192, 8192, 64), "_cross_log_prob", PACK, loops=({"FFMA": 0.82},), stack={"sm_100": 32}
-    ),
+    "cross_log_prob": Case(pairs("cross_log_prob", 8192, 8192, 64), "_cross_log_prob", PACK, loops=FORWARD),
+    "cross_log_prob D 512": Case(pairs("cross_log_prob", 8192, 8192, 512), "_cross_log_prob", PACK, loops=HALF_TILE),
+    "cross_log_prob float64": Case(pairs("cross_log_prob", 512, 512, 10, False, DOUBLE), "_cross_log_prob", PACK),
     "cross_log_prob_backward": Case(
-        pairs("cross_log_prob_backward", 8192, 8192, 64),
-        "_cross_rows",
-        PACK,
-        loops=({"FFMA": 0.49, "FMUL": 0.26},),
-        stack={"sm_80": 24, "sm_100": 8},
+        pairs("cross_log_prob_backward", 8192, 8192, 64), "_cross_rows", PACK, loops=({"FFMA": 0.45, "FMUL": 0.25},)
     ),
-    "agg_log_prob": Case(
-        pairs("agg_log_prob", 16384, 16384, 64), "_joint_rows", PACK, loops=({"FFMA": 0.82},), stack={"sm_100": 64}
+    "cross_log_prob_backward D 512 float64": Case(
+        pairs("cross_log_prob_backward", 4096, 4096, 512, False, DOUBLE), "_cross_columns", PACK
     ),
+    "agg_log_prob": Case(pairs("agg_log_prob", 16384, 16384, 64), "_joint_rows", PACK, loops=FORWARD),
+    "agg_log_prob own": Case(pairs("agg_log_prob", 16384, 16384, 64, True), "_joint_rows", PACK, loops=UNROLLED),
     "agg_log_prob D 512 own": Case(
-        pairs("agg_log_prob", 64, 10**6, 512, True), "_joint_rows", PACK, loops=({"FFMA": 0.68},), stack={"sm_90": 32}
+        pairs("agg_log_prob", 64, 10**6, 512, True), "_joint_rows", PACK, loops=({"FFMA": 0.68},)
+    ),
+    "agg_log_prob D 512 many own": Case(
+        pairs("agg_log_prob", 16384, 16384, 512, True), "_joint_rows", PACK, loops=HALF_TILE
     ),
     "agg_log_prob small bfloat16": Case(pairs("agg_log_prob", 256, 256, 33, False, HALF), "_joint_rows", PACK),
+    "agg_log_prob small own": Case(pairs("agg_log_prob", 256, 256, 33, True), "_joint_rows", PACK),
+    "agg_log_prob float64 own": Case(pairs("agg_log_prob", 4096, 4096, 10, True, DOUBLE), "_joint_rows", PACK),
     "agg_log_prob tf32x3": Case(
-        pairs("agg_log_prob", 16384, 16384, 64, True, precision="tf32x3"),
-        "_joint_rows_tf32x3",
-        255,
-        tensor_cores=True,
-        stack={"sm_90": 32},
+        pairs("agg_log_prob", 16384, 16384, 64, True, precision="tf32x3"), "_joint_rows_tf32x3", 255, tensor_cores=True
     ),
     "agg_log_prob_backward": Case(
-        pairs("agg_log_prob_backward", 16384, 16384, 64),
-        "_joint_columns",
-        PACK,
-        loops=({"FFMA": 0.78}, {"FFMA": 0.53, "FMUL": 0.19}),
-        stack=AROUND,
+        pairs("agg_log_prob_backward", 16384, 16384, 64), "_joint_columns", PACK, loops=(SQUARES, PULLS)
     ),
-    "agg_log_prob_backward float64": Case(
-        pairs("agg_log_prob_backward", 4096, 4096, 10, True, DOUBLE),
+    "agg_log_prob_backward rows": Case(
+        pairs("agg_log_prob_backward", 16384, 16384, 64),
         "_joint_rows",
         PACK,
-        loops=({"DFMA": 0.5},),
-        stack={"sm_80": 120, "sm_90": 96, "sm_100": 104},
+        loops=(SQUARES, {"FFMA": 0.45, "FMUL": 0.25}),
+    ),
+    "agg_log_prob_backward own bfloat16": Case(
+        pairs("agg_log_prob_backward", 16384, 16384, 64, True, HALF), "_joint_columns", PACK, loops=(SQUARES, PULLS)
+    ),
+    "agg_log_prob_backward D 512 own": Case(
+        pairs("agg_log_prob_backward", 4096, 4096, 512, True), "_joint_columns", PACK, loops=({"FFMA": 0.67},)
+    ),
+    "agg_log_prob_backward small own": Case(pairs("agg_log_prob_backward", 256, 256, 33, True), "_joint_columns", PACK),
+    "agg_log_prob_backward float64": Case(
+        pairs("agg_log_prob_backward", 4096, 4096, 10, True, DOUBLE), "_joint_rows", PACK, loops=({"DFMA": 0.45},)
     ),
     "agg_log_prob_marginals": Case(
-        pairs("agg_log_prob_marginals", 8192, 8192, 32),
-        "_joint_and_marginals",
-        PACK,
-        loops=({"FFMA": 0.82}, {"MUFU": 0.08}),
-        stack={"sm_100": 64},
+        pairs("agg_log_prob_marginals", 8192, 8192, 32), "_joint_and_marginals", PACK, loops=(*FORWARD, {"MUFU": 0.08})
     ),
     "agg_log_prob_marginals own": Case(
         pairs("agg_log_prob_marginals", 8192, 8192, 10, True),
         "_joint_and_marginals",
-        255,
-        loops=({"FFMA": 0.82}, {"MUFU": 0.05}),
-        stack={"sm_80": 200, "sm_90": 168, "sm_100": 232},
+        PACK,
+        loops=(*UNROLLED, {"MUFU": 0.05}),
+    ),
+    "agg_log_prob_marginals D 512 own float64": Case(
+        pairs("agg_log_prob_marginals", 4096, 4096, 512, True, DOUBLE), "_joint_and_marginals", PACK
     ),
     "agg_log_prob_marginals_backward": Case(
-        pairs("agg_log_prob_marginals_backward", 8192, 8192, 32),
+        pairs("agg_log_prob_marginals_backward", 8192, 8192, 32), "_marginal_columns", PACK, loops=({"MUFU": 0.05},)
+    ),
+    "agg_log_prob_marginals_backward own": Case(
+        pairs("agg_log_prob_marginals_backward", 8192, 8192, 10, True),
         "_marginal_columns",
         PACK,
-        loops=({"MUFU": 0.05},),
-        stack=AROUND,
+        loops=({"MUFU": 0.02},),
+    ),
+    "agg_log_prob_marginals_backward own float64": Case(
+        pairs("agg_log_prob_marginals_backward", 4096, 4096, 10, True, DOUBLE), "_marginal_columns", PACK
     ),
 }
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -31,6 +31,29 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of 2 that is not below n, and 1 for n below 1."""
     return 1 << max(0, n - 1).bit_length()
+
+
+class Target(NamedTuple):
+    backend: str  # "cuda", "hip", or none in the interpreter
+    warp: int  # threads
+    pairs_fmas: bool  # whether its compiler makes one instruction of two, of neighbouring registers
+
+
+@functools.cache
+def _target_of(driver: Any) -> Target:
+    found = driver.get_current_target()
+    return Target(found.backend, found.warp_size, found.backend == "cuda" and found.arch >= 100)
+
+
+def target() -> Target:
+    return Target("", 32, False) if INTERPRETED else _target_of(triton.runtime.driver.active)
+
+
+def resources(threads: int, registers: int) -> Config:
+    """Launch options: so many threads, of at most so many registers. Where NVIDIA's compiler is not told how many it
+    may use, it would rather spill a few than pass 80 or 128."""
+    warps = {"num_warps": threads // target().warp}
+    return warps | {"maxnreg": registers} if target().backend == "cuda" else warps
 
 
 @functools.cache

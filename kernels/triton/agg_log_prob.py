@@ -62,7 +62,7 @@ def joint_sums(
     first_row = block.to(tl.int64) * ROWS
     row_lane, rows = owned(RO, TO)
     column_lane, columns = passing(RP, TP)
-    row, column = row_lane + rows, column_lane + columns
+    row = row_lane + rows
     inside = row < tl.minimum(S - first_row, ROWS).to(tl.int32)
     z = samples + offset(first_row, D) + row_lane
     if BACKWARD:
@@ -83,8 +83,9 @@ def joint_sums(
         meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, COLUMNS)
         s = minus_squares(tl.load(c + first_column + column_lane + columns), squares)
         s = add_log_weights(
-            s, log_w, own, log_w_own, log_w_next, meets, first_row, row, first_column, column, N, OWN, NEXT, COLUMNS
-        )
+            s, log_w, own, log_w_own, log_w_next, meets, first_row + row_lane + rows, column_lane, columns,
+            first_column, N, OWN, NEXT, COLUMNS,
+        )  # fmt: skip
         m, total, carry, p, part, rescale = add_terms(m, total, carry, s, BACKWARD)
         if d_z is not None:  # noqa: SIM102 (known when compiled)
             if tl.max(tl.where(part == 0, 0, 1)) != 0:  # far columns cost no more than their densities
@@ -196,8 +197,9 @@ def _joint_columns(
         meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, COLUMNS)
         s = minus_squares(tl.load(c + first_column + column_lane + columns), squares)
         s = add_log_weights(
-            s, log_w, own, log_w_own, log_w_next, meets, first_row, row, first_column, column, N, OWN, NEXT, COLUMNS
-        )
+            s, log_w, own, log_w_own, log_w_next, meets, first_row + row_lane + rows, column_lane, columns,
+            first_column, N, OWN, NEXT, COLUMNS,
+        )  # fmt: skip
         there = row < tl.minimum(S - first_row, ROWS).to(tl.int32)
         p = tl.exp2(s - tl.load(ms + first_row + row_lane + rows, there, other=INF))
         r = p * tl.load(factors + first_row + row_lane + rows, there, other=0.0)
@@ -205,7 +207,10 @@ def _joint_columns(
         share += part
         if common_shares is not None:
             if meets:
-                common = override(r, 0.0, 0.0, own, first_row, row, first_column, column, N, OWN, NEXT, COLUMNS)
+                common = override(
+                    r, 0.0, 0.0, own, first_row + row_lane + rows, column_lane, columns, first_column, N, OWN, NEXT,
+                    COLUMNS,
+                )  # fmt: skip
                 common_share += summed(common, False)
             else:
                 common_share += part
@@ -235,7 +240,7 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
         return joint
 
     def run(config: Config) -> Tensor:
-        g = grid(S, N, D, packed.dtype, z.device, reduce=False, **config)
+        g = grid(S, N, D, packed.dtype, z.device, False, any(packed.overridden), **config)
         ms, totals = (None, None) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
         _joint_rows[(g.programs,)](
             *_operands(packed),

@@ -66,7 +66,7 @@ def marginal_sums(
         meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, RP * TP)
         s = add_log_weights(
             minus_square(tl.load(c + at + columns), t), log_w, own, log_w_own, log_w_next, meets,
-            first_row, row_lane + rows, first_column, column_lane + columns, N, OWN, NEXT, RP * TP,
+            first_row + row_lane + rows, column_lane, columns, first_column, N, OWN, NEXT, RP * TP,
         )  # fmt: skip
         m, total, carry, p, _, rescale = add_terms(m, total, carry, s, False)
         if PULL:
@@ -206,7 +206,7 @@ def _marginal_columns(
         meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, RO * TO)
         s = add_log_weights(
             minus_square(c_d, t), log_w, own, log_w_own, log_w_next, meets,
-            first_row, row, first_column, column, N, OWN, NEXT, RO * TO,
+            first_row + row_lane + rows, column_lane, columns, first_column, N, OWN, NEXT, RO * TO,
         )  # fmt: skip
         there = row < tl.minimum(S - first_row, RP * TP).to(tl.int32)
         of_row = d.to(tl.int64) * S + first_row + row_lane
@@ -216,7 +216,10 @@ def _marginal_columns(
         r0 += part
         if common_shares is not None:
             if meets:
-                common = override(r, 0.0, 0.0, own, first_row, row, first_column, column, N, OWN, NEXT, RO * TO)
+                common = override(
+                    r, 0.0, 0.0, own, first_row + row_lane + rows, column_lane, columns, first_column, N, OWN, NEXT,
+                    RO * TO,
+                )  # fmt: skip
                 common_share += summed(common, False)
             else:
                 common_share += part
@@ -246,8 +249,8 @@ def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWe
     joint, marginals = new(packed, S), new(packed, S, D)
     if S == 0:
         return joint, marginals
-    g = grid(S, N, D, packed.dtype, z.device, reduce=False)
-    each = grid_per_dimension(S, N, D, packed.dtype, z.device, more=any(packed.overridden))
+    g = grid(S, N, D, packed.dtype, z.device, False, any(packed.overridden))
+    each = grid_per_dimension(S, N, D, packed.dtype, z.device, False, any(packed.overridden))
     joint_parts = None if g.splits == 1 else new(packed, 2, g.splits, S)
     parts = None if each.splits == 1 else new(packed, 2, each.splits, D, S)
     _joint_and_marginals[(g.programs + each.programs,)](
@@ -293,7 +296,7 @@ def agg_log_prob_marginals_backward(
     shares = _shares_of_rows(packed, d_marginals, joint_d_z, d_z)
     if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
         g = grid(N, S, D, packed.dtype, z.device, reduce=True)
-        each = grid_per_dimension(N, S, D, packed.dtype, z.device, more=True)
+        each = grid_per_dimension(N, S, D, packed.dtype, z.device, True, any(packed.overridden))
         n = g.splits if joint_shares else 0
         sums = None if d_mu is None and d_logvar is None else new(packed, n + each.splits, 2, N, D)
         total_shares = new(packed, n, N)
@@ -318,7 +321,7 @@ def _shares_of_rows(
     m, factors = new(packed, D, S), new(packed, D, S)
     if S == 0:
         return m, factors
-    each = grid_per_dimension(S, N, D, packed.dtype, d_marginals.device, more=True)
+    each = grid_per_dimension(S, N, D, packed.dtype, d_marginals.device, True, any(packed.overridden))
     ms, totals = new(packed, each.splits, D, S), new(packed, each.splits, D, S)
     pulls = None if d_z is None else new(packed, each.splits, D, S)
     _marginal_rows[(each.programs,)](

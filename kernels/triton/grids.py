@@ -1,12 +1,11 @@
 """Launch configurations of the cross-evaluated kernels, fixed by the sizes: tiles, and how many programs share them."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton
 
-from ._launch import INTERPRETED, Config, cdiv
+from ._launch import INTERPRETED, Config, cdiv, resources, target
 from .tiles import FOLD
 
 THREADS = 256
@@ -27,13 +26,6 @@ class Grid(NamedTuple):
         return self.blocks * self.splits
 
 
-@functools.cache
-def _target(driver: Any) -> tuple[str, int]:
-    """Backend and threads in a warp"""
-    target = driver.get_current_target()
-    return target.backend, target.warp_size
-
-
 def multiprocessors(device: torch.device) -> int:
     """How many to fill; an H200's where there is no GPU to ask, and few for the interpreter."""
     if device.type == "cuda":
@@ -47,31 +39,42 @@ def _grid(tile: Tile, owned: int, passing: int, copies: int, steps: int, device:
     if cdiv(owned, RO * TO) * cdiv(passing, RP * TP) * copies < sms:
         RO, RP, TO, TP, unroll = SMALL
     while RO > 1 and 2 * owned <= RO * TO:
-        RO //= 2
-    backend, warp = ("", 32) if INTERPRETED else _target(triton.runtime.driver.active)
-    config = {"RO": RO, "RP": RP, "TO": TO, "TP": TP, "UNROLL": unroll, "num_warps": THREADS // warp}
-    if backend == "cuda":
-        config["maxnreg"] = 65536 // THREADS // per_sm
+        RO, unroll = RO // 2, max(unroll, 2)
+    config = {"RO": RO, "RP": RP, "TO": TO, "TP": TP, "UNROLL": unroll} | resources(THREADS, 65536 // THREADS // per_sm)
     blocks, tiles = cdiv(owned, RO * TO), cdiv(passing, RP * TP)
     splits = _splits(blocks * copies, tiles, steps, per_sm * sms)
     return Grid(config, blocks * copies, splits, max(1, cdiv(tiles, splits)))
 
 
-def grid(
-    owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, reduce: bool, tile: Tile | None = None
-) -> Grid:
-    """For `owned` samples against `passing` columns, or the other way round; `reduce`: whether each dimension is summed
-    over what passes by, across lanes, which should then be few.
+def _tile(D: int, dtype: torch.dtype, reduce: bool, overridden: bool) -> Tile:
+    """A program has 256 threads of at most 128 registers, so that two share a multiprocessor, and none may spill. In
+    the register tile of 8 x 8 pairs a step in d loads 16 words for 128 FMAs, where a pair keeps one sum. Half of that
+    where squares are summed in two levels, where pairs are compared with own columns, and where a compiler makes FMAs
+    in pairs, whose registers have to be neighbours. Gradients keep a tile's shares while they sum each dimension over
+    what passes by, across lanes, which should then be few: 2 x 16 pairs and 4 lanes. Numbers in float64 take two."""
+    folded = FOLD.value < D
+    if dtype == torch.float64:
+        return (2, 4, 64, 4, 1) if reduce else (4, 2 if overridden or folded else 4, 32, 8, 1)
+    if reduce:
+        return (2, 8, 64, 4, 2) if folded else (2, 16, 64, 4, 2)
+    if folded or overridden or target().pairs_fmas:
+        return 8, 4, 16, 16, 1 if folded else 2
+    return 8, 8, 16, 16, 1
 
-    The register tile is 8 x 8 or 4 x 16 pairs, so that a step in d loads 16 to 20 words for 128 FMAs and 128 registers
-    hold it: two programs of 256 threads on a multiprocessor. Half as many pairs, two steps at a time, where they are
-    summed in two levels; two steps of 8 x 8 would spill. A quarter of float64."""
-    if tile is None and dtype == torch.float64:
-        tile = (4, 4, 32, 8, 1)
-    elif tile is None:
-        split = 2 if FOLD.value < D else 1
-        tile = (4, 16 // split, 32, 8, 1) if reduce else (8, 8 // split, 16, 16, split)
-    return _grid(tile, owned, passing, 1, D + 8, device)
+
+def grid(
+    owned: int,
+    passing: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    reduce: bool,
+    overridden: bool = False,
+    tile: Tile | None = None,
+) -> Grid:
+    """For `owned` samples against `passing` columns, or the other way round. `reduce`: whether each dimension is summed
+    over what passes by; `overridden`: whether own columns have weights of their own."""
+    return _grid(tile or _tile(D, dtype, reduce, overridden), owned, passing, 1, D + 8, device)
 
 
 def configs(owned: int, passing: int, dtype: torch.dtype) -> list[Config]:
@@ -81,11 +84,15 @@ def configs(owned: int, passing: int, dtype: torch.dtype) -> list[Config]:
     return [{"tile": tile} for tile in (None, *others)]
 
 
-def grid_per_dimension(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, more: bool) -> Grid:
-    """The same with programs for each dimension alone; `more`: whether they need registers for more than sums, for
-    gradients or own columns' weights. An exponential takes as long as eight FMAs: what is left to save is what is done
-    once for a row and a tile, so many columns pass at a time."""
-    tile = (4, 4 if dtype == torch.float64 else 8 if more else 16, 32, 8, 1)
+def grid_per_dimension(
+    owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, reduce: bool, overridden: bool
+) -> Grid:
+    """The same with programs for each dimension alone. An exponential takes as long as eight FMAs: what is left to save
+    is what is done once for a row and a tile, so many columns pass at a time, and fewer where there is more to keep."""
+    if dtype == torch.float64:
+        tile = (2, 4, 64, 4, 1) if reduce or overridden else (4, 4, 32, 8, 1)
+    else:
+        tile = (4, (4 if overridden or target().pairs_fmas else 8) if reduce else 8 if overridden else 16, 32, 8, 1)
     return _grid(tile, owned, passing, D, 6, device)
 
 
@@ -112,4 +119,4 @@ def matrix_grid(owned: int, passing: int, D: int, device: torch.device) -> Grid:
 
 def has_tensor_cores() -> bool:
     """Whether Triton compiles for those; its interpreter emulates them."""
-    return INTERPRETED or _target(triton.runtime.driver.active)[0] == "cuda"
+    return INTERPRETED or target().backend == "cuda"

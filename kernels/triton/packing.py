@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastvae.backends.contract import LogWeights, accumulation_dtype
 
-from ._launch import accumulator, cdiv, next_power_of_2
+from ._launch import accumulator, cdiv, next_power_of_2, resources
 from .elementary import INF, LOG2E, largest
 
 PANEL = tl.constexpr(128)
@@ -56,7 +56,7 @@ def _centre(mu, row_stride, column_stride, d, N, D, ACC: tl.constexpr, MODERATE:
     makes most offsets small; every program computes the same."""
     k = tl.arange(0, 64)
     n = tl.minimum(N, 64)
-    j = k.to(tl.int64) * N // tl.maximum(n, 1)
+    j = k.to(tl.int64) * tl.maximum(N, 64) // 64
     inside = (k < n)[:, None] & (d < D)[None, :]
     x = tl.load(mu + j[:, None] * row_stride + d[None, :] * column_stride, inside, other=0.0).to(ACC)
     total = tl.sum(x, 0)
@@ -270,8 +270,8 @@ def pack(
         *(packed.samples, packed.own, packed.own_low, packed.own_high, packed.far_samples),
         *(planes, packed.marginal_c, packed.c, packed.log_w, packed.far_columns),
         *(S, N, D, column_panels, weights is not None, not overridden, accumulator(z.dtype), *limits),
-        min(16, next_power_of_2(max(D, 1))),
+        min(8, next_power_of_2(max(D, 1))),
     )
     if row_panels + column_panels:
-        _pack[(row_panels + column_panels,)](*arguments, num_warps=8)
+        _pack[(row_panels + column_panels,)](*arguments, **resources(256, 128 if dtype == torch.float32 else 168))
     return packed

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv
+from ._launch import cdiv, resources
 from .elementary import largest
 from .log_sum_exp import summed
 from .packing import PANEL, Packed
@@ -167,5 +167,5 @@ def columns_gradients(
     counts = [0 if x is None else x.shape[0] for x in (sums, shares, common_shares)]
     _combine_columns[(cdiv(packed.N, 32),)](
         *(sums, shares, common_shares, packed.columns, d_mu, d_logvar, d_log_w, packed.N, *counts, packed.D, 32, 32),
-        num_warps=4,
+        **resources(128, 168),
     )

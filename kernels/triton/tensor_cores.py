@@ -89,7 +89,7 @@ def _joint_rows_tf32x3(
         meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, COLUMNS)
         s = minus_squares(tl.load(c + first_column + column)[None, :], squares)
         s = add_log_weights(
-            s, log_w, own, log_w_own, log_w_next, meets, first_row, row[:, None], first_column, column[None, :], N,
+            s, log_w, own, log_w_own, log_w_next, meets, first_row + row[:, None], 0, column[None, :], first_column, N,
             OWN, NEXT, COLUMNS,
         )  # fmt: skip
         m, total, carry, _, _, _ = add_terms(m, total, carry, tl.trans(s)[None, :, :, None], False)

@@ -141,37 +141,40 @@ def meets_own(
 
 
 @triton.jit
-def _within(j, first_column, COLUMNS: tl.constexpr):
-    """Where in a tile column j is, as an int32; -1 for elsewhere."""
-    return tl.where((j >= first_column) & (j < first_column + COLUMNS), j - first_column, -1).to(tl.int32)
+def _place(j, first_column, lane, COLUMNS: tl.constexpr):
+    """Where in a tile column j is, as an int32 from the thread's own first column `lane` on; negative for elsewhere."""
+    there = j - first_column
+    return tl.where((there >= 0) & (there < COLUMNS), there, -1).to(tl.int32) - lane
 
 
 @triton.jit
 def override(
-    common, own_one, next_one, own, first_row, row, first_column, column, N,
+    common, own_one, next_one, own, row, lane, columns, first_column, N,
     OWN: tl.constexpr, NEXT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`common`, but what belongs at own columns and those after them there."""
-    drawn_from = tl.load(own + first_row + row)
+    """`common`, but what belongs at own columns and those after them there. `row` is counted from the first of all;
+    `lane` and `columns` are a thread's first column in the tile and the constants that make the others of it: a
+    comparison has those as they are, and no register holds the indices of a tile's columns."""
+    drawn_from = tl.load(own + row)
     if NEXT:
         following = tl.where(drawn_from == N - 1, 0, drawn_from + 1)
-        common = tl.where(column == _within(following, first_column, COLUMNS), next_one, common)
+        common = tl.where(columns == _place(following, first_column, lane, COLUMNS), next_one, common)
     if OWN:
-        common = tl.where(column == _within(drawn_from, first_column, COLUMNS), own_one, common)
+        common = tl.where(columns == _place(drawn_from, first_column, lane, COLUMNS), own_one, common)
     return common
 
 
 @triton.jit
 def add_log_weights(
-    s, log_w, own, log_w_own, log_w_next, meets, first_row, row, first_column, column, N,
+    s, log_w, own, log_w_own, log_w_next, meets, row, lane, columns, first_column, N,
     OWN: tl.constexpr, NEXT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """To a tile's log densities, where they are not in them yet."""
     if OWN or NEXT:
-        w = tl.load(log_w + first_column + column)
+        w = tl.load(log_w + first_column + lane + columns)
         if meets:
             w_own, w_next = tl.full([], log_w_own, s.dtype), tl.full([], log_w_next, s.dtype)
-            s += override(w, w_own, w_next, own, first_row, row, first_column, column, N, OWN, NEXT, COLUMNS)
+            s += override(w, w_own, w_next, own, row, lane, columns, first_column, N, OWN, NEXT, COLUMNS)
         else:
             s += w
     return s
