@@ -1,29 +1,21 @@
 """Fused kernels for variational autoencoders."""
 
+from .aggregate_objectives import BetaTCVAE, InfoVAE
 from .backends import use_backend
 from .backends.precision import precision
+from .decomposition import KLDecomposition, kl_decomposition
 from .divergences import mmd
-from .estimators import KLDecomposition, agg_entropy, estimator_weights, kl_decomposition
-from .evaluate import (
-    DecoderMI,
-    active_units,
-    decoder_mutual_information,
-    kl_decomposition_dataset,
-    mi_bounds,
-)
+from .estimators import agg_entropy, estimator_weights
+from .evaluate import DecoderMI, active_units, decoder_mutual_information, kl_decomposition_dataset
 from .holes import PriorHole, prior_hole
 from .importance import effective_sample_size, elbo, iw_elbo, mc_iw_elbo
-from .information import cross_entropy, entropy, kl_discrete
+from .information import cross_entropy, entropy, kl_discrete, mi_bounds
 from .mixture import GaussianMixture
-from .objectives import ELBO, IWAE, BetaTCVAE, InfoVAE
-from .ops.aggregate import (
-    ColumnWeights,
-    agg_log_prob,
-    agg_log_prob_marginals,
-    cross_log_prob,
-    log_prob_gauss,
-)
+from .objectives import ELBO, IWAE
+from .ops.aggregate import agg_log_prob, agg_log_prob_marginals
+from .ops.cross import cross_log_prob, log_prob_gauss
 from .ops.kl import kl_gauss
+from .ops.pairs import ColumnWeights
 from .ops.sampling import GaussianSample, reparameterize, sample_gauss
 from .priors import DiagonalGaussian, MixturePrior, StandardNormal, VampPrior
 from .vae import VAE, LogLikelihood, VAEOutput

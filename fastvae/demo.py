@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from . import plots
 from .backends import backend_for
-from .estimators import kl_decomposition
+from .decomposition import kl_decomposition
 from .ops.kl import kl_gauss
 from .ops.sampling import reparameterize
 from .vae import VAE

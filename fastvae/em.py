@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from .backends.contract import accumulation_dtype
-from .ops.aggregate import ColumnWeights, agg_log_prob, cross_log_prob, mixture_sums
+from .ops.aggregate import agg_log_prob, mixture_sums
+from .ops.cross import cross_log_prob
+from .ops.pairs import ColumnWeights
 
 CANCELLED = 1e-4  # a variance this much smaller than what it is the difference of is computed again
 MISPLACED = 1e-3  # widths: how far off rounding may put a mean

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .estimators import KLDecomposition, check_prior, decompose
+from .decomposition import KLDecomposition, decompose
 from .evaluate import column_chunks, log_q, warn_if_saturated
 from .ops._checks import check_count, check_number
-from .ops.aggregate import agg_log_prob, log_prob_gauss
+from .ops.aggregate import agg_log_prob
+from .ops.cross import log_prob_gauss
 from .ops.sampling import reparameterize
-from .priors import Prior, StandardNormal
+from .priors import Prior, StandardNormal, check_prior
 from .streams import Posteriors, open_posteriors
 from .vae import VAE
 

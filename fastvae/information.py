@@ -1,4 +1,4 @@
-"""Information of categorical distributions, in nats (Basics VAE, section 4).
+"""Information, in nats: of categorical distributions (Basics VAE, section 4), and the bounds of a VAE's I(x; z).
 
     H(p) = −sum_c p_c log p_c,    H(p, q) = −sum_c p_c log q_c,    KL(p ‖ q) = sum_c p_c log p_c / q_c = H(p, q) − H(p)
 
@@ -7,11 +7,15 @@ none and p does makes H(p, q) and KL(p ‖ q) infinite. Values are not looked at
 add up to 1 is the caller's word.
 """
 
+import math
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .backends.contract import accumulation_dtype
-from .ops._checks import check_device, check_tensor
+from .ops._checks import check_choice, check_count, check_device, check_number, check_tensor
 
 
 def entropy(p: Tensor, dim: int = -1) -> Tensor:
@@ -82,6 +86,77 @@ def kl_discrete(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
     """
     p, q = _checked(p, q)
     return (p * (_log(p, p == 0) - _log(q, (p == 0) & (q == 0)))).sum(dim)
+
+
+def mi_bounds(
+    nell: float | Tensor,
+    div: float | Tensor,
+    *,
+    h_data: float | Tensor | None = None,
+    dataset_size: int | None = None,
+    likelihood: Any = "discrete",
+) -> tuple[float | Tensor, float | Tensor]:
+    """(lower, upper) of H_data − Nell ≤ I_enc(x; z) ≤ Div, in nats.
+
+    Args:
+        nell: mean −log p(x|z), summed over the elements of x; not negative where p(x|z) is a probability.
+        div: mean KL(q(z|x) ‖ p(z)).
+        h_data: the entropy of the data, finite; the differential entropy where p(x|z) is a density.
+        dataset_size: N, instead of `h_data`, for H_data = log N: right for N distinct examples of discrete data, which
+            are then the whole population.
+        likelihood: `"discrete"`, `"density"`, or a likelihood such as `vae.likelihood`, which says so itself.
+
+    Raises:
+        TypeError: an argument is not a number or a tensor of one element, or not a likelihood.
+        ValueError: neither `h_data` nor `dataset_size`, or both; a density without `h_data`, since the entropy of N
+            points is no differential entropy; NaN; a negative `nell` of a discrete likelihood.
+
+    Warns:
+        UserWarning: lower > upper. Beyond Monte Carlo error that cannot be: nell or div is a mean over something
+            else than examples, or of other data than h_data.
+
+    Source: Zheng, eq. 30-35; Alemi et al. 2018.
+
+    Example:
+        >>> out = vae(x)
+        >>> lower, upper = fastvae.mi_bounds(out.nell, out.kl, dataset_size=60_000, likelihood=vae.likelihood)
+    """
+    for name, value in (("nell", nell), ("div", div), ("h_data", h_data)):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise TypeError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
+        if value is not None or name != "h_data":
+            check_number(name, value.item() if isinstance(value, Tensor) else value)
+    if isinstance(likelihood, str):
+        check_choice("likelihood", likelihood, ("discrete", "density"))
+    elif not isinstance(getattr(likelihood, "discrete", None), bool):
+        raise TypeError(f"likelihood: expected 'discrete', 'density' or a likelihood, got {type(likelihood).__name__}")
+    discrete = likelihood == "discrete" or getattr(likelihood, "discrete", False)
+    if discrete and nell < 0:
+        raise ValueError(
+            f"nell: expected a number >= 0, as p(x|z) is a probability, got {float(nell):.4g}; where it is a density,"
+            " say so by likelihood='density'"
+        )
+    if h_data is None:
+        if not discrete:
+            raise ValueError("h_data: expected the differential entropy of the data, as p(x|z) is a density, got None")
+        if dataset_size is None:
+            raise ValueError(
+                "h_data: expected the entropy of the data, or dataset_size for distinct examples, got None"
+            )
+        check_count("dataset_size", dataset_size, least=1)
+        h_data = math.log(dataset_size)
+    elif dataset_size is not None:
+        raise ValueError(f"dataset_size: expected None where h_data is given, got {dataset_size}")
+    elif math.isinf(h_data):
+        raise ValueError(f"h_data: expected a finite number, got {float(h_data)}")
+    lower, upper = h_data - nell, div
+    if lower > upper:
+        warnings.warn(
+            f"the bounds of I(x; z) cross: H_data - Nell = {float(lower):.4g} is above Div = {float(upper):.4g};"
+            " but for Monte Carlo error, nell, div and h_data cannot be of the same data, in nats per example",
+            stacklevel=2,
+        )
+    return lower, upper
 
 
 def _log(x: Tensor, unused: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training objectives of a VAE.
+"""Training objectives of a VAE: what one is, and the bounds on log p(x).
 
 An objective says how many samples it wants, `k` outside the logarithm and `m` inside it, gets their
 log-densities `[k, m, B]`, and returns the loss and a dict of named terms, "nell" and "kl" among them. One
@@ -13,21 +13,17 @@ on log p(x) itself.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .divergences import check_bandwidth, mmd
-from .estimators import agg_entropy, check_estimator, kl_decomposition
 from .importance import GRADIENTS, effective_sample_size, mc_iw_elbo
 from .ops._checks import check_choice, check_count, check_number
-from .ops.aggregate import log_prob_gauss
+from .ops.cross import log_prob_gauss
 from .priors import Prior
 
 Weight = float | Callable[[Tensor], float | Tensor]
-
-DIVERGENCES = ("mmd", "agg_kl")
 
 
 class Objective(Protocol):
@@ -51,8 +47,40 @@ class Objective(Protocol):
         """The loss, a scalar, and its terms by name."""
 
 
+class Draws(NamedTuple):
+    """The arguments of an objective, and what several make of them."""
+
+    log_px_z: Tensor
+    log_pz: Tensor
+    log_qz_x: Tensor
+    z: Tensor
+    mu: Tensor
+    logvar: Tensor
+    prior: Any
+    step: Tensor
+
+    def kl(self) -> Tensor:
+        """mean KL(q(z|x) ‖ p(z)), in closed form where the prior has one."""
+        closed = hasattr(self.prior, "kl")
+        return self.prior.kl(self.mu, self.logvar) if closed else (self.log_qz_x - self.log_pz).mean()
+
+    def now(self, weight: Weight) -> float | Tensor:
+        """A weight at this step."""
+        return weight(self.step) if callable(weight) else weight
+
+
+class OfDraws:
+    """An objective by what it makes of its arguments together, `_loss`."""
+
+    def __call__(self, *log_densities: Tensor, **others: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._loss(Draws(*log_densities, **others))
+
+    def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class ELBO:
+class ELBO(OfDraws):
     """The evidence lower bound, negated: loss = Nell + beta · KL, in nats per example.
 
         Nell = mean −log p(x|z),    KL = mean KL(q(z|x) ‖ p(z)),    ELBO = −(Nell + KL) ≤ log p(x)
@@ -91,10 +119,10 @@ class ELBO:
     m: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        _check_weight("beta", self.beta)
+        check_weight("beta", self.beta)
         _check_finite("free_bits", self.free_bits)
         if self.capacity is not None:
-            _check_weight("capacity", self.capacity)
+            check_weight("capacity", self.capacity)
         if self.groups is not None:
             if not isinstance(self.groups, tuple | list):
                 raise TypeError(f"groups: expected a tuple of sizes, got {self.groups!r}")
@@ -105,27 +133,16 @@ class ELBO:
             if not self.free_bits:
                 raise ValueError(f"free_bits: expected a number > 0 where groups are given, got {self.free_bits}")
 
-    def __call__(
-        self,
-        log_px_z: Tensor,
-        log_pz: Tensor,
-        log_qz_x: Tensor,
-        *,
-        z: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        prior: Any,
-        step: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        nell = -log_px_z.mean()
+    def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        nell = -draws.log_px_z.mean()
         if self.free_bits:
-            dims = _kl_of_dims(mu, logvar, prior)
+            dims = _kl_of_dims(draws.mu, draws.logvar, draws.prior)
             kl, penalty = dims.sum(), self._groups(dims).clamp(min=self.free_bits).sum()
         else:
-            kl = penalty = _kl(log_pz, log_qz_x, mu, logvar, prior)
+            kl = penalty = draws.kl()
         if self.capacity is not None:
-            penalty = (penalty - _now(self.capacity, step)).abs()
-        return nell + _now(self.beta, step) * penalty, _terms(nell, kl)
+            penalty = (penalty - draws.now(self.capacity)).abs()
+        return nell + draws.now(self.beta) * penalty, terms(nell, kl)
 
     def _groups(self, dims: Tensor) -> Tensor:
         """The KL of each group from that of each dimension, `[D]`."""
@@ -137,7 +154,7 @@ class ELBO:
 
 
 @dataclass(frozen=True)
-class IWAE:
+class IWAE(OfDraws):
     """The importance-weighted bound, negated (Burda et al. 2016), in nats per example; k of them averaged.
 
         loss = −mean_B mean_k log 1/m sum_m w,    w = p(x|z) p(z) / q(z|x)
@@ -171,181 +188,16 @@ class IWAE:
         check_count("k", self.k, least=1)
         check_choice("gradient", self.gradient, GRADIENTS)
 
-    def __call__(
-        self,
-        log_px_z: Tensor,
-        log_pz: Tensor,
-        log_qz_x: Tensor,
-        *,
-        z: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        prior: Any,
-        step: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        log_px_z, log_pz, log_qz_x, z = draws[:4]
         if self.gradient != "iwae":
-            stopped = log_prob_gauss(z, mu.detach(), logvar.detach())
+            stopped = log_prob_gauss(z, draws.mu.detach(), draws.logvar.detach())
             log_qz_x = stopped + (log_qz_x - stopped).detach()  # the value from before z was rounded
         bound = mc_iw_elbo(log_px_z, log_pz, log_qz_x, z=z, gradient=self.gradient).mean()
         log_px_z, log_pz, log_qz_x = log_px_z.detach(), log_pz.detach(), log_qz_x.detach()
-        terms = _terms(-log_px_z.mean(), (log_qz_x - log_pz).mean())
+        means = terms(-log_px_z.mean(), (log_qz_x - log_pz).mean())
         ess = effective_sample_size(log_px_z + log_pz - log_qz_x, dim=1).mean()
-        return -bound, {**terms, "iw_elbo": bound.detach(), "ess": ess}
-
-
-@dataclass(frozen=True)
-class BetaTCVAE:
-    """The ELBO with a weight for each term of its KL (Chen et al. 2018), in nats per example.
-
-        loss = Nell + alpha · MI + beta · TC + gamma · (sum_d KL_d − prior factorization)
-
-    of the mutual information of x and z, the total correlation of the aggregate posterior, and the KL of each of its
-    marginals from the prior's; the prior factorization is 0 for a prior that is a product over dimensions. The terms
-    are those of `kl_decomposition`, at one sample of each posterior.
-
-    Args:
-        alpha, beta, gamma: finite numbers >= 0 or schedules; all 1 is the ELBO by Monte Carlo, and Chen et al. raise
-            beta.
-        dataset_size: N, the number of examples in the data set that the batches are from.
-        estimator: of the aggregate posterior; None for `"stratified"`, or `"uniform"` without `dataset_size`, which
-            takes each batch for the whole data set: its MI cannot exceed log B. `"stratified"`, `"mss"` and
-            `"loo"` refuse a batch of one example: give the DataLoader `drop_last=True`.
-
-    Terms: `nell`, `kl` = mean log q(z|x) − log p(z), `elbo` = −(nell + kl), `mi`, `tc`, `dim_kl` `[D]`,
-    `prior_factorization`, and `saturation` = exp(mi) / B.
-
-    Raises:
-        TypeError, ValueError: a weight is neither a number >= 0 nor callable; `dataset_size` and `estimator` as in
-            `estimator_weights`.
-
-    Source: Chen et al. 2018; Zheng, eq. 17 to 21.
-
-    Example:
-        >>> vae = fastvae.VAE(encoder, decoder, objective=fastvae.BetaTCVAE(beta=6, dataset_size=60_000))
-    """
-
-    alpha: Weight = 1.0
-    beta: Weight = 1.0
-    gamma: Weight = 1.0
-    dataset_size: int | None = None
-    estimator: str | None = None
-    k: ClassVar[int] = 1
-    m: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "gamma"):
-            _check_weight(name, getattr(self, name))
-        check_estimator(self.estimator, self.dataset_size)
-
-    def __call__(
-        self,
-        log_px_z: Tensor,
-        log_pz: Tensor,
-        log_qz_x: Tensor,
-        *,
-        z: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        prior: Any,
-        step: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        nell = -log_px_z.mean()
-        of_kl = kl_decomposition(
-            z.flatten(0, -2), mu, logvar, dataset_size=self.dataset_size, estimator=self.estimator, prior=prior
-        )
-        alpha, beta, gamma = (_now(weight, step) for weight in (self.alpha, self.beta, self.gamma))
-        loss = nell + alpha * of_kl.mi + beta * of_kl.tc + gamma * (of_kl.dim_kl.sum() - of_kl.prior_factorization)
-        shown = ("mi", "tc", "dim_kl", "prior_factorization", "saturation")
-        return loss, {**_terms(nell, of_kl.kl), **{name: getattr(of_kl, name) for name in shown}}
-
-
-@dataclass(frozen=True)
-class InfoVAE:
-    """The ELBO with weights for the mutual information and the aggregate posterior (Zhao et al. 2019), in nats.
-
-        loss = Nell + (1 − alpha) · KL + (alpha + lambda − 1) · D(q(z) ‖ p(z))
-             = Nell + (1 − alpha) · MI + lambda · D(q(z) ‖ p(z))          where D is the KL divergence
-
-    alpha = 0 and lambda = 1, the defaults, is the ELBO: D is a term then, but its weight is 0. alpha = 1 with "mmd" is
-    the MMD-VAE.
-
-    Args:
-        alpha: a finite number <= 1, or a schedule. Above 0 information about x costs less than in the ELBO.
-        lambda_: a finite number >= 0, or a schedule.
-        divergence: D of the aggregate posterior q(z) from the prior: `"mmd"`, by samples of both (see `mmd`; the
-            gradient reaches a learned prior only where `prior.sample` has one), or `"agg_kl"`, their KL divergence
-            by an estimator of log q(z).
-        bandwidth: of the kernel of `"mmd"`; None for sqrt(D).
-        dataset_size, estimator: of `"agg_kl"`, as in `BetaTCVAE`.
-
-    A batch of one example is refused by `"mmd"`, and by the estimators that `BetaTCVAE` names.
-
-    Terms: `nell`, `kl`, `elbo` = −(nell + kl), and `mmd` or `agg_kl`. KL is in closed form where the prior has one.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above, or belongs to the other divergence.
-
-    Source: Zhao et al. 2019.
-
-    Example:
-        >>> vae = fastvae.VAE(encoder, decoder, objective=fastvae.InfoVAE(alpha=1, lambda_=100))
-    """
-
-    alpha: Weight = 0.0
-    lambda_: Weight = 1.0
-    divergence: str = "mmd"
-    bandwidth: float | None = None
-    dataset_size: int | None = None
-    estimator: str | None = None
-    k: ClassVar[int] = 1
-    m: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        _check_weight("alpha", self.alpha, least=-math.inf)
-        if not callable(self.alpha) and self.alpha > 1:
-            raise ValueError(f"alpha: expected a number <= 1, got {self.alpha}")
-        _check_weight("lambda_", self.lambda_)
-        check_choice("divergence", self.divergence, DIVERGENCES)
-        others = ("dataset_size", "estimator") if self.divergence == "mmd" else ("bandwidth",)
-        for name in others:
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name}: expected None for divergence={self.divergence!r}, got {getattr(self, name)}")
-        check_bandwidth(self.bandwidth)
-        if self.divergence == "agg_kl":
-            check_estimator(self.estimator, self.dataset_size)
-
-    def __call__(
-        self,
-        log_px_z: Tensor,
-        log_pz: Tensor,
-        log_qz_x: Tensor,
-        *,
-        z: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        prior: Any,
-        step: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        nell, kl = -log_px_z.mean(), _kl(log_pz, log_qz_x, mu, logvar, prior)
-        samples = z.flatten(0, -2)  # [B, D], the view that the decoder has: inductor mistakes two for two tensors
-        if self.divergence == "mmd":
-            if len(samples) < 2:
-                raise ValueError(
-                    f"divergence: 'mmd' cannot be had from a batch of {len(samples)}; expected at least 2, so give the"
-                    " DataLoader drop_last=True"
-                )
-            divergence = mmd(samples, prior.sample(len(samples)).to(samples).view_as(samples), self.bandwidth)
-        else:
-            entropy = agg_entropy(samples, mu, logvar, dataset_size=self.dataset_size, estimator=self.estimator)
-            divergence = -entropy - log_pz.mean()
-        alpha, lambda_ = _now(self.alpha, step), _now(self.lambda_, step)
-        loss = nell + (1 - alpha) * kl + (alpha + lambda_ - 1) * divergence
-        return loss, {**_terms(nell, kl), self.divergence: divergence}
-
-
-def _kl(log_pz: Tensor, log_qz_x: Tensor, mu: Tensor, logvar: Tensor, prior: Any) -> Tensor:
-    """mean KL(q(z|x) ‖ p(z)), in closed form where the prior has one."""
-    return prior.kl(mu, logvar) if hasattr(prior, "kl") else (log_qz_x - log_pz).mean()
+        return -bound, {**means, "iw_elbo": bound.detach(), "ess": ess}
 
 
 def _kl_of_dims(mu: Tensor, logvar: Tensor, prior: Any) -> Tensor:
@@ -365,15 +217,11 @@ def _kl_of_dims(mu: Tensor, logvar: Tensor, prior: Any) -> Tensor:
     return dims
 
 
-def _terms(nell: Tensor, kl: Tensor) -> dict[str, Tensor]:
+def terms(nell: Tensor, kl: Tensor) -> dict[str, Tensor]:
     return {"nell": nell, "kl": kl, "elbo": -(nell + kl)}
 
 
-def _now(weight: Weight, step: Tensor) -> float | Tensor:
-    return weight(step) if callable(weight) else weight
-
-
-def _check_weight(name: str, weight: Any, least: float = 0.0) -> None:
+def check_weight(name: str, weight: Any, least: float = 0.0) -> None:
     if not callable(weight):
         _check_finite(name, weight, least)
 

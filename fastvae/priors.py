@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from .backends.contract import accumulation_dtype
 from .ops._checks import check_count, check_device, check_tensor
-from .ops.aggregate import ColumnWeights, agg_log_prob, agg_log_prob_marginals, log_prob_gauss
+from .ops.aggregate import agg_log_prob, agg_log_prob_marginals
+from .ops.cross import log_prob_gauss
 from .ops.kl import kl_gauss
+from .ops.pairs import ColumnWeights
 from .ops.sampling import reparameterize
 
 
@@ -259,3 +261,21 @@ class VampPrior(_Mixture):
         u = self.pseudo_inputs if self.limits is None else self.pseudo_inputs.clamp(*self.limits)
         mu, logvar = self.encoder(u)
         return mu.new_full((len(mu),), -math.log(len(mu)), dtype=accumulation_dtype(mu.dtype)), mu, logvar
+
+
+def check_prior(prior: Prior | None) -> None:
+    if prior is None:
+        return
+    if isinstance(prior, type):
+        raise TypeError(f"prior: expected an object, such as {prior.__name__}(), got the class")
+    if not (hasattr(prior, "log_prob") and hasattr(prior, "marginal_log_prob")):
+        raise TypeError(f"prior: expected an object with log_prob and marginal_log_prob, got {type(prior).__name__}")
+
+
+def check_log_prob(method: str, log_p: Tensor, shape: torch.Size) -> Tensor:
+    """What a method of a prior gave, which must not broadcast to something else."""
+    if not isinstance(log_p, Tensor):
+        raise TypeError(f"prior: expected a tensor from {method}, got {type(log_p).__name__}")
+    if log_p.shape != shape:
+        raise ValueError(f"prior: expected {tuple(shape)} from {method}, got {tuple(log_p.shape)}")
+    return log_p

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .estimators import check_log_prob
 from .likelihoods import Likelihood, make_likelihood
 from .mixture import GaussianMixture
 from .objectives import ELBO, Objective
 from .ops._checks import check_choice, check_count, check_tensor
 from .ops._library import declare
 from .ops.sampling import reparameterize, sample_gauss
-from .priors import MixturePrior, Prior, StandardNormal
+from .priors import MixturePrior, Prior, StandardNormal, check_log_prob
 from .streams import open_posteriors
 
 # Opaque to the compiler, which would else compute a schedule again in the backward, from the counter that the

@@ -1,14 +1,20 @@
-"""Entropy, cross-entropy and KL of categorical distributions: against scipy, at zeros, and their gradients."""
+"""Entropy, cross-entropy and KL of categorical distributions: against scipy, at zeros, and their gradients; and the
+bounds of I(x; z)."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from conftest import Target
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special
+from torch import nn
 
-from fastvae import cross_entropy, entropy, kl_discrete
+import fastvae
+from fastvae import cross_entropy, entropy, kl_decomposition, kl_discrete, mi_bounds
+from fastvae.likelihoods import Bernoulli, Gaussian
 
 
 def categorical(*shape, seed=0, sharpness=1.0):
@@ -82,3 +88,64 @@ def test_shapes_broadcast_and_halves_accumulate_in_float32():
 def test_errors_name_the_argument(call, error, name):
     with pytest.raises(error, match=rf"^{name}: "):
         call()
+
+
+# mi_bounds
+
+
+def test_bounds() -> None:
+    assert mi_bounds(3.0, 7.0, h_data=9.0) == (6.0, 7.0)
+    assert mi_bounds(3.0, 7.0, dataset_size=1000) == (math.log(1000) - 3.0, 7.0)
+    assert mi_bounds(3.0, 7.0, dataset_size=1000, likelihood=Bernoulli()) == (math.log(1000) - 3.0, 7.0)
+    for density in ("density", Gaussian()):
+        assert mi_bounds(-3.0, 7.0, h_data=-9.0, likelihood=density) == (-6.0, 7.0)
+        with pytest.raises(ValueError, match=r"^h_data: expected the differential entropy"):
+            mi_bounds(-3.0, 7.0, dataset_size=1000, likelihood=density)
+    lower, upper = mi_bounds(torch.tensor(3.0), torch.tensor(7.0), dataset_size=1000)
+    assert (lower, upper) == (pytest.approx(math.log(1000) - 3.0), 7.0)
+    with pytest.warns(UserWarning, match="cross") as caught:
+        mi_bounds(0.1, 2.0, h_data=9.0)  # a mean over pixels
+    assert [w.filename for w in caught] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "changed"),
+    [
+        (ValueError, "h_data", {"dataset_size": None}),
+        (ValueError, "dataset_size", {"dataset_size": 0}),
+        (TypeError, "dataset_size", {"dataset_size": 10.0}),
+        (TypeError, "nell", {"nell": None}),
+        (TypeError, "div", {"div": torch.zeros(2)}),
+        (ValueError, "nell", {"nell": math.nan}),
+        (ValueError, "nell", {"nell": torch.tensor(math.nan)}),
+        (ValueError, "div", {"div": torch.tensor([math.nan])}),
+        (TypeError, "div", {"div": torch.tensor(True)}),
+        (ValueError, "nell", {"nell": -0.1}),
+        (ValueError, "nell", {"nell": torch.tensor(-0.1), "likelihood": Bernoulli()}),
+        (ValueError, "h_data", {"h_data": math.inf, "dataset_size": None}),
+        (ValueError, "h_data", {"h_data": torch.tensor(-math.inf), "dataset_size": None}),
+        (ValueError, "h_data", {"h_data": math.nan, "dataset_size": None}),
+        (ValueError, "dataset_size", {"h_data": 3.0}),
+        (TypeError, "h_data", {"h_data": "9"}),
+        (ValueError, "likelihood", {"likelihood": "gaussian"}),
+        (TypeError, "likelihood", {"likelihood": nn.Identity()}),
+    ],
+)
+def test_errors_of_the_bounds(error: type[Exception], named: str, changed: dict[str, Any]) -> None:
+    with pytest.raises(error, match=rf"^{named}: expected"):
+        mi_bounds(**{"nell": 1.0, "div": 2.0, "dataset_size": 5, **changed})
+
+
+def test_bounds_hold_the_mi_of_a_model(backend: Target) -> None:
+    """A channel with known I_enc: z = the bit x plus noise, decoded by the true posterior p(x|z) at q(z)."""
+    s, n = 0.6, 200_000
+    x = torch.arange(2.0).double()
+    mu, logvar = 2 * x[:, None] - 1, torch.full((2, 1), 2 * math.log(s)).double()
+    z = fastvae.reparameterize(mu, logvar, n, seed=0)  # [n, 2, 1]
+    logits = 2 * z[..., 0] / s**2
+    nell = -Bernoulli().log_prob(x.to(z), logits).mean()
+    mi = kl_decomposition(z, mu, logvar).mi
+    lower, upper = mi_bounds(nell, fastvae.kl_gauss(mu, logvar), dataset_size=2)
+    assert lower.item() == pytest.approx(mi.item(), abs=1e-9)  # tight: the decoder inverts the encoder
+    assert mi < upper
+    assert mi_bounds(-Bernoulli().log_prob(x.to(z), logits / 2).mean(), upper, dataset_size=2)[0] < mi - 0.01

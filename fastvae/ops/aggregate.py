@@ -1,73 +1,39 @@
-"""Densities cross-evaluated between all samples and all posteriors, and their weighted log-sum-exp.
+"""The weighted log-sum-exp, over posteriors, of their densities at samples.
 
-    log q(z_i | x_j) = −½ sum_d [ log 2 pi + logvar_jd + (z_id − mu_jd)² / sigma_jd² ]      cross_log_prob
-    log q(z_i)       = log sum_j w_ij prod_d q(z_id | x_j)                                  agg_log_prob
-    log q_d(z_id)    = log sum_j w_ij q(z_id | x_j)                                         agg_log_prob_marginals
+    log q(z_i)       = log sum_j w_ij prod_d q(z_id | x_j)      agg_log_prob
+    log q_d(z_id)    = log sum_j w_ij q(z_id | x_j)             agg_log_prob_marginals
 
-One weighted log-sum-exp serves every estimator of the aggregate posterior, mixture priors and EM; nothing of
-shape [S, N] is formed but by `cross_log_prob`, whose answer it is.
+It serves every estimator of the aggregate posterior, mixture priors and EM; nothing of shape [S, N] is formed.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.contract import LogWeights, accumulation_dtype
-from ._checks import check_choice, check_device, check_number, check_posterior, check_tensor, promote
+from ._checks import check_choice, check_number
 from ._library import Function, declare, empty_gradients, once_differentiable, seen_by_others, spread
+from .pairs import POSTERIORS, ColumnWeights, checked, over_batches, result
 from .table import Interpolation, affordable, columns_of, override, tabulate
 
 METHODS = ("auto", "direct", "table")
 
 
-class ColumnWeights(NamedTuple):
-    """log w_ij of a weighted log-sum-exp over columns j, never a matrix.
-
-    Attributes:
-        log_w: the log-weight of every column: a number, or `[N]` (differentiable).
-        own: `[S]` int64, the column that each sample was drawn from; −1 for none of them. None: no overrides.
-        log_w_own: a number that replaces `log_w` at column own(i); None keeps `log_w` there.
-        log_w_next: a number that replaces `log_w` at column (own(i) + 1) mod N, for the `mss` estimator; where
-            that is the own column, `log_w_own` wins.
-
-    A log-weight is a number or −inf. NaN or +inf in `log_w` may spread to rows that replace it.
-    """
-
-    log_w: float | Tensor
-    own: Tensor | None = None
-    log_w_own: float | None = None
-    log_w_next: float | None = None
-
-
 # Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
 
-_POSTERIORS = "Tensor z, Tensor mu, Tensor logvar"
 _WEIGHTS = "Tensor? log_w, float? log_w_all, Tensor? own, float? log_w_own, float? log_w_next"
 
-
-def _result(z: Tensor, *shape: int) -> Tensor:
-    return z.new_empty(shape, dtype=accumulation_dtype(z.dtype))
-
-
-_cross_log_prob = declare(
-    f"cross_log_prob({_POSTERIORS}) -> Tensor", lambda z, mu, logvar: _result(z, z.shape[0], mu.shape[0])
-)
-_cross_log_prob_backward = declare(
-    f"cross_log_prob_backward(Tensor grad, {_POSTERIORS}, bool[] wanted) -> Tensor[]",
-    lambda grad, z, mu, logvar, wanted: empty_gradients((z, mu, logvar), wanted),
-)
 _agg_log_prob = declare(
-    f"agg_log_prob({_POSTERIORS}, {_WEIGHTS}) -> Tensor",
-    lambda z, *_: _result(z, z.shape[0]),
+    f"agg_log_prob({POSTERIORS}, {_WEIGHTS}) -> Tensor",
+    lambda z, *_: result(z, z.shape[0]),
     lambda backend, z, mu, logvar, *weights: backend.agg_log_prob(z, mu, logvar, LogWeights(*weights)),
 )
 _agg_log_prob_backward = declare(
-    f"agg_log_prob_backward(Tensor d_joint, Tensor? joint, {_POSTERIORS}, {_WEIGHTS}, bool[] wanted) -> Tensor[]",
+    f"agg_log_prob_backward(Tensor d_joint, Tensor? joint, {POSTERIORS}, {_WEIGHTS}, bool[] wanted) -> Tensor[]",
     lambda d_joint, joint, z, mu, logvar, log_w, *rest: [
-        *([] if joint is not None else [_result(z, z.shape[0])]),
+        *([] if joint is not None else [result(z, z.shape[0])]),
         *empty_gradients((z, mu, logvar, log_w), rest[-1]),
     ],
     lambda backend, *arguments: backend.agg_log_prob_backward(
@@ -75,13 +41,13 @@ _agg_log_prob_backward = declare(
     ),
 )
 _agg_log_prob_marginals = declare(
-    f"agg_log_prob_marginals({_POSTERIORS}, {_WEIGHTS}) -> (Tensor, Tensor)",
-    lambda z, *_: (_result(z, z.shape[0]), _result(z, *z.shape)),
+    f"agg_log_prob_marginals({POSTERIORS}, {_WEIGHTS}) -> (Tensor, Tensor)",
+    lambda z, *_: (result(z, z.shape[0]), result(z, *z.shape)),
     lambda backend, z, mu, logvar, *weights: backend.agg_log_prob_marginals(z, mu, logvar, LogWeights(*weights)),
 )
 _agg_log_prob_marginals_backward = declare(
     "agg_log_prob_marginals_backward(Tensor? d_joint, Tensor? d_marginals, Tensor joint, Tensor marginals,"
-    f" {_POSTERIORS}, {_WEIGHTS}, bool[] wanted) -> Tensor[]",
+    f" {POSTERIORS}, {_WEIGHTS}, bool[] wanted) -> Tensor[]",
     lambda d_joint, d_marginals, joint, marginals, z, mu, logvar, log_w, *rest: empty_gradients(
         (z, mu, logvar, log_w), rest[-1]
     ),
@@ -89,24 +55,6 @@ _agg_log_prob_marginals_backward = declare(
         *arguments[:7], LogWeights(*arguments[7:12]), arguments[12]
     ),
 )
-
-
-class CrossLogProb(Function):
-    """z [S, D], mu and logvar [N, D] to [S, N]."""
-
-    @staticmethod
-    def forward(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        return _cross_log_prob(z, mu, logvar)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad
-        return spread(_cross_log_prob_backward(grad, *ctx.saved_tensors, wanted), wanted, 3)
 
 
 class AggLogProb(Function):
@@ -181,62 +129,6 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
 # Public functions
 
 
-def log_prob_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """log N(z; mu, diag exp(logvar)) in nats, summed over D; plain broadcasting.
-
-    Args:
-        z: points `[..., D]`; float64, float32, bfloat16 or float16.
-        mu: means, broadcast against `z`.
-        logvar: log sigma², broadcast against `z`.
-
-    Returns:
-        The broadcast shape without D, in float32 (float64 for float64 inputs).
-
-    Raises:
-        TypeError: an input is not a floating-point tensor.
-        ValueError: shapes or devices do not match.
-
-    Example:
-        >>> log_q = fastvae.log_prob_gauss(z, mu, logvar)  # [B]
-    """
-    for name, x in (("z", z), ("mu", mu), ("logvar", logvar)):
-        check_tensor(name, x)
-        check_device(name, x, "z", z)
-    try:
-        torch.broadcast_shapes(z.shape, mu.shape, logvar.shape)
-    except RuntimeError:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (z, mu, logvar))
-        raise ValueError(f"z, mu, logvar: expected shapes that broadcast, got {shapes}") from None
-    z, mu, logvar = (x.to(accumulation_dtype(x.dtype)) for x in promote(z, mu, logvar) if x is not None)
-    inv_sigma = torch.exp(-0.5 * logvar).clamp(max=torch.finfo(logvar.dtype).max)  # finite, so that 0 · it is 0
-    t = (z - mu) * inv_sigma
-    return -0.5 * (t * t + logvar + math.log(2 * math.pi)).sum(-1)
-
-
-def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """The matrix log q(z_i | x_j) of every sample under every posterior, in nats.
-
-    Args:
-        z: samples `[S, D]`; `[L, B, D]` holds L samples per posterior and is flattened to S = L·B. Where z and
-            mu have equal ranks above 2, leading axes are batches.
-        mu: means `[N, D]`.
-        logvar: log sigma², the shape of `mu`.
-
-    Returns:
-        `[S, N]` in float32 (float64 for float64 inputs).
-
-    Raises:
-        TypeError: an input is not a floating-point tensor.
-        ValueError: shapes or devices do not match.
-
-    Example:
-        >>> log_q = fastvae.cross_log_prob(z, mu, logvar)
-        >>> responsibilities = log_q.softmax(1)
-    """
-    z, mu, logvar, _ = _checked(z, mu, logvar)
-    return _over_batches(CrossLogProb.call, z, mu, logvar)
-
-
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeights | None = None) -> Tensor:
     """log sum_j w_ij q(z_i | x_j) in nats: the aggregate posterior's log-density, without the [S, N] matrix.
 
@@ -263,8 +155,8 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeight
     Example:
         >>> entropy = -fastvae.agg_log_prob(z, mu, logvar).mean()
     """
-    z, mu, logvar, log_weights = _checked(z, mu, logvar, weights)
-    return _over_batches(AggLogProb.call, z, mu, logvar, *log_weights)
+    z, mu, logvar, log_weights = checked(z, mu, logvar, weights)
+    return over_batches(AggLogProb.call, z, mu, logvar, *log_weights)
 
 
 def agg_log_prob_marginals(
@@ -302,14 +194,14 @@ def agg_log_prob_marginals(
         >>> joint, marginals = fastvae.agg_log_prob_marginals(z, mu, logvar)
         >>> total_correlation = (joint - marginals.sum(-1)).mean()
     """
-    z, mu, logvar, log_weights = _checked(z, mu, logvar, weights)
+    z, mu, logvar, log_weights = checked(z, mu, logvar, weights)
     tol = check_method(method, tol, z.dtype)
     if method != "direct" and seen_by_others(z):
         if method == "table":
             raise ValueError("method: expected 'auto' or 'direct' where values cannot be looked at, got 'table'")
         method = "direct"
     if method == "direct" or (method == "auto" and z.device.type != "cpu"):
-        return _over_batches(AggLogProbMarginals.call, z, mu, logvar, *log_weights)
+        return over_batches(AggLogProbMarginals.call, z, mu, logvar, *log_weights)
     most = z.shape[-2] / 2 if method == "table" else affordable(z.shape[-2], mu.shape[-2], accumulation_dtype(z.dtype))
 
     def joint_and_marginals(z: Tensor, mu: Tensor, logvar: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
@@ -319,7 +211,7 @@ def agg_log_prob_marginals(
         joint = AggLogProb.call(z, mu, logvar, *fields)
         return joint, marginals.to(joint.dtype)
 
-    return _over_batches(joint_and_marginals, z, mu, logvar, *log_weights)
+    return over_batches(joint_and_marginals, z, mu, logvar, *log_weights)
 
 
 def _tabulated(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, tol: float, most: float) -> Tensor | None:
@@ -359,80 +251,3 @@ def mixture_sums(z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor) -> tuple[
     wanted = [False, True, True, True]
     joint, d_mu, d_logvar, d_log_w = _agg_log_prob_backward(upstream, None, z, mu, logvar, *weights, wanted)
     return joint, d_log_w, d_mu, d_logvar
-
-
-def _over_batches(function: Callable[..., Any], z: Tensor, mu: Tensor, logvar: Tensor, *weights: Any) -> Any:
-    """`function` of z [S, D], mu and logvar [N, D], for each index of the batch axes before them."""
-    batch = z.shape[:-2]
-    if not batch:
-        return function(z, mu, logvar, *weights)
-    flat = [x.flatten(0, -3) for x in (z, mu, logvar)]
-    # Without any, one of zeros gives the shapes and the place in the graph, and is left out.
-    groups = list(zip(*flat, strict=True)) or [tuple(x.sum(0) for x in flat)]
-    results = [function(*group, *weights) for group in groups]
-
-    def together(parts: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(parts))[: len(flat[0])].reshape(*batch, *parts[0].shape)
-
-    if isinstance(results[0], Tensor):
-        return together(results)
-    return tuple(map(together, zip(*results, strict=True)))
-
-
-def _checked(
-    z: Tensor, mu: Tensor, logvar: Tensor, weights: ColumnWeights | None = None
-) -> tuple[Tensor, Tensor, Tensor, LogWeights]:
-    """z [*batch, S, D], mu and logvar [*batch, N, D], all of one dtype, and the weights."""
-    check_posterior(mu, logvar, min_ndim=2)
-    check_tensor("z", z, min_ndim=2)
-    check_device("z", z, "mu", mu)
-    if z.ndim == mu.ndim + 1:  # L samples per posterior: [L, *batch, B, D] to [*batch, L·B, D]
-        if z.shape[1:] != mu.shape:
-            raise ValueError(f"z: expected [L, *{tuple(mu.shape)}], L samples of each posterior, got {tuple(z.shape)}")
-        z = z.movedim(0, -3).flatten(-3, -2)
-    if z.ndim != mu.ndim or z.shape[-1] != mu.shape[-1] or z.shape[:-2] != mu.shape[:-2]:
-        raise ValueError(
-            f"z: expected [S, D] with mu's D and leading axes, mu being {tuple(mu.shape)}, got {tuple(z.shape)}"
-        )
-    log_weights = _log_weights(weights, z, mu)
-    z, mu, logvar, log_w = promote(z, mu, logvar, log_weights.log_w)  # type: ignore[assignment]
-    return z, mu, logvar, log_weights._replace(log_w=log_w)
-
-
-def _log_weights(weights: ColumnWeights | None, z: Tensor, mu: Tensor) -> LogWeights:
-    if weights is None:
-        return LogWeights(None, None, None, None, None)
-    if not isinstance(weights, ColumnWeights):
-        raise TypeError(f"weights: expected a ColumnWeights, got {type(weights).__name__}")
-    S, N = z.shape[-2], mu.shape[-2]
-    log_w, own, log_w_own, log_w_next = weights
-    if isinstance(log_w, Tensor):
-        check_tensor("weights.log_w", log_w, min_ndim=0)
-        check_device("weights.log_w", log_w, "mu", mu)
-        if log_w.shape != (N,):
-            raise ValueError(f"weights.log_w: expected a number or shape ({N},), got {tuple(log_w.shape)}")
-    else:
-        check_number("weights.log_w", log_w)
-    for name, value in (("log_w_own", log_w_own), ("log_w_next", log_w_next)):
-        if value is not None:
-            check_number(f"weights.{name}", value)
-            if own is None:
-                raise ValueError(f"weights.own: expected the own columns, since {name} is given, got None")
-    if own is not None:
-        _check_own(own, S, N, z)
-    if isinstance(log_w, Tensor):
-        return LogWeights(log_w, None, own, log_w_own, log_w_next)
-    return LogWeights(None, log_w, own, log_w_own, log_w_next)
-
-
-def _check_own(own: Tensor, S: int, N: int, z: Tensor) -> None:
-    if not isinstance(own, Tensor) or own.dtype != torch.int64:
-        got = own.dtype if isinstance(own, Tensor) else type(own).__name__
-        raise TypeError(f"own: expected an int64 tensor, got {got}")
-    check_device("own", own, "z", z)
-    if own.shape != (S,):
-        raise ValueError(f"own: expected shape ({S},), one column for each sample, got {tuple(own.shape)}")
-    if own.device.type == "cpu" and S > 0 and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in own.aminmax())
-        if low < -1 or high >= N:
-            raise ValueError(f"own: expected columns from -1 to {N - 1}, got values from {low} to {high}")

@@ -1,0 +1,113 @@
+"""Samples against posteriors, as all ops that evaluate one under the other take them: shapes, weights, batches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import LogWeights, accumulation_dtype
+from ._checks import check_device, check_number, check_posterior, check_tensor, promote
+
+POSTERIORS = "Tensor z, Tensor mu, Tensor logvar"  # of an op's schema: z [S, D]; mu, logvar [N, D]
+
+
+class ColumnWeights(NamedTuple):
+    """log w_ij of a weighted log-sum-exp over columns j, never a matrix.
+
+    Attributes:
+        log_w: the log-weight of every column: a number, or `[N]` (differentiable).
+        own: `[S]` int64, the column that each sample was drawn from; −1 for none of them. None: no overrides.
+        log_w_own: a number that replaces `log_w` at column own(i); None keeps `log_w` there.
+        log_w_next: a number that replaces `log_w` at column (own(i) + 1) mod N, for the `mss` estimator; where
+            that is the own column, `log_w_own` wins.
+
+    A log-weight is a number or −inf. NaN or +inf in `log_w` may spread to rows that replace it.
+    """
+
+    log_w: float | Tensor
+    own: Tensor | None = None
+    log_w_own: float | None = None
+    log_w_next: float | None = None
+
+
+def result(z: Tensor, *shape: int) -> Tensor:
+    """A tensor of the dtype of sums."""
+    return z.new_empty(shape, dtype=accumulation_dtype(z.dtype))
+
+
+def checked(
+    z: Tensor, mu: Tensor, logvar: Tensor, weights: ColumnWeights | None = None
+) -> tuple[Tensor, Tensor, Tensor, LogWeights]:
+    """z [*batch, S, D], mu and logvar [*batch, N, D], all of one dtype, and the weights."""
+    check_posterior(mu, logvar, min_ndim=2)
+    check_tensor("z", z, min_ndim=2)
+    check_device("z", z, "mu", mu)
+    if z.ndim == mu.ndim + 1:  # L samples per posterior: [L, *batch, B, D] to [*batch, L·B, D]
+        if z.shape[1:] != mu.shape:
+            raise ValueError(f"z: expected [L, *{tuple(mu.shape)}], L samples of each posterior, got {tuple(z.shape)}")
+        z = z.movedim(0, -3).flatten(-3, -2)
+    if z.ndim != mu.ndim or z.shape[-1] != mu.shape[-1] or z.shape[:-2] != mu.shape[:-2]:
+        raise ValueError(
+            f"z: expected [S, D] with mu's D and leading axes, mu being {tuple(mu.shape)}, got {tuple(z.shape)}"
+        )
+    log_weights = _log_weights(weights, z, mu)
+    z, mu, logvar, log_w = promote(z, mu, logvar, log_weights.log_w)  # type: ignore[assignment]
+    return z, mu, logvar, log_weights._replace(log_w=log_w)
+
+
+def over_batches(function: Callable[..., Any], z: Tensor, mu: Tensor, logvar: Tensor, *weights: Any) -> Any:
+    """`function` of z [S, D], mu and logvar [N, D], for each index of the batch axes before them."""
+    batch = z.shape[:-2]
+    if not batch:
+        return function(z, mu, logvar, *weights)
+    flat = [x.flatten(0, -3) for x in (z, mu, logvar)]
+    # Without any, one of zeros gives the shapes and the place in the graph, and is left out.
+    groups = list(zip(*flat, strict=True)) or [tuple(x.sum(0) for x in flat)]
+    results = [function(*group, *weights) for group in groups]
+
+    def together(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(parts))[: len(flat[0])].reshape(*batch, *parts[0].shape)
+
+    if isinstance(results[0], Tensor):
+        return together(results)
+    return tuple(map(together, zip(*results, strict=True)))
+
+
+def _log_weights(weights: ColumnWeights | None, z: Tensor, mu: Tensor) -> LogWeights:
+    if weights is None:
+        return LogWeights(None, None, None, None, None)
+    if not isinstance(weights, ColumnWeights):
+        raise TypeError(f"weights: expected a ColumnWeights, got {type(weights).__name__}")
+    S, N = z.shape[-2], mu.shape[-2]
+    log_w, own, log_w_own, log_w_next = weights
+    if isinstance(log_w, Tensor):
+        check_tensor("weights.log_w", log_w, min_ndim=0)
+        check_device("weights.log_w", log_w, "mu", mu)
+        if log_w.shape != (N,):
+            raise ValueError(f"weights.log_w: expected a number or shape ({N},), got {tuple(log_w.shape)}")
+    else:
+        check_number("weights.log_w", log_w)
+    for name, value in (("log_w_own", log_w_own), ("log_w_next", log_w_next)):
+        if value is not None:
+            check_number(f"weights.{name}", value)
+            if own is None:
+                raise ValueError(f"weights.own: expected the own columns, since {name} is given, got None")
+    if own is not None:
+        _check_own(own, S, N, z)
+    if isinstance(log_w, Tensor):
+        return LogWeights(log_w, None, own, log_w_own, log_w_next)
+    return LogWeights(None, log_w, own, log_w_own, log_w_next)
+
+
+def _check_own(own: Tensor, S: int, N: int, z: Tensor) -> None:
+    if not isinstance(own, Tensor) or own.dtype != torch.int64:
+        got = own.dtype if isinstance(own, Tensor) else type(own).__name__
+        raise TypeError(f"own: expected an int64 tensor, got {got}")
+    check_device("own", own, "z", z)
+    if own.shape != (S,):
+        raise ValueError(f"own: expected shape ({S},), one column for each sample, got {tuple(own.shape)}")
+    if own.device.type == "cpu" and S > 0 and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in own.aminmax())
+        if low < -1 or high >= N:
+            raise ValueError(f"own: expected columns from -1 to {N - 1}, got values from {low} to {high}")
