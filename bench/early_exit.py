@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastvae
-from fastvae.backends import native
+from fastvae.backends import native_library
 
 from .harness import in_turns
 from .peers import compiled_broadcast, compiled_gemm
@@ -67,9 +67,9 @@ def run(inputs: list[Tensor], backward: bool, exact_skip: bool) -> Callable[[], 
 
 def visited(call: Callable[[], list[Tensor]]) -> tuple[list[Tensor], float]:
     """A call's result, and the share of the pairs' dimensions that it visited."""
-    native.take_visits()
+    native_library.take_visits()
     result = call()
-    visits, everything = native.take_visits()
+    visits, everything = native_library.take_visits()
     return result, visits / everything
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastvae.backends import native
+from fastvae.backends import native_library
 
 HERE = Path(__file__).parent
 VERSIONS = ("torch", "numpy", "pykeops", "scikit-learn")
@@ -50,7 +50,7 @@ def describe() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "memory": int(memory) * 1024,
         "python": platform.python_version(),
-        "fastvae": native.status()[1],
+        "fastvae": native_library.status()[1],
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS if _installed(name)},
     }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import __version__, backends
-from .backends import native
+from .backends import native_library
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,14 +129,15 @@ def _role(name: str, used: dict[str, str]) -> str:
 
 
 def _native_version() -> str:
-    return native.library().fastvae_version().decode() if native.status()[0] else "not loaded"
+    available = backends.status("native").available
+    return native_library.library().fastvae_version().decode() if available else "not loaded"
 
 
 def _instruction_sets() -> str:
     """The one in use and the others that this CPU and library offer."""
-    if not native.status()[0]:
+    if not backends.status("native").available:
         return "none: there is no native library"
-    available = native.instruction_sets()
+    available = native_library.instruction_sets()
     in_use = os.environ.get("FASTVAE_CPU_ISA") or available[0]
     others = [name for name in available if name != in_use]
     return f"{in_use} (also available: {', '.join(others)})" if others else in_use

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, settings
 
 import fastvae
 from fastvae import backends
-from fastvae.backends import native as native_backend
+from fastvae.backends import native_library
 
 settings.register_profile(
     "quick",
@@ -110,10 +110,10 @@ def computing_on(target: Target) -> Iterator[Target]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(fastvae.use_backend(target.backend))
         if target.instruction_set:
-            if target.instruction_set not in native_backend.instruction_sets():
+            if target.instruction_set not in native_library.instruction_sets():
                 pytest.skip(f"this CPU or library has no {target.instruction_set}")
-            stack.callback(native_backend.use_instruction_set, os.environ.get("FASTVAE_CPU_ISA") or None)
-            native_backend.use_instruction_set(target.instruction_set)
+            stack.callback(native_library.use_instruction_set, os.environ.get("FASTVAE_CPU_ISA") or None)
+            native_library.use_instruction_set(target.instruction_set)
         if target.device != "cpu":
             stack.enter_context(torch.device(target.device))
         yield target

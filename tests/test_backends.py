@@ -14,7 +14,7 @@ from helpers import assert_accurate, op_named
 
 import fastvae
 from fastvae import backends
-from fastvae.backends import reference
+from fastvae.backends import native_library, reference
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def _choice_restored() -> object:
 def test_the_fixture_chooses(backend: Target) -> None:
     assert used().__name__ == f"fastvae.backends.{backend.backend}"
     if backend.instruction_set:
-        assert used()._instruction_set == backend.instruction_set
+        assert native_library._instruction_set == backend.instruction_set
 
 
 def test_best_available_by_default() -> None:

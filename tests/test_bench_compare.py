@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from bench import calls, compare, report, scaling
 from bench.compare import Revision, Worker, difference
-from fastvae.backends import native
+from fastvae.backends import native_library
 
 
 def rounds(seed: int, factor: float = 1.0, jitter: float = 0.02, n: int = compare.ROUNDS) -> list[float]:
@@ -42,9 +42,9 @@ def test_a_base_unlike_itself_is_noise() -> None:
 
 @pytest.fixture(scope="module")
 def this_revision() -> Revision:
-    if not native.status()[0]:
+    if not native_library.status()[0]:
         pytest.skip("no native library")
-    with as_file(files("fastvae") / native.LIBRARY) as path:
+    with as_file(files("fastvae") / native_library.LIBRARY) as path:
         return Revision(compare.ROOT, Path(os.environ.get("FASTVAE_LIBRARY") or path).resolve())
 
 

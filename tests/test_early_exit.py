@@ -30,7 +30,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import ColumnWeights, backends
-from fastvae.backends import native as native_backend
+from fastvae.backends import native_library
 
 INF = math.inf
 N = 1200  # above the fewest columns that are worth a look
@@ -259,9 +259,9 @@ def test_same_bits_on_any_number_of_threads(native: Target, dtype: torch.dtype) 
 
 def visits(inputs: Named, weights: ColumnWeights | None = None) -> tuple[int, int]:
     """Dimensions of pairs that a forward and a backward visit, and those that there are."""
-    native_backend.take_visits()
+    native_library.take_visits()
     evaluate(lambda **x: fastvae.agg_log_prob(**x, weights=weights), inputs)
-    return native_backend.take_visits()
+    return native_library.take_visits()
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -10,7 +10,7 @@ import torch
 import fastvae
 from fastvae import backends
 from fastvae.__main__ import main
-from fastvae.backends import native
+from fastvae.backends import native, native_library
 
 
 def info(capsys):
@@ -34,8 +34,8 @@ def test_info_names_the_native_library_and_its_instruction_set(capsys):
     if not native.status()[0]:
         pytest.skip(native.status()[1])
     rows, _ = info(capsys)
-    assert rows["native library"] == native.library().fastvae_version().decode()
-    assert rows["instruction set"].split()[0] in native.instruction_sets()
+    assert rows["native library"] == native_library.library().fastvae_version().decode()
+    assert rows["instruction set"].split()[0] in native_library.instruction_sets()
 
 
 def test_info_gives_the_reason_where_native_cannot_be_used(capsys, monkeypatch):

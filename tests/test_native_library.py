@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae.backends import native as backend
+from fastvae.backends import native_library
 
 NAMES = tuple(name for name in OPS if name != "log_prob_gauss")  # which is made of torch's own operations
 
@@ -138,15 +139,15 @@ print(backend_for(torch.device("cpu")).__name__)
     assert "available=False" in said
     assert "FASTVAE_CPU_ISA" in said
     assert "mmx" in said
-    assert all(isa in said for isa in backend.instruction_sets())
+    assert all(isa in said for isa in native_library.instruction_sets())
     assert used.endswith("reference")
     with pytest.raises(ValueError, match="mmx"):
-        backend.use_instruction_set("mmx")
+        native_library.use_instruction_set("mmx")
 
 
 def test_best_instruction_set_by_default(library: None) -> None:
     code = "from fastvae.backends import status; print(status('native').detail.split()[-1])"
-    assert run(code, FASTVAE_CPU_ISA="").stdout.strip() == backend.instruction_sets()[0]
+    assert run(code, FASTVAE_CPU_ISA="").stdout.strip() == native_library.instruction_sets()[0]
 
 
 # What the linker may not do
@@ -156,7 +157,7 @@ def symbols(*options: str) -> list[tuple[str, str]]:
     """(kind, demangled name) of all that the library defines."""
     if shutil.which("nm") is None:
         pytest.skip("no nm")
-    with as_file(files("fastvae") / backend.LIBRARY) as path:
+    with as_file(files("fastvae") / native_library.LIBRARY) as path:
         command = ["nm", "--demangle", "--defined-only", *options, path]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = [re.fullmatch(r"[0-9a-f]* (\S) (.*)", line) for line in listing.splitlines()]

@@ -1,21 +1,20 @@
-"""The C++ library for CPUs, through ctypes: see kernels/include/fastvae.h, which this file mirrors."""
+"""The contract's functions by the C++ library for CPUs."""
 
 import ctypes
-import functools
 import mmap
-import os
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import c_int, c_void_p
 from typing import Any
 
-import torch  # first, because the library takes its OpenMP runtime from torch
+import torch
 from torch import Tensor
 
 from . import c_interface as c
 from . import exact_skip
 from .contract import LogWeights, accumulation_dtype, kl_scale, kl_shape
+from .native_library import kernels
+from .native_library import status as status  # of this backend
 
-LIBRARY = "libfastvae_cpu.so"
 HUGE_PAGES_FROM = 2**22  # bytes
 
 _HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
@@ -23,92 +22,6 @@ _MADVISE = None
 if _HUGE_PAGES is not None:
     _MADVISE = ctypes.CDLL(None).madvise
     _MADVISE.argtypes = (c_void_p, ctypes.c_size_t, c_int)
-
-
-class Kernels(ctypes.Structure):
-    """The table of kernels of one instruction set and dtype."""
-
-    _fields_ = [
-        (name, ctypes.CFUNCTYPE(c_int, *parameters, c_int))  # the last one: threads
-        for name, parameters in (
-            ("kl_gauss", (*c.ROWS, *c.ROWS, *c.ROWS, *c.ROWS, c_int64, c_int64, c_int, c_double, c_void_p)),
-            (
-                "kl_gauss_backward",
-                (*c.ROWS, c_int64, c_double, *c.ROWS, *c.ROWS, *c.ROWS, *c.ROWS, c_int64, c_int64, *c.pointers(4)),
-            ),
-            ("sample_gauss", (*c.ROWS, *c.ROWS, c_void_p, *c.SIZES, *c.pointers(4))),
-            ("sample_gauss_backward", (*c.pointers(4), *c.ROWS, *c.ROWS, c_void_p, *c.SIZES, *c.pointers(2))),
-            ("cross_log_prob", (*c.pointers(3), *c.SIZES, c_void_p)),
-            ("cross_log_prob_backward", (*c.pointers(4), *c.SIZES, *c.pointers(3))),
-            ("agg_log_prob", (*c.pointers(3), *c.WEIGHTS, *c.SIZES, c_void_p, c_int)),
-            ("agg_log_prob_backward", (*c.pointers(4), *c.WEIGHTS, *c.SIZES, *c.pointers(5), c_int)),
-            ("agg_log_prob_marginals", (*c.pointers(3), *c.WEIGHTS, *c.SIZES, *c.pointers(2))),
-            ("agg_log_prob_marginals_backward", (*c.pointers(7), *c.WEIGHTS, *c.SIZES, *c.pointers(4))),
-        )
-    ]
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The shared library, loaded once; `FASTVAE_LIBRARY` names another build of it, for the sanitizers."""
-    lib = c.load(LIBRARY, "FASTVAE_LIBRARY", "fastvae_interface", "pip install .")
-    lib.fastvae_version.restype = c_char_p
-    lib.fastvae_instruction_sets.restype = c_char_p
-    lib.fastvae_kernels_for.restype = POINTER(Kernels)
-    lib.fastvae_kernels_for.argtypes = (c_char_p, c_int)
-    lib.fastvae_take_visits.restype = None
-    lib.fastvae_take_visits.argtypes = (POINTER(c_int64), POINTER(c_int64))
-    return lib
-
-
-def instruction_sets() -> list[str]:
-    """Those compiled in that this CPU can run, best first."""
-    return library().fastvae_instruction_sets().decode().split()
-
-
-@functools.cache
-def kernels_for(instruction_set: str, dtype: torch.dtype) -> Any:
-    return library().fastvae_kernels_for(instruction_set.encode(), int(dtype == torch.float64)).contents
-
-
-_instruction_set: str | None = None
-
-
-def use_instruction_set(name: str | None) -> None:
-    """Compute with one instruction set, or with the best (None); `FASTVAE_CPU_ISA` sets it from outside."""
-    global _instruction_set
-    available = instruction_sets()
-    if name is not None and name not in available:
-        raise ValueError(f"FASTVAE_CPU_ISA: expected one of {', '.join(available)}, got {name!r}")
-    _instruction_set = name or available[0]
-    _kernels.cache_clear()
-
-
-@functools.cache
-def _kernels(dtype: torch.dtype) -> Any:
-    if _instruction_set is None:
-        use_instruction_set(os.environ.get("FASTVAE_CPU_ISA") or None)
-    return kernels_for(str(_instruction_set), dtype)
-
-
-@functools.cache
-def status() -> tuple[bool, str]:
-    """Whether the library loads and this CPU can run it; what it runs on, or why not."""
-    try:
-        if not instruction_sets():
-            return False, "this CPU has none of the instruction sets that the library was built for"
-        _kernels(torch.float32)
-    except (OSError, ValueError, AttributeError) as error:
-        return False, f"{LIBRARY}: {error}"
-    return True, f"{LIBRARY} {library().fastvae_version().decode()}, {_instruction_set}"
-
-
-def take_visits() -> tuple[int, int]:
-    """How many dimensions of pairs `agg_log_prob` visited since this was last called, its backward too, and how many
-    there were: S·N·D for each pass over all pairs. A backward makes two, of which the first adds the rows up again."""
-    visited, everything = c_int64(), c_int64()
-    library().fastvae_take_visits(visited, everything)
-    return visited.value, everything.value
 
 
 def _run(kernel: Any, *arguments: Any) -> None:
@@ -159,7 +72,7 @@ def kl_gauss(
     prior_logvar, prior_logvar_row = c.optional_rows(prior_logvar, dtype, B)
     out = _empty(*kl_shape(reduction, B, D), dtype=dtype)
     _run(
-        _kernels(dtype).kl_gauss,
+        kernels(dtype).kl_gauss,
         *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
         *(c.ptr(prior_mu), prior_mu_row, c.ptr(prior_logvar), prior_logvar_row),
         *(B, D, c.REDUCTION_CODE.get(reduction, 3), kl_scale(reduction, B, D)),
@@ -191,7 +104,7 @@ def kl_gauss_backward(
     grad_row = grad.stride(0) if reduction in ("none", "sample") else 0
     grad_col = grad.stride(-1) if reduction in ("none", "dim") else 0
     _run(
-        _kernels(dtype).kl_gauss_backward,
+        kernels(dtype).kl_gauss_backward,
         *(grad.data_ptr(), grad_row, grad_col, kl_scale(reduction, B, D)),
         *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
         *(c.ptr(prior_mu), prior_mu_row, c.ptr(prior_logvar), prior_logvar_row),
@@ -210,7 +123,7 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
     shapes = ((n_samples, B, D), (n_samples, B), (n_samples, B), (B,))
     results = [_empty(*s, dtype=dtype) if want else None for s, want in zip(shapes, outputs, strict=True)]
     _run(
-        _kernels(dtype).sample_gauss,
+        kernels(dtype).sample_gauss,
         *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
         *(seed.data_ptr(), n_samples, B, D),
         *map(c.ptr, results),
@@ -239,7 +152,7 @@ def sample_gauss_backward(
     logvar, logvar_row = c.rows(logvar, dtype, B)
     grads = [c.dense(g, dtype) for g in (d_z, d_log_q, d_log_p, d_kl)]
     _run(
-        _kernels(dtype).sample_gauss_backward,
+        kernels(dtype).sample_gauss_backward,
         *map(c.ptr, grads),
         *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
         *(seed.data_ptr(), n_samples, B, D),
@@ -256,7 +169,7 @@ def _cross(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[torch.dtype, list[Ten
 def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     dtype, inputs, (S, N, D) = _cross(z, mu, logvar)
     out = _empty(S, N, dtype=dtype)
-    _run(_kernels(dtype).cross_log_prob, *map(c.ptr, inputs), S, N, D, out.data_ptr())
+    _run(kernels(dtype).cross_log_prob, *map(c.ptr, inputs), S, N, D, out.data_ptr())
     return out
 
 
@@ -266,7 +179,7 @@ def cross_log_prob_backward(
     dtype, inputs, sizes = _cross(z, mu, logvar)
     outputs = _outputs((z, mu, logvar), dtype, wanted)
     inputs = [c.dense(grad, dtype), *inputs]
-    _run(_kernels(dtype).cross_log_prob_backward, *map(c.ptr, inputs), *sizes, *map(c.ptr, outputs))
+    _run(kernels(dtype).cross_log_prob_backward, *map(c.ptr, inputs), *sizes, *map(c.ptr, outputs))
     return _asked(outputs, (z, mu, logvar))
 
 
@@ -274,7 +187,7 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
     dtype, inputs, (S, N, D) = _cross(z, mu, logvar)
     _alive, log_weights = c.log_weights(weights, dtype, N)
     joint = _empty(S, dtype=dtype)
-    _run(_kernels(dtype).agg_log_prob, *map(c.ptr, inputs), *log_weights, S, N, D, joint.data_ptr(), exact_skip())
+    _run(kernels(dtype).agg_log_prob, *map(c.ptr, inputs), *log_weights, S, N, D, joint.data_ptr(), exact_skip())
     return joint
 
 
@@ -283,7 +196,7 @@ def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWe
     _alive, log_weights = c.log_weights(weights, dtype, N)
     joint, marginals = _empty(S, dtype=dtype), _empty(S, D, dtype=dtype)
     _run(
-        _kernels(dtype).agg_log_prob_marginals,
+        kernels(dtype).agg_log_prob_marginals,
         *map(c.ptr, inputs),
         *log_weights,
         *(S, N, D),
@@ -312,7 +225,7 @@ def _aggregate_backward(
     outputs = _outputs(likes, dtype, wanted)
     inputs = [*(c.dense(r, dtype) for r in results), *inputs]
     outputs_of_kernel = map(c.ptr, (*again, *outputs))
-    _run(getattr(_kernels(dtype), kernel_name), *map(c.ptr, inputs), *log_weights, *sizes, *outputs_of_kernel, *options)
+    _run(getattr(kernels(dtype), kernel_name), *map(c.ptr, inputs), *log_weights, *sizes, *outputs_of_kernel, *options)
     return _asked(outputs, likes)
 
 

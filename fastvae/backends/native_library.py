@@ -1,0 +1,102 @@
+"""The C++ library for CPUs, loaded through ctypes, and the instruction set that it computes with.
+
+It mirrors kernels/include/fastvae.h, as `c_interface` does.
+"""
+
+import ctypes
+import functools
+import os
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
+from typing import Any
+
+import torch  # first, because the library takes its OpenMP runtime from torch
+
+from . import c_interface as c
+
+LIBRARY = "libfastvae_cpu.so"
+
+
+class Kernels(ctypes.Structure):
+    """The table of kernels of one instruction set and dtype."""
+
+    _fields_ = [
+        (name, ctypes.CFUNCTYPE(c_int, *parameters, c_int))  # the last one: threads
+        for name, parameters in (
+            ("kl_gauss", (*c.ROWS, *c.ROWS, *c.ROWS, *c.ROWS, c_int64, c_int64, c_int, c_double, c_void_p)),
+            (
+                "kl_gauss_backward",
+                (*c.ROWS, c_int64, c_double, *c.ROWS, *c.ROWS, *c.ROWS, *c.ROWS, c_int64, c_int64, *c.pointers(4)),
+            ),
+            ("sample_gauss", (*c.ROWS, *c.ROWS, c_void_p, *c.SIZES, *c.pointers(4))),
+            ("sample_gauss_backward", (*c.pointers(4), *c.ROWS, *c.ROWS, c_void_p, *c.SIZES, *c.pointers(2))),
+            ("cross_log_prob", (*c.pointers(3), *c.SIZES, c_void_p)),
+            ("cross_log_prob_backward", (*c.pointers(4), *c.SIZES, *c.pointers(3))),
+            ("agg_log_prob", (*c.pointers(3), *c.WEIGHTS, *c.SIZES, c_void_p, c_int)),
+            ("agg_log_prob_backward", (*c.pointers(4), *c.WEIGHTS, *c.SIZES, *c.pointers(5), c_int)),
+            ("agg_log_prob_marginals", (*c.pointers(3), *c.WEIGHTS, *c.SIZES, *c.pointers(2))),
+            ("agg_log_prob_marginals_backward", (*c.pointers(7), *c.WEIGHTS, *c.SIZES, *c.pointers(4))),
+        )
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The shared library, loaded once; `FASTVAE_LIBRARY` names another build of it, for the sanitizers."""
+    lib = c.load(LIBRARY, "FASTVAE_LIBRARY", "fastvae_interface", "pip install .")
+    lib.fastvae_version.restype = c_char_p
+    lib.fastvae_instruction_sets.restype = c_char_p
+    lib.fastvae_kernels_for.restype = POINTER(Kernels)
+    lib.fastvae_kernels_for.argtypes = (c_char_p, c_int)
+    lib.fastvae_take_visits.restype = None
+    lib.fastvae_take_visits.argtypes = (POINTER(c_int64), POINTER(c_int64))
+    return lib
+
+
+def instruction_sets() -> list[str]:
+    """Those compiled in that this CPU can run, best first."""
+    return library().fastvae_instruction_sets().decode().split()
+
+
+@functools.cache
+def kernels_for(instruction_set: str, dtype: torch.dtype) -> Any:
+    return library().fastvae_kernels_for(instruction_set.encode(), int(dtype == torch.float64)).contents
+
+
+_instruction_set: str | None = None
+
+
+def use_instruction_set(name: str | None) -> None:
+    """Compute with one instruction set, or with the best (None); `FASTVAE_CPU_ISA` sets it from outside."""
+    global _instruction_set
+    available = instruction_sets()
+    if name is not None and name not in available:
+        raise ValueError(f"FASTVAE_CPU_ISA: expected one of {', '.join(available)}, got {name!r}")
+    _instruction_set = name or available[0]
+    kernels.cache_clear()
+
+
+@functools.cache
+def kernels(dtype: torch.dtype) -> Any:
+    if _instruction_set is None:
+        use_instruction_set(os.environ.get("FASTVAE_CPU_ISA") or None)
+    return kernels_for(str(_instruction_set), dtype)
+
+
+@functools.cache
+def status() -> tuple[bool, str]:
+    """Whether the library loads and this CPU can run it; what it runs on, or why not."""
+    try:
+        if not instruction_sets():
+            return False, "this CPU has none of the instruction sets that the library was built for"
+        kernels(torch.float32)
+    except (OSError, ValueError, AttributeError) as error:
+        return False, f"{LIBRARY}: {error}"
+    return True, f"{LIBRARY} {library().fastvae_version().decode()}, {_instruction_set}"
+
+
+def take_visits() -> tuple[int, int]:
+    """How many dimensions of pairs `agg_log_prob` visited since this was last called, its backward too, and how many
+    there were: S·N·D for each pass over all pairs. A backward makes two, of which the first adds the rows up again."""
+    visited, everything = c_int64(), c_int64()
+    library().fastvae_take_visits(visited, everything)
+    return visited.value, everything.value
