@@ -25,7 +25,7 @@ template <class T> struct Forward {
         const int64_t D = columns.panels.D;
         const Overrides<T> overrides(columns, first, S);
         pack_rows(columns.panels, z, first, S, rows);
-        sums.template add_up<kDirect>(first, S, rows, overrides, marginals != nullptr);
+        sums.template add_up<kDirect>(first, S, rows, overrides, joint != nullptr, marginals != nullptr);
         for (int r = 0; r < R && first + r < S; ++r) {
             if (joint) joint[first + r] = T(sums.joint[r].total().log());
             if (!marginals) continue;

@@ -30,11 +30,9 @@ template <class T> struct MarginalColumns {
         panels.pack(mu, logvar, threads, [&](int64_t j) { return weights.log2_w(j); }, force_direct);
         pack_weights();
 
-        for (int64_t d = 0; d < D; ++d) least[d] = kInf<T>;
-        for (int64_t j = 0; j < N; ++j)
-            for (int64_t d = 0; d < D; ++d) least[d] = logvar[j * D + d] < least[d] ? logvar[j * D + d] : least[d];
+        find_least(logvar);
         for (int64_t d = 0; d < D; ++d) top[d] = -0.5 * kLog2e * (double(least[d]) + kLog2Pi);
-        parallel_for(panels.count, threads, [&](int64_t p, int) {
+        panels.for_each(threads, [&](int64_t p) {
             for (int64_t l = 0; l < W; ++l)
                 for (int64_t d = 0; d < D; ++d)
                     c[(p * D + d) * W + l] =
@@ -43,6 +41,20 @@ template <class T> struct MarginalColumns {
     }
 
 private:
+    void find_least(const T *logvar) {
+        const int64_t N = panels.N, D = panels.D;
+        for (int64_t d = 0; d < D; ++d) least[d] = kInf<T>;
+        if (D == 1) {
+            Vec<T> low = splat(kInf<T>);
+            for_each_vector<T>(N, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+                low = min_<T>(load_some(logvar + j, n, kInf<T>), low);
+            });
+            least[0] = -max_lanes<T>(-low);
+        } else {
+            for (int64_t j = 0; j < N; ++j)
+                for (int64_t d = 0; d < D; ++d) least[d] = logvar[j * D + d] < least[d] ? logvar[j * D + d] : least[d];
+        }
+    }
     void pack_weights() {
         const int64_t N = panels.N;
         double largest = -kInf<double>;
@@ -90,10 +102,10 @@ template <class T> struct Overrides {
     }
 };
 
-// rows [D][6] against one panel: adds 2^(c + log_w - t^2) to sums [D][6][lanes]; sums of t^2 -> squares. Or, for the
-// gradients, adds 2^(c + log_w - t^2 + offset), and that is all.
+// rows [D][6] against one panel: adds 2^(c + log_w - t^2) to sums [D][6][lanes]; for the joint, sums of t^2 -> squares;
+// for the gradients, adds 2^(c + log_w - t^2 + offset).
 // log_w: row r's at r * log_w_stride; offsets [D][6].
-template <bool kDirect, bool kWeighted, bool kOffset, class T>
+template <bool kDirect, bool kWeighted, bool kSquares, bool kOffset, class T>
 __attribute__((noinline)) void add_densities(const T *rows, const T *planes, const T *c, const T *log_w,
                                              int64_t log_w_stride, const T *offsets, int64_t D, T *sums, T *squares,
                                              int64_t stride) {
@@ -108,14 +120,14 @@ __attribute__((noinline)) void add_densities(const T *rows, const T *planes, con
                 const Vec<T> t = standardized<kDirect>(rows[r], load(planes + v * L), load(planes + W + v * L));
                 Vec<T> log_p = load(c + v * L);
                 if (kWeighted) log_p += load(log_w + r * log_w_stride + v * L);
-                if (!kOffset) square[r][v] += t * t;
+                if (kSquares) square[r][v] += t * t;
                 log_p = minus_product<T>(log_p, t, t);
                 sum += exp2_term<T>(kOffset ? log_p + offsets[r] : log_p);
             }
             store(sums + r * L, sum);
         }
 #pragma GCC unroll 8
-    for (int r = 0; r < R && !kOffset; ++r)
+    for (int r = 0; r < R && kSquares; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) store(squares + r * stride + v * L, square[r][v]);
 }
@@ -156,26 +168,30 @@ public:
         : marginals(marginals), columns_(columns), panels_(columns.panels), sums_(memory),
           squares_(sums_ + round_up(panels_.D * R, L) * L), log_w_(squares_ + R * kMaxChunkColumns) {}
 
-    // The joint, and the marginals of all dimensions or none. rows: [D][6]
+    // The joint or not, and the marginals of all dimensions or none. rows: [D][6]
     template <bool kDirect>
-    void add_up(int64_t first, int64_t S, const T *rows, const Overrides<T> &overrides, bool with_marginals) {
-        add_panels(first, S, overrides, [&](int64_t p, const T *log_w, int64_t stride, T *squares, int64_t n) {
-            if (with_marginals)
-                add_span<kDirect, false>(p, 0, panels_.D, rows, log_w, stride, nullptr, squares, n);
-            else
+    void add_up(int64_t first, int64_t S, const T *rows, const Overrides<T> &overrides, bool with_joint,
+                bool with_marginals) {
+        const auto add = [&](int64_t p, const T *log_w, int64_t stride, T *squares, int64_t n) {
+            if (!with_marginals)
                 square_sums<kDirect>(rows, panels_.planes(p), panels_.D, squares, n);
-        });
+            else if (with_joint)
+                add_span<kDirect, true, false>(p, 0, panels_.D, rows, log_w, stride, nullptr, squares, n);
+            else
+                add_span<kDirect, false, false>(p, 0, panels_.D, rows, log_w, stride, nullptr, nullptr, 0);
+        };
+        add_panels(first, S, overrides, with_joint, add);
     }
 
     // The joint, and the marginals of the dimensions wanted, each term times 2^offset. offsets: [D][6]
     template <bool kDirect>
     void add_up(int64_t first, int64_t S, const T *rows, const Overrides<T> &overrides, const T *offsets,
                 const bool *wanted) {
-        add_panels(first, S, overrides, [&](int64_t p, const T *log_w, int64_t stride, T *squares, int64_t n) {
+        add_panels(first, S, overrides, true, [&](int64_t p, const T *log_w, int64_t stride, T *squares, int64_t n) {
             square_sums<kDirect>(rows, panels_.planes(p), panels_.D, squares, n);  // as the gradients', to the last bit
             for (int64_t d = 0, end; d < panels_.D; d = end + 1) {
                 for (end = d; end < panels_.D && wanted[end];) ++end;
-                if (d < end) add_span<kDirect, true>(p, d, end - d, rows, log_w, stride, offsets, nullptr, 0);
+                if (d < end) add_span<kDirect, false, true>(p, d, end - d, rows, log_w, stride, offsets, nullptr, 0);
             }
         });
     }
@@ -184,17 +200,17 @@ private:
     static constexpr int64_t kSpan = 4096;  // columns summed in T; their sums are added in double
 
     // Dimensions [d, d + n) of one panel
-    template <bool kDirect, bool kOffset>
+    template <bool kDirect, bool kSquares, bool kOffset>
     void add_span(int64_t p, int64_t d, int64_t n, const T *rows, const T *log_w, int64_t log_w_stride,
                   const T *offsets, T *squares, int64_t stride) const {
-        (log_w ? add_densities<kDirect, true, kOffset, T> : add_densities<kDirect, false, kOffset, T>)(
+        (log_w ? add_densities<kDirect, true, kSquares, kOffset, T> : add_densities<kDirect, false, kSquares, kOffset, T>)(
             rows + d * R, panels_.planes(p) + d * 2 * W, columns_.c + (p * panels_.D + d) * W, log_w, log_w_stride,
             kOffset ? offsets + d * R : nullptr, n, sums_ + d * R * L, squares, stride);
     }
 
     // add(panel, log weights, their stride, sums of squares, their stride) for every panel
     template <class F>
-    void add_panels(int64_t first, int64_t S, const Overrides<T> &overrides, const F &add) {
+    void add_panels(int64_t first, int64_t S, const Overrides<T> &overrides, bool with_joint, const F &add) {
         const int64_t D = panels_.D, chunk = chunk_panels<T>(D);
         for (int64_t k = 0; k < D * R; ++k) marginals[k] = 0;
         for (int64_t k = 0; k < round_up(D * R, L) * L; ++k) sums_[k] = T(0);
@@ -206,7 +222,8 @@ private:
                 const T *log_w = overrides.weights_of(columns_, k, log_w_, stride);
                 add(k, log_w, stride, squares_ + (k - p) * W, n);
             }
-            for (int r = 0; r < R && first + r < S; ++r) add_joint(joint[r], first + r, p, n, squares_ + r * n);
+            for (int r = 0; r < R && first + r < S && with_joint; ++r)
+                add_joint(joint[r], first + r, p, n, squares_ + r * n);
             if (next == panels_.count || next * W / kSpan > p * W / kSpan) flush();
         }
     }

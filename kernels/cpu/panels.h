@@ -111,16 +111,12 @@ public:
     // log2_w(j) as a double. Padding columns have a = kappa, b = 0 and weight 0.
     template <class F>
     void pack(const T *mu, const T *logvar, int threads, const F &log2_w, bool force_direct = false) {
-        constexpr int64_t kUnit = 8;  // panels
         // Without FMA the direct form takes no more operations, and rounds less.
         direct = !find_centre(mu, force_direct || !kFused);
         for (;;) {
             int offsets_small = 1;
-            parallel_for((count + kUnit - 1) / kUnit, threads, [&](int64_t unit, int) {
-                bool small = true;
-                for (int64_t p = unit * kUnit; p < count && p < (unit + 1) * kUnit; ++p)
-                    small &= pack_panel(p, mu, logvar, log2_w);
-                if (!small) __atomic_store_n(&offsets_small, 0, __ATOMIC_RELAXED);
+            for_each(threads, [&](int64_t p) {
+                if (!pack_panel(p, mu, logvar, log2_w)) __atomic_store_n(&offsets_small, 0, __ATOMIC_RELAXED);
             });
             if (direct || offsets_small) return;
             direct = true;
@@ -129,6 +125,14 @@ public:
     }
     void pack(const T *mu, const T *logvar, int threads, bool force_direct = false) {
         pack(mu, logvar, threads, [](int64_t) { return 0.0; }, force_direct);
+    }
+
+    // f(p) for every panel, many small ones at a time.
+    template <class F> void for_each(int threads, const F &f) const {
+        const int64_t unit = 8 + 256 / (D + 1);
+        parallel_for((count + unit - 1) / unit, threads, [&](int64_t k, int) {
+            for (int64_t p = k * unit; p < count && p < (k + 1) * unit; ++p) f(p);
+        });
     }
 
 private:
@@ -178,11 +182,12 @@ private:
                 store(b + l, direct ? vmu : vb);
             }
         }
+        bool finite = true;
         for (int64_t l = 0; l < W; ++l) {
             const double c = -0.5 * kLog2e * (sum_logvar[l] + kLog2Pi * double(D));
             c_[first + l] = to_finite<T>(c);
             cw_[first + l] = l < columns ? to_finite<T>(c + log2_w(first + l)) : -kInf<T>;
-            odd[0] |= !__builtin_isfinite(sum_logvar[l]) || !(cw_[first + l] < kInf<T>);
+            finite &= __builtin_isfinite(sum_logvar[l]) && cw_[first + l] < kInf<T>;
         }
         T reach = -kInf<T>, steep = -kInf<T>;
         for (int v = 0; v < kPanelVectors; ++v) {
@@ -190,7 +195,7 @@ private:
             reach = max_lanes<T>(max_<T>(cw, splat(reach)));
             steep = max_lanes<T>(max_<T>(cw + log_<T>(most[v]) * T(kLog2e), splat(steep)));
         }
-        const bool bound = !any_lane<T>(odd) && reach > -kInf<T>;
+        const bool bound = finite && !any_lane<T>(odd) && reach > -kInf<T>;
         reach_[p] = bound ? reach : kInf<T>;
         steep_[p] = bound ? steep : kInf<T>;
         least_a_[p] = -max_lanes<T>(-least);
