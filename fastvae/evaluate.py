@@ -147,7 +147,8 @@ def _tabulated(stream: Posteriors, z: Tensor, chunk_size: int, method: str, tol:
 
     def chunks() -> Iterator[tuple[Tensor, Tensor, None]]:
         for (mu, logvar), _ in column_chunks(stream, None, chunk_size, False):
-            yield mu.double().T.contiguous(), logvar.double().T.contiguous(), None
+            dtype = torch.promote_types(z.dtype, mu.dtype)
+            yield mu.T.to(dtype).contiguous(), logvar.T.to(dtype).contiguous(), None
 
     most = S / 2 if method == "table" else affordable(S, N, z.dtype)
     table = tabulate(z, Columns(chunks, -math.log(N), N), tol, most) if most > 0 else None

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.contract import LogWeights
+from ..backends.contract import LogWeights, accumulation_dtype
 from ._library import Function, once_differentiable
-from .panels import LEVELS, Columns, Tree, first_cells, halved, levels_of, plant, too_wide, widest
+from .panels import LEVELS, Columns, blocks, first_cells, halved, levels_of, plant, too_wide, widest
 
 NODES = 16  # points of a panel
 WIDTH = 4.0  # of a panel, in units of sigma
@@ -48,10 +48,7 @@ def affordable(S: int, N: int, dtype: torch.dtype) -> float:
 class Table(NamedTuple):
     """The marginals at the samples z `[S, D]` that it was made for: P panels, and the samples that are points."""
 
-    low: Tensor  # [D], root [D] and top [D], of a Tree
-    root: Tensor
-    top: Tensor
-    panel: Tensor  # [D 2^LEVELS] int64, the number of each cell's panel
+    panel: Tensor  # [S, D] int32, the number of each sample's panel; of a sample that is a point, any
     left: Tensor  # [P] and width [P], of the panels
     width: Tensor
     coefficients: Tensor  # [16, P]
@@ -63,7 +60,8 @@ class Table(NamedTuple):
 
 def columns_of(mu: Tensor, logvar: Tensor, log_w: Tensor | None, log_w_all: float) -> Columns:
     """Columns in memory, mu and logvar `[N, D]`."""
-    mu, logvar = (x.detach().T.contiguous().double() for x in (mu, logvar))
+    dtype = accumulation_dtype(mu.dtype)
+    mu, logvar = (x.detach().T.to(dtype).contiguous() for x in (mu, logvar))
     chunk = mu, logvar, None if log_w is None else log_w.detach().double()
     return Columns(lambda: [chunk], log_w_all, mu.shape[1])
 
@@ -96,7 +94,8 @@ def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Table | No
     tree = plant(z, columns, WIDTH) if S * D * columns.N else None
     if tree is None:
         return None
-    counts = tree.counts(z)
+    cells = tree.cells(z)
+    counts = tree.counts(cells)
     unresolved = too_wide(tree, columns, WIDTH, math.sqrt(2 * (DEPTH + math.log(columns.N / tol))))
     dim, node = widest(counts, unresolved & (counts > 2 * NODES))
     u, to_coefficients = _chebyshev(z)
@@ -104,7 +103,7 @@ def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Table | No
     spent, found = 0, []
     while len(dim):
         alone = unresolved[dim, node] | (counts[dim, node] <= NODES)
-        singles = tree.samples_in(z, dim[alone], node[alone])
+        singles = tree.samples_in(cells, dim[alone], node[alone])
         dim, node = dim[~alone], node[~alone]
         spent += len(singles) + NODES * len(dim)
         if spent > most * D:
@@ -135,11 +134,10 @@ def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Table | No
     begin, dim, left, width, coefficients, points, values = (x[panels[0].argsort()] for x in panels)
     if len(begin) == 0:
         return None
-    panel = torch.zeros(D << LEVELS, dtype=torch.int64, device=z.device)
-    panel[begin] = torch.arange(len(begin), device=z.device)
+    panel = torch.zeros(D << LEVELS, dtype=torch.int32, device=z.device)
+    panel[begin] = torch.arange(len(begin), dtype=torch.int32, device=z.device)
     return Table(
-        *tree,
-        panel=panel.cummax(0).values,
+        panel=panel.cummax(0).values.index_select(0, cells.flatten()).view(S, D),
         left=left,
         width=width,
         coefficients=coefficients.T.contiguous(),
@@ -164,16 +162,16 @@ def log_sums(columns: Columns, x: Tensor, dims: Tensor, D: int) -> Tensor:
     x, total = x[order, None], torch.full_like(x, -math.inf)
     for mu, logvar, log_w in columns.chunks():
         for d, part in places:
-            posteriors = x[part], mu[d, :, None], logvar[d, :, None]
+            posteriors = x[part], mu[d, :, None].double(), logvar[d, :, None].double()
             value = torch.ops.fastvae.agg_log_prob(*posteriors, log_w, columns.log_w, None, None, None)
             torch.logaddexp(total[part], value, out=total[part])
     return torch.empty_like(total).index_put_((order,), total)
 
 
-def _within(table: Table, wide: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    """The panels of samples, and u in them, flat."""
-    panel = table.panel.index_select(0, cell.flatten())
-    u = wide.flatten() - table.left.index_select(0, panel)
+def _within(table: Table, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """The panels of some samples, and u in them, flat."""
+    panel = table.panel[rows].flatten()
+    u = z[rows].flatten() - table.left.index_select(0, panel)
     u = u.div_(table.width.index_select(0, panel)).mul_(2).sub_(1)
     return panel, u.clamp_(-1, 1)  # a sample that is a point is in no panel
 
@@ -181,12 +179,12 @@ def _within(table: Table, wide: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
 def interpolate(table: Table, z: Tensor) -> Tensor:
     """The marginals at the samples, `[S, D]`, in float64."""
     result = torch.empty(z.shape, dtype=torch.float64, device=z.device)
-    for rows, wide, cell in Tree(*table[:3]).cells(z):
-        panel, u = _within(table, wide, cell)
+    for rows in blocks(z):
+        panel, u = _within(table, z, rows)
         b, b_next = torch.zeros_like(u), torch.zeros_like(u)  # Clenshaw's recurrence
         for c in table.coefficients[1:].flip(0):
             b, b_next = c.index_select(0, panel).sub_(b_next).addcmul_(u, b, value=2), b
-        result[rows] = table.coefficients[0].index_select(0, panel).addcmul_(u, b).sub_(b_next).view_as(wide)
+        result[rows] = table.coefficients[0].index_select(0, panel).addcmul_(u, b).sub_(b_next).view(-1, z.shape[1])
     result.view(-1)[table.singles] = table.values[len(table.values) - len(table.singles) :]
     return result
 
@@ -226,8 +224,8 @@ def _through_panels(table: Table, z: Tensor, grad: Tensor) -> tuple[Tensor, Tens
     slopes = table.coefficients * (2 * k / table.width)  # of T_k: k U_{k − 1}
     d_z, d_coefficients = torch.empty_like(z, memory_format=torch.contiguous_format), torch.zeros_like(slopes)
     single = torch.zeros(z.numel(), dtype=torch.bool, device=z.device).index_fill_(0, table.singles, True).view(z.shape)
-    for rows, wide, cell in Tree(*table[:3]).cells(z):
-        panel, u = _within(table, wide, cell)
+    for rows in blocks(z):
+        panel, u = _within(table, z, rows)
         above, slope = grad[rows].masked_fill(single[rows], 0).flatten(), torch.zeros_like(u)
         t, t_next = torch.ones_like(u), u  # T_k and T_{k + 1}
         v, v_next = torch.zeros_like(u), torch.ones_like(u)  # U_{k − 1} and U_k
@@ -236,7 +234,7 @@ def _through_panels(table: Table, z: Tensor, grad: Tensor) -> tuple[Tensor, Tens
             slope.addcmul_(c.index_select(0, panel), v)
             t, t_next = t_next, (2 * u).mul_(t_next).sub_(t)
             v, v_next = v_next, (2 * u).mul_(v_next).sub_(v)
-        d_z[rows] = slope.mul_(above).view_as(wide)
+        d_z[rows] = slope.mul_(above).view(-1, z.shape[1])
     return d_z, d_coefficients.T
 
 
@@ -249,11 +247,11 @@ def _through_columns(
     x, d_x = table.points[order, None], torch.zeros_like(table.points)
     values, d_values = table.values[order], d_values[order]
     d_mu, d_logvar = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs[1:3])
-    d_log_w = torch.zeros_like(mu[0])
+    d_log_w = d_x.new_zeros(mu.shape[1])
     for d, part in places:
-        arguments = d_values[part], values[part], x[part], mu[d, :, None], logvar[d, :, None]
+        posteriors = x[part], mu[d, :, None].double(), logvar[d, :, None].double()
         weights = log_w, log_w_all, None, None, None
-        gradients = torch.ops.fastvae.agg_log_prob_backward(*arguments, *weights, wanted)
+        gradients = torch.ops.fastvae.agg_log_prob_backward(d_values[part], values[part], *posteriors, *weights, wanted)
         totals = d_x[part], d_mu[:, d], d_logvar[:, d], d_log_w  # all but the last are the sums of one dimension
         asked = (total for total, want in zip(totals, wanted, strict=True) if want)
         for total, gradient in zip(asked, gradients, strict=True):
