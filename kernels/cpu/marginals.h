@@ -132,6 +132,30 @@ __attribute__((noinline)) void add_densities(const T *rows, const T *planes, con
         for (int v = 0; v < V; ++v) store(squares + r * stride + v * L, square[r][v]);
 }
 
+// The same of the only dimension, rows [6] against `count` panels, for sums [6][lanes] that stay in registers.
+template <bool kDirect, bool kWeighted, class T>
+__attribute__((noinline)) void add_densities_of_one(const T *rows, const T *planes, const T *c, const T *log_w,
+                                                    int64_t count, T *sums) {
+    constexpr int V = kPanelVectors, L = kLanes<T>, W = kPanelWidth<T>, R = kTileRows;
+    Vec<T> sum[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum[r] = load(sums + r * L);
+    for (int64_t p = 0; p < count; ++p, planes += 2 * W, c += W, log_w += W)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+            const Vec<T> a = load(planes + v * L), b = load(planes + W + v * L);
+            Vec<T> log_p = load(c + v * L);
+            if (kWeighted) log_p += load(log_w + v * L);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const Vec<T> t = standardized<kDirect>(rows[r], a, b);
+                sum[r] += exp2_term<T>(minus_product<T>(log_p, t, t));
+            }
+        }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) store(sums + r * L, sum[r]);
+}
+
 // One marginal with its true maximum, which is the shift that makes its terms moderate.
 template <bool kDirect, class T>
 LogSumExp<T> exact_marginal(const MarginalColumns<T> &columns, const Overrides<T> &overrides, int row, int64_t d, T z) {
@@ -172,6 +196,7 @@ public:
     template <bool kDirect>
     void add_up(int64_t first, int64_t S, const T *rows, const Overrides<T> &overrides, bool with_joint,
                 bool with_marginals) {
+        if (panels_.D == 1 && !with_joint && with_marginals && !overrides.count) return add_up_one<kDirect>(rows);
         const auto add = [&](int64_t p, const T *log_w, int64_t stride, T *squares, int64_t n) {
             if (!with_marginals)
                 square_sums<kDirect>(rows, panels_.planes(p), panels_.D, squares, n);
@@ -199,6 +224,16 @@ public:
 private:
     static constexpr int64_t kSpan = 4096;  // columns summed in T; their sums are added in double
 
+    template <bool kDirect> void add_up_one(const T *rows) const {
+        clear();
+        for (int64_t p = 0, next = 0; p < panels_.count; p = next) {
+            next = p + kSpan / W < panels_.count ? p + kSpan / W : panels_.count;
+            (columns_.weighted ? add_densities_of_one<kDirect, true, T> : add_densities_of_one<kDirect, false, T>)(
+                rows, panels_.planes(p), columns_.c + p * W, columns_.log_w + p * W, next - p, sums_);
+            flush();
+        }
+    }
+
     // Dimensions [d, d + n) of one panel
     template <bool kDirect, bool kSquares, bool kOffset>
     void add_span(int64_t p, int64_t d, int64_t n, const T *rows, const T *log_w, int64_t log_w_stride,
@@ -212,8 +247,7 @@ private:
     template <class F>
     void add_panels(int64_t first, int64_t S, const Overrides<T> &overrides, bool with_joint, const F &add) {
         const int64_t D = panels_.D, chunk = chunk_panels<T>(D);
-        for (int64_t k = 0; k < D * R; ++k) marginals[k] = 0;
-        for (int64_t k = 0; k < round_up(D * R, L) * L; ++k) sums_[k] = T(0);
+        clear();
         for (int64_t p = 0, next = 0; p < panels_.count; p = next) {
             next = p + chunk < panels_.count ? p + chunk : panels_.count;
             const int64_t n = (next - p) * W;
@@ -237,8 +271,13 @@ private:
         if (extras) sum.add(extra);
     }
 
+    void clear() const {
+        for (int64_t k = 0; k < panels_.D * R; ++k) marginals[k] = 0;
+        for (int64_t k = 0; k < round_up(panels_.D * R, L) * L; ++k) sums_[k] = T(0);
+    }
+
     // sums [D][6][lanes] -> marginals, and from 0 again
-    void flush() {
+    void flush() const {
         for (int64_t k = 0; k < panels_.D * R; k += L) {
             Vec<T> v[L];
             for (int i = 0; i < L; ++i) v[i] = load(sums_ + (k + i) * L), store(sums_ + (k + i) * L, Vec<T>{});

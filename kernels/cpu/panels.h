@@ -54,6 +54,7 @@ template <class T> bool all_finite(const T *x, int64_t n) {
 // A finite double stays finite as a T.
 template <class T> FASTVAE_INLINE T to_finite(double x) {
     constexpr double kMax = double(kLargest<T>);
+    if constexpr (sizeof(T) == 8) return x;
     return T(__builtin_isinf(x) ? x : x > kMax ? kMax : x < -kMax ? -kMax : x);
 }
 
