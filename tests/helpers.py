@@ -152,13 +152,15 @@ def _largest(x: Tensor) -> float:
 
 
 def nudge(inputs: Named, centred: Sequence[str], eps: float, seed: int) -> Named:
-    """Half an ulp up or down for every element of the centred inputs, counted from the centre of the columns."""
+    """Half an ulp up or down for every number of the centred inputs, counted from the centre of the columns; one that
+    was expanded along an axis is the same number there."""
     centre = inputs["mu"].detach().mean(-2, keepdim=True) if centred else None
     nudged = dict(inputs)
     for n, name in enumerate(centred):
         x = inputs[name].detach()
         ulp = eps * torch.exp2((x - centre).abs().log2().floor())
-        nudge = draw(*x.shape, seed=100 * seed + n).sign() * ulp / 2
+        numbers = [1 if size and (x == x.narrow(axis, 0, 1)).all() else size for axis, size in enumerate(x.shape)]
+        nudge = draw(*numbers, seed=100 * seed + n).sign() * ulp / 2
         nudged[name] = (x + nudge).requires_grad_(inputs[name].requires_grad)
     return nudged
 

@@ -211,6 +211,9 @@ def test_agrees_with_torch_distributions(backend: Target) -> None:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**20),
 )
+@example(
+    S=19, N=18, D=30, kind="none", scale=30.0, layout="one column expanded", dtype=torch.float64, seed=36
+)  # rounding errors that are the same in all dimensions
 def test_any_shape_weights_and_scale(
     backend: Target,
     name: str,
