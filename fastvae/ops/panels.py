@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LEVELS = 12  # panels are halved so often at most
-ELEMENTS = 2**16  # of a matrix at a time, which stay in the cache
+ELEMENTS = 2**17  # of a matrix at a time, which stay in the cache
 EXTREME = 1e30  # what is larger, or a width that is smaller than its inverse, is not tabulated
 
 

@@ -40,9 +40,9 @@ DEPTH = 64.0  # nats
 
 def affordable(S: int, N: int, dtype: torch.dtype) -> float:
     """How many evaluations for each dimension make the joint and a table half as expensive as the joint and all S
-    marginals, as measured with the native kernels: those of float64 take the time of 9 in float32, packing the columns
-    that of 120, and interpolating at a sample that of 90."""
-    return (0.4 if dtype == torch.float64 else 0.033) * S - 120 - 90 * S / max(1, N)
+    marginals, as measured with the native kernels. An evaluation in float64 takes the time of 3 in float32; packing a
+    column that of 80, interpolating at a sample that of 130, and the calls themselves that of 2.5 million."""
+    return (0.26 if dtype == torch.float64 else 0.1) * S - 80 - (130 * S + 2.5e6) / max(1, N)
 
 
 class Table(NamedTuple):
