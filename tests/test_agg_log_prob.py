@@ -123,6 +123,24 @@ def test_weights(backend: Target, name: str, kind: str, sizes: tuple[int, int, i
     expected.check(evaluate(fast, inputs))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize(("kind", "N"), [*((kind, 61) for kind in WEIGHTS), ("columns", 4500)])
+def test_many_rows_in_one_dimension(native: Target, kind: str, N: int, far: bool, dtype: torch.dtype) -> None:
+    """Whose sums are a marginal's, over several spans of columns, and with a maximum where all columns are far away."""
+    inputs, expected = _in_one_dimension(kind, N, far, dtype)
+    expected.check(evaluate(functions("agg_log_prob", WEIGHTS[kind](101, N))[0], inputs))
+
+
+@functools.cache
+def _in_one_dimension(kind: str, N: int, far: bool, dtype: torch.dtype) -> tuple[Named, Expected]:
+    weights = WEIGHTS[kind](101, N)
+    inputs = weighted(samples(101, N, 1, dtype), weights)
+    if far:
+        inputs["z"] = (inputs["z"].detach() + 300).requires_grad_()
+    return inputs, Expected(functions("agg_log_prob", weights)[1], inputs, ("z", "mu"))
+
+
 def test_rows_without_weight_are_minus_infinity_with_gradient_zero(backend: Target, name: str) -> None:
     inputs = samples(19, 23, 4, torch.float32)
     own = drawn(19, 23)
