@@ -238,7 +238,8 @@ private:
     template <bool kDirect, bool kSquares, bool kOffset>
     void add_span(int64_t p, int64_t d, int64_t n, const T *rows, const T *log_w, int64_t log_w_stride,
                   const T *offsets, T *squares, int64_t stride) const {
-        (log_w ? add_densities<kDirect, true, kSquares, kOffset, T> : add_densities<kDirect, false, kSquares, kOffset, T>)(
+        (log_w ? add_densities<kDirect, true, kSquares, kOffset, T>
+               : add_densities<kDirect, false, kSquares, kOffset, T>)(
             rows + d * R, panels_.planes(p) + d * 2 * W, columns_.c + (p * panels_.D + d) * W, log_w, log_w_stride,
             kOffset ? offsets + d * R : nullptr, n, sums_ + d * R * L, squares, stride);
     }
