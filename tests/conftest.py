@@ -82,7 +82,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # The CUDA kernels on the host run one thread at a time. They take part in the tests of the ops, by file, and in those
 # of test_every_op.py that are about what kernels do with their inputs.
-OF_KERNELS = ("kl_gauss", "sample_gauss", "philox", "cross_log_prob", "agg_log_prob", "agg_log_prob_marginals")
+OF_AGGREGATES = ("cross_log_prob", "agg_log_prob", "agg_log_prob_marginals", "early_exit")
+OF_KERNELS = ("kl_gauss", "sample_gauss", "philox", *OF_AGGREGATES)
 OF_INPUTS = ("layouts", "half", "not_finite", "opcheck")
 
 

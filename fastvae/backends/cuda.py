@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import c_interface as c
+from . import exact_skip
 from .contract import LogWeights, accumulation_dtype, kl_scale, kl_shape
 
 LIBRARY = "libfastvae_cuda.so"
@@ -33,8 +34,8 @@ _FUNCTIONS: dict[str, tuple[type, ...]] = {
     "sample_gauss_backward": (*c.pointers(4), *c.ROWS * 2, c_void_p, *c.SIZES, *c.pointers(2)),
     "cross_log_prob": (*_PAIRS, *c.SIZES, c_void_p, *_WORKSPACE),
     "cross_log_prob_backward": (c_void_p, *_PAIRS, *c.SIZES, *c.pointers(3), *_WORKSPACE),
-    "agg_log_prob": (*_PAIRS, *c.WEIGHTS, *c.SIZES, c_void_p, *_WORKSPACE),
-    "agg_log_prob_backward": (c_void_p, *_PAIRS, *c.WEIGHTS, *c.SIZES, *c.pointers(5), *_WORKSPACE),
+    "agg_log_prob": (*_PAIRS, *c.WEIGHTS, *c.SIZES, c_void_p, c_int, *_WORKSPACE),
+    "agg_log_prob_backward": (c_void_p, *_PAIRS, *c.WEIGHTS, *c.SIZES, *c.pointers(5), c_int, *_WORKSPACE),
     "agg_log_prob_marginals": (*_PAIRS, *c.WEIGHTS, *c.SIZES, *c.pointers(2), *_WORKSPACE),
     "agg_log_prob_marginals_backward": (*c.pointers(2), *_PAIRS, *c.WEIGHTS, *c.SIZES, *c.pointers(4), *_WORKSPACE),
 }
@@ -228,8 +229,9 @@ def _cross(
     logvar: Tensor,
     weights: LogWeights | None,
     outputs: Sequence[Tensor | None],
+    last: Sequence[int] = (),
 ) -> None:
-    """`first`: the upstream gradients."""
+    """`first`: the upstream gradients; `last`: what comes after the outputs."""
     sizes = (z.shape[0], *mu.shape)
     sums = accumulation_dtype(mu.dtype)
     dense = [c.dense(x, sums) for x in first]
@@ -245,6 +247,7 @@ def _cross(
         *log_weights,
         *sizes,
         *map(c.ptr, outputs),
+        *last,
     )
 
 
@@ -264,7 +267,7 @@ def cross_log_prob_backward(
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
     joint = torch.empty(z.shape[0], dtype=accumulation_dtype(mu.dtype), device=mu.device)
-    _cross("agg_log_prob", (), z, mu, logvar, weights, (joint,))
+    _cross("agg_log_prob", (), z, mu, logvar, weights, (joint,), (exact_skip(),))
     return joint
 
 
@@ -284,13 +287,14 @@ def _aggregate_backward(
     weights: LogWeights,
     wanted: Sequence[bool],
     first: Sequence[Tensor | None] = (),
+    last: Sequence[int] = (),
 ) -> list[Tensor]:
-    """`first`: outputs that come before the gradients."""
+    """`first`: outputs that come before the gradients; `last`: what comes after them."""
     outputs = _outputs((z, mu, logvar, weights.log_w), wanted)
     d_log_w = outputs[3]
     if d_log_w is not None:
         outputs[3] = d_log_w.to(accumulation_dtype(mu.dtype))
-    _cross(name, upstream, z, mu, logvar, weights, (*first, *outputs))
+    _cross(name, upstream, z, mu, logvar, weights, (*first, *outputs), last)
     if d_log_w is not None and outputs[3] is not None:
         outputs[3] = outputs[3].to(d_log_w.dtype)
     return _asked(outputs)
@@ -306,7 +310,9 @@ def agg_log_prob_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     again = torch.empty(z.shape[0], dtype=accumulation_dtype(mu.dtype), device=mu.device) if joint is None else None
-    gradients = _aggregate_backward("agg_log_prob_backward", (d_joint,), z, mu, logvar, weights, wanted, (again,))
+    gradients = _aggregate_backward(
+        "agg_log_prob_backward", (d_joint,), z, mu, logvar, weights, wanted, (again,), (exact_skip(),)
+    )
     return gradients if again is None else [again, *gradients]
 
 

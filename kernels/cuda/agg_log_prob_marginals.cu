@@ -182,7 +182,7 @@ int fastvae_cuda_agg_log_prob_marginals_backward(int dtype, const void *d_joint,
         FASTVAE_TRY(pack_with_tops(Inputs<In>(z, z_stride, mu, mu_stride, logvar, logvar_stride), p, stream));
         if (d_joint) {
             FASTVAE_TRY(backward.joint.run(p, static_cast<T *>(nullptr), static_cast<const T *>(d_joint), stream));
-            FASTVAE_TRY(backward.pull.run(p, OfShares<T>{backward.joint.shares}, out, stream));
+            FASTVAE_TRY(backward.pull.run(p, OfShares<T, false>{backward.joint.shares}, out, stream));
         }
         if (d_marginals) FASTVAE_TRY(backward.run_marginals(static_cast<const T *>(d_marginals), out, stream));
         return backward.pull.finish(p, out, stream);

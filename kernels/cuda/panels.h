@@ -22,12 +22,37 @@ constexpr int kThreads = 256, kLanes = 16;  // of a block; its threads are kLane
 template <class T> constexpr int kSide = sizeof(T) == 4 ? 8 : 4;      // a thread has kSide x kSide pairs
 template <class T> constexpr int kPanel = kLanes * kSide<T>;
 
+constexpr int kChunk = 8;  // at most so many dimensions go through shared memory at a time
+
 constexpr double kMaxOffset = 128, kModerate = 0x1p60;  // a and z - centre within it cannot overflow together
 template <class T> constexpr double kKappa = sizeof(T) == 4 ? 0.84932180028801904272 : 1;  // sqrt(log2(e) / 2)
 template <class T> constexpr T kInvKappa2 = T(sizeof(T) == 4 ? 1.38629436111989061883 : 1);  // 2 ln 2
 
+// What tells which tiles can stop early (early_exit.h); all null where none may.
+template <class T> struct Exit {
+    T *spread;                       // [D] how much a dimension tells columns apart
+    int *order;                      // [D] the dimensions as they are packed
+    T *reach, *steep, *least_a;      // [column panels]: largest cw + margin, largest cw + log2 a, least a
+    T *likely;                       // [S] terms that the rows' sums are known to have
+    T *row_floor, *column_floor, *share;  // [S], of a backward
+    T *row_reach, *column_reach;     // [column panels], of a backward
+
+    Exit(Arena &arena, bool early, bool backward, int64_t S, int64_t D, int64_t panels) {
+        const auto take = [&](bool wanted, int64_t n) { return wanted ? arena.take<T>(n) : nullptr; };
+        spread = take(early, D);
+        order = early ? arena.take<int>(D) : nullptr;
+        reach = take(early, panels), steep = take(early, panels), least_a = take(early, panels);
+        likely = take(early, S);
+        row_floor = take(early && backward, S), column_floor = take(early && backward, S);
+        share = take(early && backward, S);
+        row_reach = take(early && backward, panels), column_reach = take(early && backward, panels);
+    }
+};
+
 template <class T> struct Packed {
     int64_t S, N, D, row_panels, column_panels;
+    int chunks, dims;          // chunks of dimensions, and how many the first ones have
+    bool early;                // whether tiles may stop early
     T *centre;                 // [D], of the columns
     T *samples;                // [row panels][D][kPanel]
     T *columns;                // [column panels][D][2][kPanel]
@@ -37,9 +62,13 @@ template <class T> struct Packed {
     T *marginal_top;           // [D], no marginal's term is larger by much; or null
     int64_t *own_low, *own_high;  // [row panels]: the range of the own columns of a panel's samples
     Weights<T> weights;
+    Exit<T> exit;
 
-    Packed(Arena &arena, int64_t S, int64_t N, int64_t D, bool marginals, const Weights<T> &weights)
-        : S(S), N(N), D(D), row_panels(ceil_div(S, kPanel<T>)), column_panels(ceil_div(N, kPanel<T>)), weights(weights) {
+    Packed(Arena &arena, int64_t S, int64_t N, int64_t D, bool marginals, const Weights<T> &weights, bool early = false,
+           bool backward = false)
+        : S(S), N(N), D(D), row_panels(ceil_div(S, kPanel<T>)), column_panels(ceil_div(N, kPanel<T>)),
+          chunks(D > kChunk ? int(ceil_div(D, kChunk)) : 1), dims(int(ceil_div(D, chunks))), early(early),
+          weights(weights), exit(arena, early, backward, S, D, column_panels) {
         constexpr int W = kPanel<T>;
         centre = arena.take<T>(D);
         samples = arena.take<T>(row_panels * D * W);
@@ -54,6 +83,8 @@ template <class T> struct Packed {
         own_low = arena.take<int64_t>(row_panels);
         own_high = arena.take<int64_t>(row_panels);
     }
+    // The caller's dimension that is packed as number d
+    FASTVAE_DEVICE int64_t dimension(int64_t d) const { return early ? exit.order[d] : d; }
 };
 
 template <class In> struct Rows {  // [n][D], a stride apart
@@ -67,125 +98,5 @@ template <class In> struct Inputs {
         : z{static_cast<const In *>(z), z_stride}, mu{static_cast<const In *>(mu), mu_stride},
           logvar{static_cast<const In *>(logvar), logvar_stride} {}
 };
-
-// A finite double stays finite as a T.
-template <class T> FASTVAE_DEVICE T to_finite(double x) {
-    return T(abs_(x) == infinity<double>() ? x : clip(x, -double(largest<T>()), double(largest<T>())));
-}
-
-// centre [D]: the mean of up to 64 columns spread evenly, the largest and the smallest left out. Any will do that makes
-// most offsets small. A warp takes a dimension.
-template <class In> __global__ void find_centre(Rows<In> mu, Packed<Accumulator<In>> p) {
-    using T = Accumulator<In>;
-    const int64_t d = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
-    const int lane = int(threadIdx.x) % 32, n = p.N < 64 ? int(p.N) : 64;
-    T sum = 0, high = -largest<T>(), low = largest<T>();
-    for (int k = lane; k < n && d < p.D; k += 32) {
-        const T x = load(mu(k * p.N / n) + d);
-        sum += x;
-        high = max_(high, x);
-        low = min_(low, x);
-    }
-    for (int offset = 16; offset; offset /= 2) {
-        sum += __shfl_xor_sync(~0u, sum, offset);
-        high = max_(high, __shfl_xor_sync(~0u, high, offset));
-        low = min_(low, __shfl_xor_sync(~0u, low, offset));
-    }
-    const T mean = n > 2 ? (sum - high - low) / T(n - 2) : sum / T(n);
-    if (lane == 0 && d < p.D) p.centre[d] = abs_(mean) < T(kModerate / 2) ? mean : T(0);
-}
-
-// a, rounded once; finite for finite inputs, so that 0 a is 0 and infinity a is infinity
-template <class T> FASTVAE_DEVICE T inverse_sigma(double logvar) {
-    constexpr double kSmallest = sizeof(T) == 4 ? 0x1p-126 : 0x1p-1022;
-    const double a = exp(-0.5 * logvar) * kKappa<T>;
-    return T(abs_(logvar) == infinity<double>() ? a : clip(a, kSmallest, double(largest<T>())));
-}
-
-template <class In> FASTVAE_DEVICE void pack_columns(int64_t panel, const Inputs<In> &in, const Packed<Accumulator<In>> &p) {
-    using T = Accumulator<In>;
-    constexpr int W = kPanel<T>, kGroups = kThreads / W;
-    double(&sums)[kGroups][W] = shared_memory<double[kGroups][W]>();
-    const int lane = int(threadIdx.x) % W, group = int(threadIdx.x) / W;
-    const int64_t j = panel * W + lane;
-    const bool inside = j < p.N;
-    T *const planes = p.columns + panel * p.D * 2 * W + lane;
-    const double w = p.weights.log2_w(inside ? j : 0);
-
-    double sum_logvar = 0;
-    bool too_far = false;
-    for (int64_t d = group; d < p.D; d += kGroups) {
-        T a = 1, b = 0;
-        double c = 0;
-        if (inside) {
-            const double logvar = load(in.logvar(j) + d);
-            a = inverse_sigma<T>(logvar);
-            b = (p.centre[d] - load(in.mu(j) + d)) * a;
-            too_far |= !(abs_(b) <= T(kMaxOffset) && a <= T(kModerate));
-            sum_logvar += logvar;
-            c = -0.5 * kLog2e * (logvar + kLog2Pi);
-        }
-        planes[d * 2 * W] = a;
-        planes[d * 2 * W + W] = b;
-        if (!p.marginal_c) continue;
-        const int64_t at = (panel * p.D + d) * W + lane;
-        p.marginal_c[at] = to_finite<T>(c);
-        p.marginal_cw[at] = inside ? to_finite<T>(c + w) : -infinity<T>();
-    }
-    sums[group][lane] = sum_logvar;
-    const bool far = __syncthreads_or(too_far);
-    for (int64_t d = group; far && inside && d < p.D; d += kGroups)
-        planes[d * 2 * W + W] = p.centre[d] - load(in.mu(j) + d);
-    if (threadIdx.x == 0) p.far_columns[panel] = far;
-    if (group) return;
-    for (int g = 1; g < kGroups; ++g) sum_logvar += sums[g][lane];
-    const double c = -0.5 * kLog2e * (sum_logvar + kLog2Pi * double(p.D));
-    p.c[j] = inside ? to_finite<T>(c) : T(0);
-    p.cw[j] = inside ? to_finite<T>(c + w) : -infinity<T>();
-}
-
-template <class In> FASTVAE_DEVICE void pack_samples(int64_t panel, const Inputs<In> &in, const Packed<Accumulator<In>> &p) {
-    using T = Accumulator<In>;
-    constexpr int W = kPanel<T>, kGroups = kThreads / W;
-    const int lane = int(threadIdx.x) % W, group = int(threadIdx.x) / W;
-    const int64_t i = panel * W + lane;
-    bool too_far = false;
-    for (int64_t d = group; d < p.D; d += kGroups) {
-        const T x = i < p.S ? load(in.z(i) + d) - p.centre[d] : T(0);
-        too_far |= !(abs_(x) <= T(kModerate / 2));
-        p.samples[(panel * p.D + d) * W + lane] = x;
-    }
-    const bool far = __syncthreads_or(too_far);
-    if (threadIdx.x == 0) p.far_rows[panel] = far;
-    if (threadIdx.x >= 32) return;
-    int64_t low = p.N, high = -1;
-    for (int64_t k = panel * W + threadIdx.x; p.weights.own && k < p.S && k < panel * W + W; k += 32) {
-        const int64_t own = p.weights.own[k];
-        if (own < 0 || own >= p.N) continue;
-        low = own < low ? own : low;
-        high = own > high ? own : high;
-    }
-    for (int offset = 16; offset; offset /= 2) {
-        const int64_t lower = __shfl_xor_sync(~0u, low, offset), higher = __shfl_xor_sync(~0u, high, offset);
-        low = lower < low ? lower : low;
-        high = higher > high ? higher : high;
-    }
-    if (threadIdx.x) return;
-    p.own_low[panel] = low;
-    p.own_high[panel] = high;
-}
-
-// A block for each panel of columns, then for each of samples
-template <class In> __global__ void pack_panels(Inputs<In> in, Packed<Accumulator<In>> p) {
-    if (blockIdx.x < p.column_panels)
-        pack_columns(blockIdx.x, in, p);
-    else
-        pack_samples(blockIdx.x - p.column_panels, in, p);
-}
-
-template <class In> int pack(const Inputs<In> &in, const Packed<Accumulator<In>> &p, Stream stream) {
-    FASTVAE_TRY(launch(find_centre<In>, ceil_div(p.D, kThreads / 32), 1, kThreads, stream, in.mu, p));
-    return launch(pack_panels<In>, p.column_panels + p.row_panels, 1, kThreads, stream, in, p);
-}
 
 }  // namespace fastvae::FASTVAE_ISA

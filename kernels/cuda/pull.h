@@ -11,16 +11,24 @@
 
 namespace fastvae::FASTVAE_ISA {
 
-// r from a tile's densities
-template <class T> struct OfShares {
+// r from a tile's densities; kEarly: of tiles that may stop early.
+template <class T, bool kEarly> struct OfShares {
     Shares<T> shares;
+    bool all_columns = false;  // no tile of pull_on_columns may stop early
 
     template <bool kFold, bool kOwnsRows>
     FASTVAE_DEVICE void operator()(const Packed<T> &p, Sweep<T, kOwnsRows> &sweep, int64_t owner, int64_t passing,
                                    const Lanes<kOwnsRows> &lanes, Pairs<T> &x) const {
         const int64_t row_panel = kOwnsRows ? owner : passing, column_panel = kOwnsRows ? passing : owner;
+        const bool may = kEarly && may_stop(p, row_panel, column_panel) && (kOwnsRows || !all_columns);
+        const auto limit = [&](int r) {
+            const int64_t i = row_panel * kPanel<T> + place<T>(lanes.row, r);
+            if (i >= p.S) return -largest<T>();
+            const T reach = kOwnsRows ? p.exit.row_reach[column_panel] : p.exit.column_reach[column_panel];
+            return T(16.0 / 15) * (reach + T(kSteep) - (kOwnsRows ? p.exit.row_floor[i] : p.exit.column_floor[i]));
+        };
         sweep.start(owner, passing, passing + 1);
-        square_sums<kFold>(sweep, p.far_columns[column_panel], lanes, x);
+        if (square_sums<kFold, kEarly>(sweep, p.far_columns[column_panel], lanes, x, may, limit)) return clear<T>(x);
         to_terms(p, row_panel, column_panel, meets_own(p, row_panel, column_panel), lanes, x);
         FASTVAE_UNROLL
         for (int r = 0; r < kSide<T>; ++r) {
@@ -177,7 +185,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void pull_on_rows(Pack
         const bool far_column = p.far_columns[column_panel], far = far_column || p.far_rows[panel];
         sweep.start(panel, column_panel, column_panel + 1);
         sweep.run([&](const Stage<T> &stage, int chunk, int n) {
-            T *const at = to + int64_t(chunk) * sweep.dims() * kPanel<T>;
+            T *const at = to + int64_t(chunk) * p.dims * kPanel<T>;
             if (far)
                 pull_rows<true>(stage, n, far_column, lanes, x, at);
             else
@@ -210,7 +218,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void pull_on_columns(P
         for (int special = 0; special <= int(meets); ++special)
             add_shares(p, row_panel, panel, meets, special, lanes, x, (special ? parts.special : parts.common) + part);
         sweep.run([&](const Stage<T> &stage, int chunk, int n) {
-            const int64_t at = part * p.D + int64_t(chunk) * sweep.dims() * kPanel<T>;
+            const int64_t at = part * p.D + int64_t(chunk) * p.dims * kPanel<T>;
             if (far)
                 pull_columns<true>(stage, n, far_column, lanes, x, parts.t + at, parts.tt + at);
             else
@@ -229,7 +237,7 @@ __global__ void finish_rows(Packed<Accumulator<In>> p, RowParts<Accumulator<In>>
     T sum = 0;
     for (int64_t part = 0; part < parts.count; ++part)
         sum += parts.of(p, part, i / kPanel<T>)[d * kPanel<T> + i % kPanel<T>];
-    store(d_z + k, -kInvKappa2<T> * sum);
+    store(d_z + i * p.D + p.dimension(d), -kInvKappa2<T> * sum);
 }
 
 // d_mu and d_logvar [N, D], d_log_w [N]; those not wanted are null.
@@ -255,8 +263,9 @@ __global__ void finish_columns(Packed<Accumulator<In>> p, ColumnParts<Accumulato
         t += parts.t[at];
         tt += parts.tt[at];
     }
-    if (d_mu) store(d_mu + k, t * p.columns[(panel * p.D + d) * 2 * W + lane] * kInvKappa2<T>);
-    if (d_logvar) store(d_logvar + k, T(0.5) * (tt * kInvKappa2<T> - share));
+    const int64_t to = j * p.D + p.dimension(d);
+    if (d_mu) store(d_mu + to, t * p.columns[(panel * p.D + d) * 2 * W + lane] * kInvKappa2<T>);
+    if (d_logvar) store(d_logvar + to, T(0.5) * (tt * kInvKappa2<T> - share));
 }
 
 template <class In> struct Gradients {

@@ -83,27 +83,42 @@ template <class T> struct Shares {
 };
 
 // A block takes a panel of samples and a range of `tiles` panels of columns.
-template <class T, bool kFold>
+template <class T, bool kFold, bool kEarly>
 __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void joint_sums(Packed<T> p, int64_t tiles, RangeSums<T> sums) {
     constexpr int R = kSide<T>;
-    const int64_t panel = blockIdx.x, first = blockIdx.y * tiles;
-    const int64_t last = first + tiles < p.column_panels ? first + tiles : p.column_panels;
+    const int panel = int(blockIdx.x), first = int(blockIdx.y * tiles);
+    const int last = int(first + tiles < p.column_panels ? first + tiles : p.column_panels);
     const Lanes<true> lanes;
     RowSum<T> rows[R];
     Sweep<T, true> sweep(p);
     sweep.start(panel, first, last);
-    for (int64_t column_panel = first; column_panel < last; ++column_panel) {
+    T(&carries)[R][kThreads] = shared_memory<Stages<T>>().aside;
+    FASTVAE_UNROLL
+    for (int r = 0; r < R; ++r) {
+        const int64_t i = int64_t(panel) * kPanel<T> + place<T>(lanes.row, r);
+        // A sum may be relative to any of the row's terms, also those of other blocks.
+        if (kEarly) rows[r].m = i < p.S ? p.exit.likely[i] : largest<T>();
+        carries[r][threadIdx.x] = 0;
+    }
+    for (int column_panel = first; column_panel < last; ++column_panel) {
         Pairs<T> s;
-        square_sums<kFold>(sweep, p.far_columns[column_panel], lanes, s);
+        const auto limit = [&](int r) { return p.exit.reach[column_panel] - rows[r].m; };
+        const bool may = kEarly && may_stop(p, panel, column_panel);
+        if (square_sums<kFold, kEarly>(sweep, p.far_columns[column_panel], lanes, s, may, limit)) continue;
         to_terms(p, panel, column_panel, meets_own(p, panel, column_panel), lanes, s);
         FASTVAE_UNROLL
-        for (int r = 0; r < R; ++r) rows[r].add(s[r], s[r]);
+        for (int r = 0; r < R; ++r) {
+            rows[r].carry = carries[r][threadIdx.x];
+            rows[r].add(s[r], s[r]);
+            carries[r][threadIdx.x] = rows[r].carry;
+        }
     }
     FASTVAE_UNROLL
     for (int r = 0; r < R; ++r) {
         T nothing = 0;
+        rows[r].carry = carries[r][threadIdx.x];
         rows[r].across_lanes(nothing);
-        const int64_t i = panel * kPanel<T> + place<T>(lanes.row, r);
+        const int64_t i = int64_t(panel) * kPanel<T> + place<T>(lanes.row, r);
         if (lanes.column || i >= p.S) continue;
         sums.m[blockIdx.y * p.S + i] = rows[r].m;
         sums.sum[blockIdx.y * p.S + i] = rows[r].sum;
@@ -112,12 +127,14 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void joint_sums(Packed
 
 // joint [S], unless it is null, and where there is an upstream gradient the shares in it
 template <class T>
-__global__ void combine_joint(RangeSums<T> sums, T *joint, const T *d_joint, Shares<T> shares) {
+__global__ void combine_joint(Packed<T> p, RangeSums<T> sums, T *joint, const T *d_joint, Shares<T> shares) {
     const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= sums.size) return;
     const LogSum total = sums.total(i);
     if (joint) joint[i] = T(total.log());
-    if (d_joint) shares.set(i, total, d_joint[i]);
+    if (!d_joint) return;
+    shares.set(i, total, d_joint[i]);
+    if (p.early) set_floors(p, i, total, d_joint[i]);
 }
 
 // The joint in all: how its work is divided, what it needs, and its kernels
@@ -130,9 +147,12 @@ template <class T> struct Joint {
           shares(arena, backward ? p.S : 0) {}
 
     int run(const Packed<T> &p, T *joint, const T *d_joint, Stream stream) const {
-        const auto kernel = folds(p.D) ? joint_sums<T, true> : joint_sums<T, false>;
+        const auto early = folds(p.D) ? joint_sums<T, true, true> : joint_sums<T, false, true>;
+        const auto plain = folds(p.D) ? joint_sums<T, true, false> : joint_sums<T, false, false>;
+        const auto kernel = p.early ? early : plain;
         FASTVAE_TRY(launch(kernel, p.row_panels, ranges.count, kThreads, stream, p, ranges.size, sums));
-        return launch(combine_joint<T>, ceil_div(p.S, kThreads), 1, kThreads, stream, sums, joint, d_joint, shares);
+        FASTVAE_TRY(launch(combine_joint<T>, ceil_div(p.S, kThreads), 1, kThreads, stream, p, sums, joint, d_joint, shares));
+        return p.early && d_joint ? launch(set_reaches<T>, p.column_panels, 1, kThreads, stream, p) : FASTVAE_CUDA_OK;
     }
 };
 

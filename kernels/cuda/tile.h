@@ -3,11 +3,11 @@
 // panels arrive by asynchronous copies, kStages deep.
 #pragma once
 
-#include "panels.h"
+#include "pack.h"
 
 namespace fastvae::FASTVAE_ISA {
 
-constexpr int kChunk = 8, kStages = 3, kAhead = kStages - 1;  // dimensions of a chunk; chunks under way
+constexpr int kStages = 3, kAhead = kStages - 1;  // chunks in memory, chunks under way
 constexpr int64_t kFoldChunks = 16;                           // squares are summed over so many chunks at a time
 inline bool folds(int64_t D) { return D > kFoldChunks * kChunk; }
 
@@ -17,6 +17,8 @@ template <class T> struct Stage {
 template <class T> struct Stages {
     Stage<T> stages[kStages];
     AsyncCopies<kStages>::Shared copies;
+    Balance balance;
+    T aside[kSide<T>][kThreads];  // what a thread keeps of its rows or columns while tiles need its registers
 };
 
 // Which of a panel's samples or columns a thread has, by its lane: pieces of 16 bytes, so that 16 lanes read from
@@ -73,7 +75,9 @@ template <class T, bool kOwnsRows> class Sweep {
 public:
     FASTVAE_DEVICE Sweep(const Packed<T> &p)
         : p_(p), stages_(shared_memory<Stages<T>>().stages), copies_(shared_memory<Stages<T>>().copies),
-          chunks_(p.D > kChunk ? int((p.D + kChunk - 1) / kChunk) : 1), dims_(int((p.D + chunks_ - 1) / chunks_)) {}
+          balance_(shared_memory<Stages<T>>().balance) {
+        balance_.start();
+    }
 
     // The next sweeps are over the tiles of this panel with passing ones [first, last): what they need first is sent
     // for.
@@ -86,28 +90,53 @@ public:
         for (int k = 0; k < kAhead; ++k) request();
     }
 
-    // One tile: f(stage, first dimension, dimensions) for its chunks, in order.
+    // One tile: f(stage, chunk, dimensions) for its chunks, in order.
     template <class F> FASTVAE_DEVICE void run(const F &f) {
-        for (int chunk = 0; chunk < chunks_; ++chunk) {
+        run<false>(false, [&](const Stage<T> &stage, int chunk, int n, bool) { return f(stage, chunk, n), false; });
+    }
+    // The same with f(stage, chunk, dimensions, look). Where it `may_stop` it ends before its last chunk once f, asked to
+    // `look`, gives true in all threads. Whether it did.
+    template <bool kEarly, class F> FASTVAE_DEVICE bool run(bool may_stop, const F &f) {
+        bool far = false;
+        for (int chunk = 0; chunk < p_.chunks; ++chunk) {
             const Stage<T> &stage = stages_[copies_.template wait<kAhead - 1>()];
-            __syncthreads();  // every thread's part is there, and no thread still reads the stage that is filled next
+            // Every thread's part is there, and no thread still reads the stage that is filled next.
+            if (!kEarly) {
+                __syncthreads();
+            } else if (__syncthreads_and(far)) {
+                balance_.add(chunk, p_.chunks - chunk);
+                leave(p_.chunks - chunk);
+                return true;
+            }
             request();
-            const int first = chunk * dims_, left = int(p_.D) - first;
-            f(stage, chunk, left < dims_ ? left : dims_);
+            const int first = chunk * p_.dims, left = int(p_.D) - first;
+            far = f(stage, chunk, left < p_.dims ? left : p_.dims,
+                    kEarly && may_stop && chunk + 1 < p_.chunks && balance_.look());
+        }
+        if (kEarly && may_stop) balance_.add(p_.chunks - 1, 0);
+        return false;
+    }
+private:
+    // The tile's last chunks, of which the first is there: what was asked for is waited for all the same, and what is
+    // asked for next is the next tile's.
+    FASTVAE_DEVICE void leave(int chunks) {
+        if (chunks > kAhead) chunks = kAhead, next_chunk_ = 0, ++next_;
+        request();
+        while (--chunks) {
+            copies_.template wait<kAhead - 1>();
+            __syncthreads();
+            request();
         }
     }
-    FASTVAE_DEVICE int dims() const { return dims_; }
-
-private:
     FASTVAE_DEVICE void request() {
         if (next_ < last_) {
             const int64_t row = kOwnsRows ? owner_ : next_, column = kOwnsRows ? next_ : owner_;
-            const int first = next_chunk_ * dims_, left = int(p_.D) - first, n = left < dims_ ? left : dims_;
+            const int first = next_chunk_ * p_.dims, left = int(p_.D) - first, n = left < p_.dims ? left : p_.dims;
             constexpr int W = kPanel<T>, kBytes = W * int(sizeof(T));
             Stage<T> &stage = stages_[copies_.filling()];
             copies_.fetch(stage.z, p_.samples + (row * p_.D + first) * W, n * kBytes);
             copies_.fetch(stage.ab, p_.columns + (column * p_.D + first) * 2 * W, n * 2 * kBytes);
-            if (++next_chunk_ == chunks_) next_chunk_ = 0, ++next_;
+            if (++next_chunk_ == p_.chunks) next_chunk_ = 0, ++next_;
         }
         copies_.commit();  // also of nothing, so that wait() counts right
     }
@@ -115,7 +144,7 @@ private:
     const Packed<T> &p_;
     Stage<T> (&stages_)[kStages];
     AsyncCopies<kStages> copies_;
-    const int chunks_, dims_;
+    Balance &balance_;
     int owner_, next_, last_;  // panels
     int next_chunk_;
 };
@@ -150,38 +179,60 @@ template <class T> FASTVAE_DEVICE void clear(Pairs<T> &x) {
     }
 }
 
-// sum_d t^2 of the next tile; where there are many dimensions, in two levels (kFold).
-template <bool kFold, class T, bool kOwnsRows>
-FASTVAE_DEVICE void square_sums(Sweep<T, kOwnsRows> &sweep, bool far, const Lanes<kOwnsRows> &lanes, Pairs<T> &sum) {
+// Whether each of a thread's sums of squares passes its row's limit, in bits
+template <class T, class F> FASTVAE_DEVICE bool all_far(const Pairs<T> &squares, const F &limit) {
+    constexpr T kSquares = T(sizeof(T) == 4 ? 1 : 2 * kLn2);  // of a bit
+    bool far = true;
+    FASTVAE_UNROLL
+    for (int r = 0; r < kSide<T>; ++r) {
+        const T least = limit(r) * kSquares;
+        FASTVAE_UNROLL
+        for (int c = 0; c < kSide<T>; ++c) far &= squares[r][c] > least;
+    }
+    return far;
+}
+
+// sum_d t^2 of the next tile; where there are many dimensions, in two levels (kFold). Whether it stopped early: where it
+// may, once squares pass limit(row), in bits.
+template <bool kFold, bool kEarly, class T, bool kOwnsRows, class F>
+FASTVAE_DEVICE bool square_sums(Sweep<T, kOwnsRows> &sweep, bool far, const Lanes<kOwnsRows> &lanes, Pairs<T> &sum,
+                                bool may_stop, const F &limit) {
     clear<T>(sum);
     if constexpr (kFold) {
         Pairs<T> part;
         clear<T>(part);
-        sweep.run([&](const Stage<T> &stage, int chunk, int n) {
+        const bool stopped = sweep.template run<kEarly>(may_stop, [&](const Stage<T> &stage, int chunk, int n, bool look) {
             if (far)
                 add_squares<true>(stage, n, lanes, part);
             else
                 add_squares<false>(stage, n, lanes, part);
-            if (chunk % kFoldChunks != kFoldChunks - 1) return;
+            if (chunk % kFoldChunks != kFoldChunks - 1) return look && chunk < kFoldChunks && all_far<T>(part, limit);
             FASTVAE_UNROLL
             for (int r = 0; r < kSide<T>; ++r) {
                 FASTVAE_UNROLL
                 for (int c = 0; c < kSide<T>; ++c) sum[r][c] += part[r][c], part[r][c] = T(0);
             }
+            return look && all_far<T>(sum, limit);
         });
         FASTVAE_UNROLL
         for (int r = 0; r < kSide<T>; ++r) {
             FASTVAE_UNROLL
             for (int c = 0; c < kSide<T>; ++c) sum[r][c] += part[r][c];
         }
+        return stopped;
     } else {
-        sweep.run([&](const Stage<T> &stage, int, int n) {
+        return sweep.template run<kEarly>(may_stop, [&](const Stage<T> &stage, int, int n, bool look) {
             if (far)
                 add_squares<true>(stage, n, lanes, sum);
             else
                 add_squares<false>(stage, n, lanes, sum);
+            return look && all_far<T>(sum, limit);
         });
     }
+}
+template <bool kFold, class T, bool kOwnsRows>
+FASTVAE_DEVICE void square_sums(Sweep<T, kOwnsRows> &sweep, bool far, const Lanes<kOwnsRows> &lanes, Pairs<T> &sum) {
+    square_sums<kFold, false>(sweep, far, lanes, sum, false, [](int) { return T(0); });
 }
 
 // The panels of columns where an own column of a panel's samples, or the next one, may be.
@@ -200,6 +251,11 @@ template <class T> struct OwnPanels {
 };
 template <class T> FASTVAE_DEVICE bool meets_own(const Packed<T> &p, int64_t row_panel, int64_t column_panel) {
     return OwnPanels<T>(p, row_panel).has(int(column_panel));
+}
+
+// Whether bounds say something of a tile: not where a pair's weight may be another than the column's.
+template <class T> FASTVAE_DEVICE bool may_stop(const Packed<T> &p, int64_t row_panel, int64_t column_panel) {
+    return p.early && !(p.weights.any_overrides() && meets_own(p, row_panel, column_panel));
 }
 
 // The columns of a panel, at most two, whose weight for one sample is not the common one.

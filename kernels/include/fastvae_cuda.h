@@ -89,13 +89,14 @@ FASTVAE_EXPORT int fastvae_cuda_cross_log_prob_backward(int dtype, const void *g
                                                         void *workspace, int64_t workspace_size, void *stream);
 
 FASTVAE_EXPORT int fastvae_cuda_agg_log_prob(int dtype, FASTVAE_CUDA_PAIRS, FASTVAE_WEIGHTS, int64_t S, int64_t N,
-                                             int64_t D, void *joint, void *workspace, int64_t workspace_size,
-                                             void *stream);
+                                             int64_t D, void *joint, int exact_skip, void *workspace,
+                                             int64_t workspace_size, void *stream);
 /* The joint, which it computes again, is an output like the gradients. */
 FASTVAE_EXPORT int fastvae_cuda_agg_log_prob_backward(int dtype, const void *d_joint, FASTVAE_CUDA_PAIRS,
                                                       FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D, void *joint,
                                                       void *d_z, void *d_mu, void *d_logvar, void *d_log_w,
-                                                      void *workspace, int64_t workspace_size, void *stream);
+                                                      int exact_skip, void *workspace, int64_t workspace_size,
+                                                      void *stream);
 
 FASTVAE_EXPORT int fastvae_cuda_agg_log_prob_marginals(int dtype, FASTVAE_CUDA_PAIRS, FASTVAE_WEIGHTS, int64_t S,
                                                        int64_t N, int64_t D, void *joint, void *marginals,
