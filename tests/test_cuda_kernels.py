@@ -98,7 +98,7 @@ class Mistake(NamedTuple):
 
 
 BOTH = (True, False)
-BARRIER, NO_BARRIER = "            __syncthreads();  // every thread's", "            // every thread's"
+BARRIER, NO_BARRIER = "if (!kEarly) {\n                __syncthreads();", "if (!kEarly) {"
 WAIT = "shared_.barriers[turn.place()].wait(turn.parity(), __LINE__);"
 SKIP = "if (lanes.column || i >= p.S) continue;"
 MISTAKES = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .contract import LogWeights
 
-INTERFACE = 2  # FASTVAE_INTERFACE of kernels/include/fastvae.h, which the backends mirror
+INTERFACE = 3  # FASTVAE_INTERFACE of kernels/include/fastvae.h, which the backends mirror
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
 SIZES = (c_int64,) * 3  # S, N, D or L, B, D
 WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)

@@ -16,7 +16,7 @@ extern "C" {
 
 /* The number of this interface and of fastvae_cuda.h's. Whoever changes a declaration in either raises it, here
  * and in fastvae/backends/c_interface.py: the Python package refuses a library that has another number. */
-#define FASTVAE_INTERFACE 2
+#define FASTVAE_INTERFACE 3
 
 enum fastvae_status { FASTVAE_OK = 0, FASTVAE_OUT_OF_MEMORY = 1 };
 enum fastvae_dtype { FASTVAE_F32 = 0, FASTVAE_F64 = 1 };
