@@ -123,8 +123,10 @@ class Pairs(NamedTuple):
         return meta(*shape, dtype=torch.promote_types(self.dtype, torch.float32))
 
 
-def pairs(name: str, *problem: Any, want_z: bool = True, precision: str = "exact") -> Callable[[], object]:
-    """A cross-evaluated op, or its backward for all gradients, or for all but that of z."""
+def pairs(
+    name: str, *problem: Any, want_z: bool = True, precision: str = "exact", early: bool = False
+) -> Callable[[], object]:
+    """A cross-evaluated op, or its backward for all gradients, or for all but that of z; with early exit or without."""
     p = Pairs(*problem)
     joint, marginals, matrix = p.result(p.S), p.result(p.S, p.D), p.result(p.S, p.N)
     wanted = [want_z, True, True, p.own]
@@ -137,7 +139,7 @@ def pairs(name: str, *problem: Any, want_z: bool = True, precision: str = "exact
     last = () if name not in results else (wanted[:3],) if name.startswith("cross") else (wanted,)
 
     def launch() -> object:
-        with fastvae.precision(precision):
+        with fastvae.precision(precision), fastvae.use_backend(None, exact_skip=early):
             return op(name, *results.get(name, ()), *p.inputs, *weights, *last)
 
     return launch
@@ -148,8 +150,10 @@ HALF, DOUBLE = torch.bfloat16, torch.float64
 PACK = 224  # registers of the kernel that packs, which takes no time; the others launched with it have 128
 FORWARD = ({"FFMA": 0.82},)  # a tile of 8 x 8 pairs
 UNROLLED = ({"FFMA": 0.78},)  # 8 x 4, two dimensions at a time
+LOOKING = ({"FFMA": 0.77},)  # the same, and a look at the end of it
 HALF_TILE = ({"FFMA": 0.70},)  # 8 x 4
 SQUARES = {"FFMA": 0.73}  # 2 x 16, two dimensions at a time
+ONE_AT_A_TIME = {"FFMA": 0.67}  # 2 x 16, where a tile may stop early
 PULLS = {"FFMA": 0.52, "FMUL": 0.19}
 CASES = {
     "kl_gauss sum": Case(kl(MANY, 128, "batchmean"), "_kl_gauss", 64, instructions=46, wide=True),
@@ -180,17 +184,27 @@ CASES = {
     "cross_log_prob_backward D 512 float64": Case(
         pairs("cross_log_prob_backward", 4096, 4096, 512, False, DOUBLE), "_cross_columns", PACK
     ),
-    "agg_log_prob": Case(pairs("agg_log_prob", 16384, 16384, 64), "_joint_rows", PACK, loops=FORWARD),
-    "agg_log_prob own": Case(pairs("agg_log_prob", 16384, 16384, 64, True), "_joint_rows", PACK, loops=UNROLLED),
+    "agg_log_prob": Case(pairs("agg_log_prob", 16384, 16384, 64), "joint_rows", PACK, loops=FORWARD),
+    "agg_log_prob own": Case(pairs("agg_log_prob", 16384, 16384, 64, True), "joint_rows", PACK, loops=UNROLLED),
     "agg_log_prob D 512 own": Case(
-        pairs("agg_log_prob", 64, 10**6, 512, True), "_joint_rows", PACK, loops=({"FFMA": 0.68},)
+        pairs("agg_log_prob", 64, 10**6, 512, True), "joint_rows", PACK, loops=({"FFMA": 0.68},)
     ),
     "agg_log_prob D 512 many own": Case(
-        pairs("agg_log_prob", 16384, 16384, 512, True), "_joint_rows", PACK, loops=HALF_TILE
+        pairs("agg_log_prob", 16384, 16384, 512, True), "joint_rows", PACK, loops=HALF_TILE
     ),
-    "agg_log_prob small bfloat16": Case(pairs("agg_log_prob", 256, 256, 33, False, HALF), "_joint_rows", PACK),
-    "agg_log_prob small own": Case(pairs("agg_log_prob", 256, 256, 33, True), "_joint_rows", PACK),
-    "agg_log_prob float64 own": Case(pairs("agg_log_prob", 4096, 4096, 10, True, DOUBLE), "_joint_rows", PACK),
+    "agg_log_prob small bfloat16": Case(pairs("agg_log_prob", 256, 256, 33, False, HALF), "joint_rows", PACK),
+    "agg_log_prob small own": Case(pairs("agg_log_prob", 256, 256, 33, True), "joint_rows", PACK),
+    "agg_log_prob float64 own": Case(pairs("agg_log_prob", 4096, 4096, 10, True, DOUBLE), "joint_rows", PACK),
+    "agg_log_prob early": Case(pairs("agg_log_prob", 16384, 16384, 128, early=True), "joint_rows", PACK, loops=LOOKING),
+    "agg_log_prob early own": Case(
+        pairs("agg_log_prob", 16384, 16384, 64, True, early=True), "joint_rows", PACK, loops=LOOKING
+    ),
+    "agg_log_prob early D 512 own": Case(
+        pairs("agg_log_prob", 16384, 16384, 512, True, early=True), "joint_rows", PACK
+    ),
+    "agg_log_prob early float64": Case(
+        pairs("agg_log_prob", 4096, 4096, 64, False, DOUBLE, early=True), "joint_rows", PACK
+    ),
     "agg_log_prob tf32x3": Case(
         pairs("agg_log_prob", 16384, 16384, 64, True, precision="tf32x3"), "_joint_rows_tf32x3", 255, tensor_cores=True
     ),
@@ -199,7 +213,7 @@ CASES = {
     ),
     "agg_log_prob_backward rows": Case(
         pairs("agg_log_prob_backward", 16384, 16384, 64),
-        "_joint_rows",
+        "joint_rows",
         PACK,
         loops=(SQUARES, {"FFMA": 0.45, "FMUL": 0.25}),
     ),
@@ -209,9 +223,21 @@ CASES = {
     "agg_log_prob_backward D 512 own": Case(
         pairs("agg_log_prob_backward", 4096, 4096, 512, True), "_joint_columns", PACK, loops=({"FFMA": 0.67},)
     ),
+    "agg_log_prob_backward early": Case(
+        pairs("agg_log_prob_backward", 16384, 16384, 64, early=True),
+        "_joint_columns",
+        PACK,
+        loops=(ONE_AT_A_TIME, PULLS),
+    ),
+    "agg_log_prob_backward early own": Case(
+        pairs("agg_log_prob_backward", 16384, 16384, 64, True, early=True), "joint_rows", PACK, loops=(ONE_AT_A_TIME,)
+    ),
+    "agg_log_prob_backward early D 512 float64": Case(
+        pairs("agg_log_prob_backward", 4096, 4096, 512, False, DOUBLE, early=True), "_joint_columns", PACK
+    ),
     "agg_log_prob_backward small own": Case(pairs("agg_log_prob_backward", 256, 256, 33, True), "_joint_columns", PACK),
     "agg_log_prob_backward float64": Case(
-        pairs("agg_log_prob_backward", 4096, 4096, 10, True, DOUBLE), "_joint_rows", PACK, loops=({"DFMA": 0.45},)
+        pairs("agg_log_prob_backward", 4096, 4096, 10, True, DOUBLE), "joint_rows", PACK, loops=({"DFMA": 0.45},)
     ),
     "agg_log_prob_marginals": Case(
         pairs("agg_log_prob_marginals", 8192, 8192, 32), "_joint_and_marginals", PACK, loops=(*FORWARD, {"MUFU": 0.08})

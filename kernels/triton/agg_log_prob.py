@@ -18,21 +18,13 @@ from fastvae.backends.contract import LogWeights
 
 from . import tensor_cores
 from ._launch import Config, cdiv, empty_like, fastest
+from .early_exit import balanced, early_order, margin, of_rows, of_rows_backward, squares_unless_far, steep, wants_look
 from .elementary import INF, times
 from .grids import Grid, configs, grid, has_tensor_cores
-from .log_sum_exp import (
-    across_lanes,
-    add_terms,
-    combine_ranges,
-    combine_rows,
-    hint,
-    log_of,
-    nothing,
-    share_factor,
-    summed,
-)
-from .packing import Packed, new, pack
-from .pair_gradients import clear, columns_gradients, pull_columns, pull_samples
+from .log_sum_exp import combine_ranges, combine_rows, highest, share_factor, summed
+from .packing import Packed, in_order, new, pack
+from .pair_gradients import clear, columns_gradients, pull_columns
+from .row_sums import joint_rows
 from .tiles import (
     add_log_weights,
     inverse_kappa2,
@@ -48,97 +40,9 @@ from .tiles import (
 )
 
 
-@triton.jit
-def joint_sums(
-    block, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own, log_w_next,
-    known, d_z, S, N, tiles, one,
-    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
-    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """m and total [RO, 1, TO, 1] of a block of samples over a range of columns. `known`: the result, in the backward;
-    d_z: where the pull on z is to be gathered, [splits, S, D], or None."""
-    ROWS: tl.constexpr = RO * TO
-    COLUMNS: tl.constexpr = RP * TP
-    first_row = block.to(tl.int64) * ROWS
-    row_lane, rows = owned(RO, TO)
-    column_lane, columns = passing(RP, TP)
-    row = row_lane + rows
-    inside = row < tl.minimum(S - first_row, ROWS).to(tl.int32)
-    z = samples + offset(first_row, D) + row_lane
-    if BACKWARD:
-        m = hint(tl.load(known + first_row + row, inside, other=0.0))
-        total = tl.zeros_like(m)
-    else:
-        m, total = nothing([RO, 1, TO, TP], samples.dtype.element_ty)
-    carry = tl.zeros_like(m)
-    if d_z is not None:
-        far_rows = is_far(far_samples, first_row)
-        to = d_z + (split.to(tl.int64) * S + first_row + row_lane) * D
-        clear(to, rows * D, inside, D, RO, TO, TP, one)
-    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, COLUMNS))):
-        first_column = tl.full([], COLUMNS, tl.int64) * tile
-        ab = planes + (offset(first_column, D) + column_lane) * step(planes)
-        far = is_far(far_columns, first_column)
-        squares = square_sums(z, rows, ab, columns, far, D, RO, RP, TO, TP, UNROLL)
-        meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, COLUMNS)
-        s = minus_squares(tl.load(c + first_column + column_lane + columns), squares)
-        s = add_log_weights(
-            s, log_w, own, log_w_own, log_w_next, meets, first_row + row_lane + rows, column_lane, columns,
-            first_column, N, OWN, NEXT, COLUMNS,
-        )  # fmt: skip
-        m, total, carry, p, part, rescale = add_terms(m, total, carry, s, BACKWARD)
-        if d_z is not None:  # noqa: SIM102 (known when compiled)
-            if tl.max(tl.where(part == 0, 0, 1)) != 0:  # far columns cost no more than their densities
-                pull_samples(
-                    p, rescale, z, rows, ab, columns, far, far_rows, to, rows * D, inside, one, D, RO, TO, TP
-                )  # fmt: skip
-    if not BACKWARD:
-        m, total = across_lanes(m, total)
-    return m, total
-
-
-@triton.jit
-def joint_program(
-    program, samples, far_samples, planes, far_columns,
-    c, log_w, own, own_low, own_high, log_w_own, log_w_next,
-    known, d_z, joint, ms, totals, S, N, blocks, tiles, one,
-    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
-    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """joint [S], or where that is None m and total of each range, [splits, S]."""
-    block = program % blocks
-    split = program // blocks
-    m, total = joint_sums(
-        block, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own,
-        log_w_next, known, d_z, S, N, tiles, one, D, OWN, NEXT, BACKWARD, RO, RP, TO, TP, UNROLL,
-    )  # fmt: skip
-    lane, rows = owned(RO, TO)
-    i = block.to(tl.int64) * (RO * TO) + lane + rows
-    if joint is not None:
-        tl.store(joint + i, log_of(m, total), i < S)
-    else:
-        tl.store(ms + split.to(tl.int64) * S + i, m, i < S)
-        tl.store(totals + split.to(tl.int64) * S + i, total, i < S)
-
-
-@triton.jit(do_not_specialize=["S", "N", "blocks", "tiles", "one"])
-def _joint_rows(
-    samples, far_samples, planes, far_columns,
-    c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
-    known, d_z, joint, ms, totals, S, N, blocks, tiles, one,
-    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
-    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    joint_program(
-        tl.program_id(0), samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own,
-        log_w_next, known, d_z, joint, ms, totals, S, N, blocks, tiles, one, D, OWN, NEXT, BACKWARD,
-        RO, RP, TO, TP, UNROLL,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["grad_stride", "S", "splits"])
 def _combine_rows_backward(
-    ms, totals, parts, d_joint, grad_stride, m_out, factors, d_z, S, splits,
+    ms, totals, parts, d_joint, grad_stride, order, m_out, factors, d_z, S, splits,
     D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
     """Shares are factor 2^(s - m), with those [S]; d_z [S, D] from its parts, each relative to its range's m."""
@@ -159,15 +63,15 @@ def _combine_rows_backward(
                 part = tl.load(parts + (S.to(tl.int64) * k + i)[:, None] * D + d, mask, other=0.0)
                 x += times(tl.exp2(m_k - m)[:, None], part)
             x = times(factor[:, None] * -inverse_kappa2(m.dtype), x)
-            tl.store(d_z + i[:, None] * D + d, x.to(d_z.dtype.element_ty), mask)
+            tl.store(d_z + i[:, None] * D + in_order(order, d, D), x.to(d_z.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["S", "N", "blocks", "tiles", "one"])
 def _joint_columns(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
-    ms, factors, sums, shares, common_shares, S, N, blocks, tiles, one,
-    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr,
+    ms, factors, margin: tl.float64, sums, shares, common_shares, S, N, blocks, tiles, one,
+    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, EARLY: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """sums [splits, 2, N, D] of r t and r t^2, shares [splits, N] of r, and of those r that pull on log_w; of ranges of
@@ -190,36 +94,66 @@ def _joint_columns(
         to_t2 = to_t + N.to(tl.int64) * D
         clear(to_t, columns * D, inside, D, RO, TO, TP, one)
         clear(to_t2, columns * D, inside, D, RO, TO, TP, one)
-    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(S, ROWS))):
+    begin, end = split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(S, ROWS))
+    if EARLY:
+        balance = tl.full([], D, tl.int32)
+        strongest = tl.zeros([RO, 1, TO, 1], samples.dtype.element_ty)  # |r| of the column so far
+        weight = tl.load(c + first_column + column_lane + columns)
+        if OWN or NEXT:
+            weight += tl.load(log_w + first_column + column_lane + columns)
+    for k in range(begin, end):
+        if EARLY:  # the samples that were drawn from the columns come first, where they are in their order
+            tile = begin + (k + tl.maximum(first_column // ROWS, begin) - 2 * begin) % (end - begin)
+        else:
+            tile = k
         first_row = tl.full([], ROWS, tl.int64) * tile
         z = samples + offset(first_row, D) + row_lane
-        squares = square_sums(z, rows, ab, columns, far, D, RO, RP, TO, TP, UNROLL)
-        meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, COLUMNS)
-        s = minus_squares(tl.load(c + first_column + column_lane + columns), squares)
-        s = add_log_weights(
-            s, log_w, own, log_w_own, log_w_next, meets, first_row + row_lane + rows, column_lane, columns,
-            first_column, N, OWN, NEXT, COLUMNS,
-        )  # fmt: skip
         there = row < tl.minimum(S - first_row, ROWS).to(tl.int32)
-        p = tl.exp2(s - tl.load(ms + first_row + row_lane + rows, there, other=INF))
-        r = p * tl.load(factors + first_row + row_lane + rows, there, other=0.0)
-        part = summed(r, False)
-        share += part
-        if common_shares is not None:
-            if meets:
-                common = override(
-                    r, 0.0, 0.0, own, first_row + row_lane + rows, column_lane, columns, first_column, N, OWN, NEXT,
-                    COLUMNS,
-                )  # fmt: skip
-                common_share += summed(common, False)
-            else:
-                common_share += part
-        if sums is not None:  # noqa: SIM102
-            if tl.max(tl.where(tl.sum(tl.abs(r), 1, keep_dims=True) == 0, 0, 1)) != 0:
-                far_rows = is_far(far_samples, first_row)
-                pull_columns(
-                    r, z, rows, ab, columns, far, far_rows, to_t, to_t2, columns * D, inside, one, D, RO, TO, TP
-                )  # fmt: skip
+        meets = meets_own(own_low, own_high, first_row, first_column, N, OWN, NEXT, COLUMNS)
+        if EARLY:
+            looks = (far == 0) & (is_far(far_samples, first_row) == 0) & wants_look(balance, tile)
+            if OWN or NEXT:
+                looks = looks & (meets == 0)
+            limit = tl.full([], margin, weight.dtype)
+            if looks:
+                pull = tl.abs(tl.load(factors + first_row + row_lane + rows, there, other=0.0))
+                floor = tl.load(ms + first_row + row_lane + rows, there, other=INF) - tl.log2(pull)
+                reached = tl.where(weight == -INF, -INF, weight - tl.log2(strongest))
+                limit = steep(limit + tl.max(reached) - tl.min(tl.where(pull < INF, floor, -INF)))
+            squares, near, d = squares_unless_far(
+                z, rows, ab, columns, far, looks, limit, D, RO, RP, TO, TP, UNROLL
+            )  # fmt: skip
+            balance = balanced(balance, looks, near, d, D)
+        else:
+            near: tl.constexpr = True
+            squares = square_sums(z, rows, ab, columns, far, D, RO, RP, TO, TP, UNROLL)
+        if near:
+            s = minus_squares(tl.load(c + first_column + column_lane + columns), squares)
+            s = add_log_weights(
+                s, log_w, own, log_w_own, log_w_next, meets, first_row + row_lane + rows, column_lane, columns,
+                first_column, N, OWN, NEXT, COLUMNS,
+            )  # fmt: skip
+            p = tl.exp2(s - tl.load(ms + first_row + row_lane + rows, there, other=INF))
+            r = p * tl.load(factors + first_row + row_lane + rows, there, other=0.0)
+            part = summed(r, False)
+            share += part
+            if EARLY:
+                strongest = tl.maximum(strongest, highest(tl.abs(r), True))
+            if common_shares is not None:
+                if meets:
+                    common = override(
+                        r, 0.0, 0.0, own, first_row + row_lane + rows, column_lane, columns, first_column, N, OWN,
+                        NEXT, COLUMNS,
+                    )  # fmt: skip
+                    common_share += summed(common, False)
+                else:
+                    common_share += part
+            if sums is not None:  # noqa: SIM102
+                if tl.max(tl.where(tl.sum(tl.abs(r), 1, keep_dims=True) == 0, 0, 1)) != 0:
+                    far_rows = is_far(far_samples, first_row)
+                    pull_columns(
+                        r, z, rows, ab, columns, far, far_rows, to_t, to_t2, columns * D, inside, one, D, RO, TO, TP
+                    )  # fmt: skip
     at = split * N + first_column + column
     tl.store(shares + at, tl.sum(share, 3, keep_dims=True), inside)
     if common_shares is not None:
@@ -233,18 +167,19 @@ def _operands(packed: Packed) -> tuple[Tensor | float | None, ...]:
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
     if precision.current() == "tf32x3" and z.dtype != torch.float64 and has_tensor_cores():
         return tensor_cores.agg_log_prob(z, mu, logvar, weights)
-    packed = pack(z, mu, logvar, weights)
+    packed = pack(z, mu, logvar, weights, order=early_order(mu, logvar))
     S, N, D = packed.S, packed.N, packed.D
     joint = new(packed, S)
     if S == 0:
         return joint
+    exits = of_rows(packed, weights.own)
 
     def run(config: Config) -> Tensor:
-        g = grid(S, N, D, packed.dtype, z.device, False, any(packed.overridden), **config)
+        g = grid(S, N, D, packed.dtype, z.device, False, any(packed.overridden), packed.order is not None, **config)
         ms, totals = (None, None) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
-        _joint_rows[(g.programs,)](
+        joint_rows[(g.programs,)](
             *_operands(packed),
-            *(None, None, joint if g.splits == 1 else None, ms, totals, S, N, g.blocks, g.tiles, 1),
+            *(None, None, *exits, joint if g.splits == 1 else None, ms, totals, S, N, g.blocks, g.tiles, 1),
             *(D, *packed.overridden, False),
             **g.config,
         )
@@ -261,17 +196,18 @@ def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor |
     m, factors = new(packed, S), new(packed, S)
     if S == 0:
         return m, factors
-    g = grid(S, N, D, packed.dtype, d_joint.device, reduce=True)
+    g = grid(S, N, D, packed.dtype, d_joint.device, True, early=packed.order is not None)
     ms, totals = new(packed, g.splits, S), new(packed, g.splits, S)
     parts = None if d_z is None else new(packed, g.splits, S, D)
-    _joint_rows[(g.programs,)](
+    joint_rows[(g.programs,)](
         *_operands(packed),
-        *(joint, parts, None, ms, totals, S, N, g.blocks, g.tiles, 1),
+        *(joint, parts, *of_rows_backward(packed), None, ms, totals, S, N, g.blocks, g.tiles, 1),
         *(D, *packed.overridden, True),
         **g.config,
     )
     _combine_rows_backward[(cdiv(S, 32),)](
-        *(ms, totals, parts, d_joint, d_joint.stride(0), m, factors, d_z, S, g.splits, D, 32, 32), num_warps=4
+        *(ms, totals, parts, d_joint, d_joint.stride(0), packed.order, m, factors, d_z, S, g.splits, D, 32, 32),
+        num_warps=4,
     )
     return m, factors
 
@@ -280,10 +216,12 @@ def pull_on_columns(
     packed: Packed, g: Grid, m: Tensor, factors: Tensor, sums: Tensor | None, shares: Tensor, common: Tensor | None
 ) -> None:
     """Writes sums [splits, 2, N, D], shares [splits, N], and those that pull on log_w."""
+    own_apart = common is not None and any(packed.overridden)  # own pairs then are no part of what a column has
+    early = packed.order is not None and not own_apart
     _joint_columns[(g.programs,)](
         *_operands(packed),
-        *(m, factors, sums, shares, common, packed.S, packed.N, g.blocks, g.tiles, 1),
-        *(packed.D, *packed.overridden),
+        *(m, factors, margin(packed, packed.S), sums, shares, common, packed.S, packed.N, g.blocks, g.tiles, 1),
+        *(packed.D, *packed.overridden, early),
         **g.config,
     )
 
@@ -300,7 +238,7 @@ def agg_log_prob_backward(
     if joint is None:
         joint = agg_log_prob(z, mu, logvar, weights)
         return [joint, *agg_log_prob_backward(d_joint, joint, z, mu, logvar, weights, wanted)]
-    packed = pack(z, mu, logvar, weights)
+    packed = pack(z, mu, logvar, weights, order=early_order(mu, logvar))
     S, N, D = packed.S, packed.N, packed.D
     gradients = [
         empty_like(x) if want and x is not None else None
@@ -309,7 +247,7 @@ def agg_log_prob_backward(
     d_z, d_mu, d_logvar, d_log_w = gradients
     m, factors = shares_of_rows(packed, d_joint, joint, d_z)
     if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
-        g = grid(N, S, D, packed.dtype, z.device, reduce=True)
+        g = grid(N, S, D, packed.dtype, z.device, True, early=packed.order is not None)
         sums = None if d_mu is None and d_logvar is None else new(packed, g.splits, 2, N, D)
         shares = new(packed, g.splits, N)
         common = None if d_log_w is None else new(packed, g.splits, N)

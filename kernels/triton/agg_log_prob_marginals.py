@@ -17,14 +17,16 @@ from torch import Tensor
 from fastvae.backends.contract import LogWeights
 
 from ._launch import cdiv, empty_like
-from .agg_log_prob import agg_log_prob_backward, joint_program, pull_on_columns, shares_of_rows
+from .agg_log_prob import agg_log_prob_backward, pull_on_columns, shares_of_rows
 from .elementary import INF, times
 from .grids import grid, grid_per_dimension
 from .log_sum_exp import across_lanes, add_terms, combine_ranges, combine_rows, log_of, nothing, share_factor, summed
 from .packing import PANEL, Packed, new, pack
-from .pair_gradients import columns_gradients, far_t, held_finite
+from .pair_gradients import columns_gradients, held_finite
+from .row_sums import joint_program
 from .tiles import (
     add_log_weights,
+    far_t,
     inverse_kappa2,
     is_far,
     load_pair,
@@ -121,8 +123,8 @@ def _joint_and_marginals(
     if program < joint_programs:
         joint_program(
             program, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own,
-            log_w_next, None, None, joint, joint_ms, joint_totals, S, N, joint_blocks, joint_tiles, one,
-            D, OWN, NEXT, False, RO, RP, TO, TP, UNROLL,
+            log_w_next, None, None, None, None, 0.0, joint, joint_ms, joint_totals, S, N, joint_blocks, joint_tiles,
+            one, D, OWN, NEXT, False, RO, RP, TO, TP, UNROLL,
         )  # fmt: skip
     else:
         _marginal_program(

@@ -46,18 +46,22 @@ def _grid(tile: Tile, owned: int, passing: int, copies: int, steps: int, device:
     return Grid(config, blocks * copies, splits, max(1, cdiv(tiles, splits)))
 
 
-def _tile(D: int, dtype: torch.dtype, reduce: bool, overridden: bool) -> Tile:
+def _tile(D: int, dtype: torch.dtype, reduce: bool, overridden: bool, early: bool) -> Tile:
     """A program has 256 threads of at most 128 registers, so that two share a multiprocessor, and none may spill. In
     the register tile of 8 x 8 pairs a step in d loads 16 words for 128 FMAs, where a pair keeps one sum. Half of that
-    where squares are summed in two levels, where pairs are compared with own columns, and where a compiler makes FMAs
-    in pairs, whose registers have to be neighbours. Gradients keep a tile's shares while they sum each dimension over
-    what passes by, across lanes, which should then be few: 2 x 16 pairs and 4 lanes. Numbers in float64 take two."""
+    where squares are summed in two levels, where pairs are compared with own columns, where a tile may stop early, and
+    where a compiler makes FMAs in pairs, whose registers have to be neighbours. Gradients keep a tile's shares while
+    they sum each dimension over what passes by, across lanes, which should then be few: 2 x 16 pairs and 4 lanes.
+    Numbers in float64 take two."""
     folded = FOLD.value < D
+    half = folded or overridden or early
     if dtype == torch.float64:
-        return (2, 4, 64, 4, 1) if reduce else (4, 2 if overridden or folded else 4, 32, 8, 1)
+        return (2, 2 if folded else 4, 64, 4, 1) if reduce else (4, 2 if half else 4, 32, 8, 1)
     if reduce:
-        return (2, 8, 64, 4, 2) if folded else (2, 16, 64, 4, 2)
-    if folded or overridden or target().pairs_fmas:
+        return (2, 8, 64, 4, 2) if folded else (2, 16, 64, 4, 1 if early else 2)
+    if folded and early:
+        return 4, 4, 32, 8, 2
+    if half or target().pairs_fmas:
         return 8, 4, 16, 16, 1 if folded else 2
     return 8, 8, 16, 16, 1
 
@@ -70,11 +74,13 @@ def grid(
     device: torch.device,
     reduce: bool,
     overridden: bool = False,
+    early: bool = False,
     tile: Tile | None = None,
 ) -> Grid:
     """For `owned` samples against `passing` columns, or the other way round. `reduce`: whether each dimension is summed
-    over what passes by; `overridden`: whether own columns have weights of their own."""
-    return _grid(tile or _tile(D, dtype, reduce, overridden), owned, passing, 1, D + 8, device)
+    over what passes by; `overridden`: whether own columns have weights of their own; `early`: whether tiles may stop
+    early."""
+    return _grid(tile or _tile(D, dtype, reduce, overridden, early), owned, passing, 1, D + 8, device)
 
 
 def configs(owned: int, passing: int, dtype: torch.dtype) -> list[Config]:

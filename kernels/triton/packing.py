@@ -68,6 +68,14 @@ def _centre(mu, row_stride, column_stride, d, N, D, ACC: tl.constexpr, MODERATE:
 
 
 @triton.jit
+def in_order(order, d, D):
+    """Which dimension of the tensors packed dimension d is"""
+    if order is not None:
+        d = tl.load(order + d, d < D, other=0)
+    return d
+
+
+@triton.jit
 def _inverse_sigma(logvar, ACC: tl.constexpr):
     """a, rounded once; finite for finite inputs, so that 0 a is 0 and infinity a is infinity."""
     smallest: tl.constexpr = 2.2250738585072014e-308 if tl.float64 == ACC else 1.1754943508222875e-38
@@ -80,9 +88,9 @@ def _inverse_sigma(logvar, ACC: tl.constexpr):
 
 @triton.jit
 def _pack_columns(
-    panel, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, planes, marginal_c, c, log2_w, far, N, D,
-    WEIGHTED: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr,
-    DK: tl.constexpr,
+    panel, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, order, planes, marginal_c, c, log2_w, far,
+    N, D, WEIGHTED: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr,
+    MODERATE: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
     j = panel * PANEL + tl.arange(0, PANEL)
     at = (panel * PANEL * D + tl.arange(0, PANEL))[:, None]
@@ -101,9 +109,10 @@ def _pack_columns(
     for first in range(0, D, DK):
         d = first + tl.arange(0, DK)
         mask = inside[:, None] & (d < D)[None, :]
-        centre = _centre(mu, mu_row, mu_col, d, N, D, ACC, MODERATE)[None, :]
-        mean = tl.load(mu + j[:, None] * mu_row + d[None, :] * mu_col, mask, other=0.0).to(ACC)
-        lv = tl.load(logvar + j[:, None] * lv_row + d[None, :] * lv_col, mask, other=0.0).to(tl.float64)
+        e = in_order(order, d, D)
+        centre = _centre(mu, mu_row, mu_col, e, N, D, ACC, MODERATE)[None, :]
+        mean = tl.load(mu + j[:, None] * mu_row + e[None, :] * mu_col, mask, other=0.0).to(ACC)
+        lv = tl.load(logvar + j[:, None] * lv_row + e[None, :] * lv_col, mask, other=0.0).to(tl.float64)
         a = _inverse_sigma(lv, ACC)
         b = (centre - mean) * a
         near = (tl.abs(b) <= MAX_OFFSET) & (a <= MODERATE)
@@ -125,8 +134,9 @@ def _pack_columns(
         for first in range(0, D, DK):
             d = first + tl.arange(0, DK)
             mask = inside[:, None] & (d < D)[None, :]
-            centre = _centre(mu, mu_row, mu_col, d, N, D, ACC, MODERATE)[None, :]
-            mean = tl.load(mu + j[:, None] * mu_row + d[None, :] * mu_col, mask, other=0.0).to(ACC)
+            e = in_order(order, d, D)
+            centre = _centre(mu, mu_row, mu_col, e, N, D, ACC, MODERATE)[None, :]
+            mean = tl.load(mu + j[:, None] * mu_row + e[None, :] * mu_col, mask, other=0.0).to(ACC)
             tl.store(planes + 2 * (at + d[None, :] * PANEL) + 1, centre - mean, mask)
 
     sum_c = (sum_logvar + tl.full([], LOG_2PI, tl.float64) * D) * tl.full([], -0.5 * LOG2E, tl.float64)
@@ -139,7 +149,7 @@ def _pack_columns(
 
 @triton.jit
 def _pack_samples(
-    panel, z, z_row, z_col, mu, mu_row, mu_col, own, samples, packed_own, own_low, own_high, far, S, N, D,
+    panel, z, z_row, z_col, mu, mu_row, mu_col, own, order, samples, packed_own, own_low, own_high, far, S, N, D,
     ACC: tl.constexpr, MODERATE: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
     i = panel * PANEL + tl.arange(0, PANEL)
@@ -149,8 +159,9 @@ def _pack_samples(
     for first in range(0, D, DK):
         d = first + tl.arange(0, DK)
         mask = inside[:, None] & (d < D)[None, :]
-        centre = _centre(mu, mu_row, mu_col, d, N, D, ACC, MODERATE)[None, :]
-        x = tl.load(z + i[:, None] * z_row + d[None, :] * z_col, mask, other=0.0).to(ACC) - centre
+        e = in_order(order, d, D)
+        centre = _centre(mu, mu_row, mu_col, e, N, D, ACC, MODERATE)[None, :]
+        x = tl.load(z + i[:, None] * z_row + e[None, :] * z_col, mask, other=0.0).to(ACC) - centre
         too_far |= tl.where(mask & ((tl.abs(x) <= MODERATE / 2) == 0), 1, 0)
         tl.store(samples + at + d[None, :] * PANEL, tl.where(mask, x, 0.0), (d < D)[None, :])
     tl.store(far + panel, tl.max(tl.max(too_far, 1), 0))
@@ -165,7 +176,7 @@ def _pack_samples(
 @triton.jit(do_not_specialize=["S", "N", "D", "column_panels"])
 def _pack(
     z, z_row, z_col, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all: tl.float64, own,
-    samples, packed_own, own_low, own_high, far_samples, planes, marginal_c, c, log2_w, far_columns,
+    order, samples, packed_own, own_low, own_high, far_samples, planes, marginal_c, c, log2_w, far_columns,
     S, N, D, column_panels,
     WEIGHTED: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr,
     DK: tl.constexpr,
@@ -174,13 +185,13 @@ def _pack(
     panel = tl.program_id(0).to(tl.int64)
     if panel < column_panels:
         _pack_columns(
-            panel, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, planes, marginal_c, c, log2_w,
+            panel, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, order, planes, marginal_c, c, log2_w,
             far_columns, N, D, WEIGHTED, FOLDED, ACC, MAX_OFFSET, MODERATE, DK,
         )  # fmt: skip
     else:
         _pack_samples(
-            panel - column_panels, z, z_row, z_col, mu, mu_row, mu_col, own, samples, packed_own, own_low, own_high,
-            far_samples, S, N, D, ACC, MODERATE, DK,
+            panel - column_panels, z, z_row, z_col, mu, mu_row, mu_col, own, order, samples, packed_own, own_low,
+            own_high, far_samples, S, N, D, ACC, MODERATE, DK,
         )  # fmt: skip
 
 
@@ -210,6 +221,7 @@ class Packed(NamedTuple):
     own: Tensor | None  # [S] int64, -2 for none; None also where own columns are nothing special
     own_low: Tensor | None  # [S / 128] int64, the smallest own column of the panel; N for none
     own_high: Tensor | None  # [S / 128] int64, the largest; -2 for none
+    order: Tensor | None  # [D] int32, which dimension of the tensors each packed one is; None: the same
     log_w_own: float  # in bits
     log_w_next: float
 
@@ -233,7 +245,13 @@ def new(packed: Packed, *shape: int) -> Tensor:
 
 
 def pack(
-    z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights | None, marginals: bool = False, limits: Limits = DIRECT
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    weights: LogWeights | None,
+    marginals: bool = False,
+    limits: Limits = DIRECT,
+    order: Tensor | None = None,
 ) -> Packed:
     """One launch. z [S, D], mu and logvar [N, D], strided as they like; no weights: a weight of 1 for all."""
     (S, D), N = z.shape, mu.shape[0]
@@ -262,11 +280,12 @@ def pack(
         empty(column_panels, D, PANEL.value) if marginals else None,
         empty(column_panels * PANEL.value) if overridden else None,
         *(empty(n, dtype=torch.int64) if overridden else None for n in (row_panels * PANEL.value, *(row_panels,) * 2)),
+        order,
         *overrides,
     )
     arguments = (
         *(z, *z.stride(), mu, *mu.stride(), logvar, *logvar.stride()),
-        *(log_w, 0.0 if weights is None else weights.common(N), own),
+        *(log_w, 0.0 if weights is None else weights.common(N), own, order),
         *(packed.samples, packed.own, packed.own_low, packed.own_high, packed.far_samples),
         *(planes, packed.marginal_c, packed.c, packed.log_w, packed.far_columns),
         *(S, N, D, column_panels, weights is not None, not overridden, accumulator(z.dtype), *limits),

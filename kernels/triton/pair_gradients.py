@@ -17,14 +17,8 @@ from torch import Tensor
 from ._launch import cdiv, resources
 from .elementary import largest
 from .log_sum_exp import summed
-from .packing import PANEL, Packed
-from .tiles import inverse_kappa2, load_pair, offset, step
-
-
-@triton.jit
-def far_t(z, a, b, far_columns):
-    """t where something is far: fma(z, a, b), or (z + b) a where the columns are"""
-    return tl.fma(z + tl.where(far_columns, b, 0.0), a, tl.where(far_columns, 0.0, b))
+from .packing import PANEL, Packed, in_order
+from .tiles import far_t, inverse_kappa2, load_pair, offset, step
 
 
 @triton.jit
@@ -117,7 +111,7 @@ def pull_columns(
 
 @triton.jit(do_not_specialize=["N", "n_sums", "n_shares", "n_common"])
 def _combine_columns(
-    sums, shares, common_shares, planes, d_mu, d_logvar, d_log_w, N, n_sums, n_shares, n_common,
+    sums, shares, common_shares, planes, order, d_mu, d_logvar, d_log_w, N, n_sums, n_shares, n_common,
     D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
     """The gradients from the sums [n_sums, 2, N, D] of r t and r t^2, the shares [n_shares, N] of r, and those that
@@ -139,6 +133,7 @@ def _combine_columns(
             d = first + tl.arange(0, DK)[None, :]
             mask = inside[:, None] & (d < D)
             at = j[:, None] * D + d
+            to = j[:, None] * D + in_order(order, d, D)
             x = tl.zeros([BLOCK, DK], ACC)
             x2 = tl.zeros([BLOCK, DK], ACC)
             for k in range(n_sums):
@@ -148,10 +143,10 @@ def _combine_columns(
                 a, _ = load_pair(
                     planes, offset(j, D)[:, None] + tl.minimum(d, D - 1) * PANEL
                 )  # the last for those past it
-                tl.store(d_mu + at, (x * a * inverse_kappa2(ACC)).to(d_mu.dtype.element_ty), mask)
+                tl.store(d_mu + to, (x * a * inverse_kappa2(ACC)).to(d_mu.dtype.element_ty), mask)
             if d_logvar is not None:
                 pull = 0.5 * (x2 * inverse_kappa2(ACC) - share[:, None])
-                tl.store(d_logvar + at, pull.to(d_logvar.dtype.element_ty), mask)
+                tl.store(d_logvar + to, pull.to(d_logvar.dtype.element_ty), mask)
 
 
 def columns_gradients(
@@ -166,6 +161,20 @@ def columns_gradients(
     """Writes those gradients that are not None, from what programs left along the first axes."""
     counts = [0 if x is None else x.shape[0] for x in (sums, shares, common_shares)]
     _combine_columns[(cdiv(packed.N, 32),)](
-        *(sums, shares, common_shares, packed.columns, d_mu, d_logvar, d_log_w, packed.N, *counts, packed.D, 32, 32),
+        *(
+            sums,
+            shares,
+            common_shares,
+            packed.columns,
+            packed.order,
+            d_mu,
+            d_logvar,
+            d_log_w,
+            packed.N,
+            *counts,
+            packed.D,
+            32,
+            32,
+        ),
         **resources(128, 168),
     )

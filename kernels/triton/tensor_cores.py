@@ -23,8 +23,7 @@ from ._launch import cdiv
 from .grids import matrix_grid
 from .log_sum_exp import add_terms, combine_rows, log_of, nothing
 from .packing import PANEL, Limits, new, pack
-from .pair_gradients import far_t
-from .tiles import add_log_weights, is_far, load_pair, meets_own, minus_squares, offset, step
+from .tiles import add_log_weights, far_t, is_far, load_pair, meets_own, minus_squares, offset, step
 
 LIMITS = Limits(32.0, 2.0**30)
 

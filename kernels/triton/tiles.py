@@ -84,11 +84,14 @@ def load_pair(planes, columns):
 
 
 @triton.jit
-def _squares(
-    z, rows, planes, columns, far, n,
-    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    acc = tl.zeros([RO, RP, TO, TP], z.dtype.element_ty)
+def far_t(z, a, b, far_columns):
+    """t where something is far: fma(z, a, b), or (z + b) a where the columns are"""
+    return tl.fma(z + tl.where(far_columns, b, 0.0), a, tl.where(far_columns, 0.0, b))
+
+
+@triton.jit
+def squares_of(acc, z, rows, planes, columns, far, n, UNROLL: tl.constexpr):
+    """`acc` with the squares of n more dimensions"""
     if far:
         for _ in range(0, n):
             a, b = load_pair(planes, columns)
@@ -113,14 +116,15 @@ def square_sums(
 ):  # fmt: skip
     """sum_d t^2 of a tile, from pointers to dimension 0 of its thread's first sample and column, and the constants that
     make the others of these (`owned`, `passing`). The same bits for a pair in every tile that it may be in."""
+    zeros = tl.zeros([RO, RP, TO, TP], z.dtype.element_ty)
     if D <= FOLD:
-        total = _squares(z, rows, planes, columns, far, D, RO, RP, TO, TP, UNROLL)
+        total = squares_of(zeros, z, rows, planes, columns, far, D, UNROLL)
     else:
-        total = _squares(z, rows, planes, columns, far, FOLD, RO, RP, TO, TP, UNROLL)
+        total = squares_of(zeros, z, rows, planes, columns, far, FOLD, UNROLL)
         for d in range(FOLD, D, FOLD):
             z += FOLD * PANEL
             planes += FOLD * PANEL * step(planes)
-            total += _squares(z, rows, planes, columns, far, tl.minimum(D - d, FOLD), RO, RP, TO, TP, UNROLL)
+            total += squares_of(zeros, z, rows, planes, columns, far, tl.minimum(D - d, FOLD), UNROLL)
     return total
 
 
