@@ -178,8 +178,8 @@ def agg_log_prob_marginals(
         method: `"direct"` evaluates all marginals, in one pass with the joint. `"table"` tabulates them, unless that
             takes more than S/2 points for each dimension in the mean. `"auto"` tabulates where that is at least twice
             as fast; not on a GPU, under the compiler or in a function transform, as it looks at the data.
-        tol: how far a tabulated marginal may be from the direct one, beside rounding; None for 1e-6, and 1e-12 for
-            float64. Its gradients are those of the interpolant, exactly.
+        tol: how far a tabulated marginal may be from the direct one, beside rounding; None for 1e-6, which is
+            also the most, and 1e-12 for float64. Its gradients are those of the interpolant, exactly.
 
     Returns:
         (joint `[S]`, marginals `[S, D]`) in float32 (float64 for float64 inputs).

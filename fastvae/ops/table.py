@@ -36,6 +36,7 @@ from .panels import LEVELS, Columns, blocks, first_cells, halved, levels_of, pla
 NODES = 16  # points of a panel
 WIDTH = 4.0  # of a panel, in units of sigma
 DEPTH = 64.0  # nats
+LOOSEST = 1e-6  # nats: of a larger error the last coefficients tell too little, and it would save few points
 
 
 def affordable(S: int, N: int, dtype: torch.dtype) -> float:
@@ -91,6 +92,7 @@ def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Table | No
     is not finite; and where there is nothing to tabulate.
     """
     S, D = z.shape
+    tol = min(tol, LOOSEST)
     tree = plant(z, columns, WIDTH) if S * D * columns.N else None
     if tree is None:
         return None
