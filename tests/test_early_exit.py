@@ -333,8 +333,10 @@ def test_it_can_be_turned_off(native: Target) -> None:
         torch.testing.assert_close(fastvae.agg_log_prob(**inputs), plain)
 
 
-def test_the_environment_turns_it_off() -> None:
-    code = "from fastvae import backends; print(backends.exact_skip())"
-    environment = {**os.environ, "FASTVAE_EXACT_SKIP": "0"}
+@pytest.mark.parametrize(("setting", "cpu", "gpu"), [("0", False, False), ("1", True, True), ("", True, False)])
+def test_the_environment_turns_it_on_or_off(setting: str, cpu: bool, gpu: bool) -> None:
+    """Unset, it is on where it has been measured."""
+    code = "from fastvae import backends; print(backends.exact_skip(), backends.exact_skip(otherwise=False))"
+    environment = {**os.environ, "FASTVAE_EXACT_SKIP": setting}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "False"
+    assert ran.stdout.split() == [str(cpu), str(gpu)]

@@ -15,7 +15,7 @@ CANDIDATES = {"cpu": ("native", "reference", "triton", "cuda"), "cuda": ("triton
 NAMES = ("native", "triton", "cuda", "reference")
 
 _forced: str | None = os.environ.get("FASTVAE_BACKEND") or None
-_exact_skip = os.environ.get("FASTVAE_EXACT_SKIP") != "0"
+_exact_skip = {"0": False, "1": True}.get(os.environ.get("FASTVAE_EXACT_SKIP", ""))  # None: each backend's own choice
 
 
 class BackendStatus(NamedTuple):
@@ -50,9 +50,10 @@ def _choose(forced: str | None, device_type: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 
 
-def exact_skip() -> bool:
-    """Whether kernels may leave out pairs that are too far apart to change a result by as much as its rounding."""
-    return _exact_skip
+def exact_skip(otherwise: bool = True) -> bool:
+    """Whether kernels may leave out pairs that are too far apart to change a result by as much as its rounding;
+    `otherwise` where nobody has said."""
+    return otherwise if _exact_skip is None else _exact_skip
 
 
 class use_backend:
@@ -63,8 +64,9 @@ class use_backend:
 
     Args:
         name: "native", "triton", "cuda", "reference", or None.
-        exact_skip: False goes through all pairs of `agg_log_prob`, even those too far apart to change a result by as
-            much as its rounding; `FASTVAE_EXACT_SKIP=0` sets that from outside. None keeps what is set.
+        exact_skip: whether `agg_log_prob` may leave out pairs that are too far apart to change a result by as much as
+            its rounding; `FASTVAE_EXACT_SKIP`, 0 or 1, sets that from outside. None keeps what is set, and if nothing
+            is, does so on the CPU alone: on GPUs it has not been measured.
 
     Raises:
         ValueError: `name` is not a backend's.

@@ -267,7 +267,7 @@ def cross_log_prob_backward(
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
     joint = torch.empty(z.shape[0], dtype=accumulation_dtype(mu.dtype), device=mu.device)
-    _cross("agg_log_prob", (), z, mu, logvar, weights, (joint,), (exact_skip(),))
+    _cross("agg_log_prob", (), z, mu, logvar, weights, (joint,), (exact_skip(otherwise=False),))
     return joint
 
 
@@ -311,7 +311,7 @@ def agg_log_prob_backward(
 ) -> list[Tensor]:
     again = torch.empty(z.shape[0], dtype=accumulation_dtype(mu.dtype), device=mu.device) if joint is None else None
     gradients = _aggregate_backward(
-        "agg_log_prob_backward", (d_joint,), z, mu, logvar, weights, wanted, (again,), (exact_skip(),)
+        "agg_log_prob_backward", (d_joint,), z, mu, logvar, weights, wanted, (again,), (exact_skip(otherwise=False),)
     )
     return gradients if again is None else [again, *gradients]
 

@@ -170,7 +170,7 @@ def early_order(mu: Tensor, logvar: Tensor) -> Tensor | None:
     """[D] int32, the order in which dimensions are taken; None where all tiles are gone through, because `exact_skip`
     is off or it would not pay."""
     N, D = mu.shape
-    if not exact_skip() or N < MIN_COLUMNS or 2 * LOOK.value > D:
+    if not exact_skip(otherwise=False) or N < MIN_COLUMNS or 2 * LOOK.value > D:
         return None
     order = torch.empty(D, dtype=torch.int32, device=mu.device)
     _order[(cdiv(D, 16),)](mu, *mu.stride(), logvar, *logvar.stride(), order, N, D, 16, num_warps=4)
