@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,18 @@ import pytest
 import torch
 from ahead_of_time import by_name, innermost_loops, opcodes, tool
 from conftest import CUDA, computing_on
-from helpers import OPS, assert_same, evaluate, op_named
+from helpers import (
+    DTYPES,
+    HALVES,
+    LAYOUTS,
+    OPS,
+    Results,
+    assert_same,
+    draw,
+    evaluate,
+    needing_gradients,
+    op_named,
+)
 
 import fastvae
 from fastvae.backends import cuda
@@ -53,13 +64,60 @@ def test_a_workspace_that_is_too_small_is_an_error(library: None, monkeypatch: p
         fastvae.agg_log_prob(z, z, z)
 
 
+# Accesses of 16 bytes.
+
+
+def elementwise(D: int, dtype: torch.dtype, lay: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+    """Every result and gradient of the elementwise ops, all inputs and upstream gradients laid out alike."""
+
+    def at_hand(x: torch.Tensor) -> torch.Tensor:
+        return lay(x) if x.ndim else x
+
+    def on(fast: Callable[..., Results], **shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        inputs = {name: lay(draw(*shape, seed=n).to(dtype)) for n, (name, shape) in enumerate(shapes.items())}
+        return evaluate(fast, needing_gradients(inputs), lambda o: at_hand(draw(*o.shape, seed=9).to(o.dtype)))
+
+    results = []
+    rows = {"mu": (13, D), "logvar": (13, D)}
+    for prior in ({}, {"prior_mu": (D,), "prior_logvar": (D,)}, {"prior_mu": (13, D), "prior_logvar": (13, D)}):
+        for reduction in ("none", "sample", "dim", "sum"):
+            results += on(functools.partial(fastvae.kl_gauss, reduction=reduction), **rows, **prior)
+    return results + on(lambda mu, logvar: fastvae.sample_gauss(mu, logvar, 2, seed=3), **rows)
+
+
+@pytest.mark.parametrize("layout", ["unaligned", "chunked"])
+@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=str)
+@pytest.mark.parametrize("D", [8, 36, 40, 33])
+def test_same_bits_wherever_rows_begin(library: None, D: int, dtype: torch.dtype, layout: str) -> None:
+    """At multiples of 16 bytes or not, in memory of its own or between other numbers."""
+    assert_same(elementwise(D, dtype, LAYOUTS[layout]), elementwise(D, dtype, LAYOUTS["contiguous"]))
+
+
+def test_loads_are_of_16_bytes_where_they_can_be(tmp_path: Path) -> None:
+    """Each pack of mu [5, D] and logvar [5, D] once, but where a row does not begin at a multiple of 16 bytes."""
+    call = "Pack<In> packs[n / size];"
+    library = library_with(tmp_path, True, "kl_gauss", "packs.h", call, f"fputc(35, stderr); {call}")
+    code = f"""
+import ctypes, sys, torch
+library = ctypes.CDLL({str(library)!r})
+p, n = (lambda x, at=0: ctypes.c_void_p(x.data_ptr() + 4 * at)), ctypes.c_int64
+x, out, memory = torch.zeros(5 * 48), torch.full((5, 33), torch.nan), torch.empty(1 << 16)
+for D, stride, at in ((32, 32, 0), (32, 36, 4), (32, 32, 1), (32, 33, 0), (33, 36, 0)):
+    status = library.fastvae_cuda_kl_gauss(
+        0, p(x, at), n(stride), p(x), n(stride), None, n(0), None, n(0), n(5), n(D), 0, ctypes.c_double(1), p(out),
+        p(memory), n(1 << 18), None)
+    assert status == 0 and not out.flatten()[:5 * D].any()
+    sys.stderr.write(".")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert [len(marks) for marks in ran.stderr.split(".")] == [2 * 5 * 8, 2 * 5 * 8, 0, 0, 0, 0], ran.stderr
+
+
 # What is run on the host, where mistakes are put into the source.
 
 
-def run_with(
-    tmp_path: Path, bulk: bool, file: str, before: str, after: str, skip: int = 1, S: int = 9, N: int = 130
-) -> subprocess.CompletedProcess[str]:
-    """A joint by kernels in which a piece of source was replaced; their copies in bulk or by each thread."""
+def library_with(tmp_path: Path, bulk: bool, source_name: str, file: str, before: str, after: str) -> Path:
+    """One source's kernels, a piece of a file of it replaced; their copies in bulk or by each thread."""
     shutil.copytree(KERNELS, tmp_path / "kernels")
     path = tmp_path / "kernels" / "cuda" / file
     source = path.read_text()
@@ -69,8 +127,16 @@ def run_with(
     library = tmp_path / "library.so"
     defined = ["-DFASTVAE_ISA=cuda", "-DFASTVAE_HOST_SIMT", f"-DFASTVAE_CUDA_BULK={int(bulk)}"]
     options = ["-xc++", "-std=c++20", "-O0", "-shared", "-fPIC", *defined, f"-I{folders[0]}"]
-    command = ["g++", *options, str(folders[1] / "agg_log_prob.cu"), "-o", str(library)]
+    command = ["g++", *options, str(folders[1] / f"{source_name}.cu"), "-o", str(library)]
     subprocess.run(command, check=True, capture_output=True, text=True)
+    return library
+
+
+def run_with(
+    tmp_path: Path, bulk: bool, file: str, before: str, after: str, skip: int = 1, S: int = 9, N: int = 130
+) -> subprocess.CompletedProcess[str]:
+    """A joint by kernels in which a piece of source was replaced."""
+    library = library_with(tmp_path, bulk, "agg_log_prob", file, before, after)
     code = f"""
 import ctypes, torch
 library = ctypes.CDLL({str(library)!r})
@@ -157,15 +223,16 @@ def test_the_polynomial_of_an_exponential(tmp_path: Path) -> None:
 
 
 @functools.cache
-def machine_code() -> tuple[str, str]:
-    """What ptxas says of the cross-evaluated kernels for sm_90, and their machine code; skips without nvcc."""
+def machine_code(source_name: str = "agg_log_prob_marginals") -> tuple[str, str]:
+    """What ptxas says of a source's kernels for sm_90, and their machine code; skips without nvcc. Of the marginals',
+    that is of the joint's too."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
     host_simt.BUILD.mkdir(parents=True, exist_ok=True)
-    cubin = host_simt.BUILD / f"machine-code-{os.getpid()}.cubin"
+    cubin = host_simt.BUILD / f"{source_name}-{os.getpid()}.cubin"
     options = ["-std=c++20", "-O3", "-arch=sm_90", "-Xptxas", "-v", "-Werror", "all-warnings", "-DFASTVAE_ISA=cuda"]
-    source = KERNELS / "cuda" / "agg_log_prob_marginals.cu"  # which has the joint's kernels too
+    source = KERNELS / "cuda" / f"{source_name}.cu"
     command = [nvcc, *options, f"-I{KERNELS / 'include'}", "-cubin", "-o", str(cubin), str(source)]
     try:
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
@@ -174,16 +241,20 @@ def machine_code() -> tuple[str, str]:
         cubin.unlink(missing_ok=True)
 
 
-def kernels(name: str) -> dict[str, list[dict[str, int]]]:
-    """The instructions of each innermost loop of the kernels of that name, by mangled name."""
-    sections = re.split(r"^\.text\.(\S+):$", machine_code()[1], flags=re.M)
-    found = {
-        symbol: [by_name(opcodes(loop)) for loop in innermost_loops(code)]
-        for symbol, code in zip(sections[1::2], sections[2::2], strict=True)
-        if f"{len(name)}{name}I" in symbol
-    }
+def code_of(name: str, source_name: str = "agg_log_prob_marginals") -> dict[str, str]:
+    """The machine code of the kernels of that name, by mangled name."""
+    sections = re.split(r"^\.text\.(\S+):$", machine_code(source_name)[1], flags=re.M)
+    by_symbol = zip(sections[1::2], sections[2::2], strict=True)
+    found = {symbol: code for symbol, code in by_symbol if f"{len(name)}{name}I" in symbol}
     assert found
     return found
+
+
+def kernels(name: str) -> dict[str, list[dict[str, int]]]:
+    """The instructions of each innermost loop of the kernels of that name, by mangled name."""
+    return {
+        symbol: [by_name(opcodes(loop)) for loop in innermost_loops(code)] for symbol, code in code_of(name).items()
+    }
 
 
 def hottest(loops: list[dict[str, int]], opcode: str) -> dict[str, int]:
@@ -243,6 +314,29 @@ def test_marginals_share_exponentials_between_two_units(pulls: bool, slots: floa
         plain = min((loop for loop in loops if loop.get("MUFU", 0) >= 32), key=lambda loop: sum(loop.values()))
         assert sum(plain.values()) <= 64 * slots
         assert 0.93 * sum(plain.values()) <= 8 * plain["MUFU"] <= sum(plain.values())
+
+
+@pytest.mark.parametrize(
+    ("source_name", "name"),
+    [
+        ("kl_gauss", "kl_of_block"),
+        ("kl_gauss", "kl_of_rows"),
+        ("kl_gauss", "kl_backward"),
+        ("sample_gauss", "sample_rows"),
+        ("sample_gauss", "sample_backward"),
+    ],
+)
+def test_elementwise_kernels_read_and_write_16_bytes(source_name: str, name: str) -> None:
+    """Where rows allow for it: nothing of a half's size, and all of mu, logvar and what has their shape in 16 bytes."""
+    assert all(int(n) == 0 for n in re.findall(r"(\d+) bytes spill", machine_code(source_name)[0]))
+    codes = code_of(name, source_name)
+    assert len(codes) == 8  # four dtypes, and rows that do not allow for it
+    for symbol, code in codes.items():
+        names = opcodes(code.splitlines())
+        wide = "Lb1E" in symbol
+        assert (names.count("LDG.E.128") >= 2) == wide, symbol
+        assert ("STG.E.128" in names) == (wide and name != "kl_of_rows"), symbol
+        assert not (wide and any(n.endswith(".U16") for n in names if n.startswith(("LDG", "STG")))), symbol
 
 
 # Where it is not.

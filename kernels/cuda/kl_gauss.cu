@@ -1,12 +1,12 @@
 // KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)) and its gradients, each in one pass over the inputs. With
 // x = logvar - prior_logvar and u = (mu - prior_mu) e^(-prior_logvar / 2): KL = ((e^x - 1 - x) + u^2) / 2.
 //
-// A block takes a range of rows, and each of its threads one column in some of them. Sums over rows become partials in
-// float64, which a second kernel adds up in order, unless there was only one block.
+// A block takes a range of rows, and each of its threads a few columns next to each other in some of them (packs.h).
+// Sums over rows become partials in float64, which a second kernel adds up in order, unless there was only one block.
 
 #include "exponentials.h"
 #include "ops.h"
-#include "panels.h"
+#include "packs.h"
 
 namespace fastvae::FASTVAE_ISA {
 
@@ -19,35 +19,46 @@ template <class In> struct KlInputs {
 
 template <class T> struct Terms {
     T x, half_u, inverse_sigma;  // halves keep differences of finite numbers finite
-
-    template <class In> FASTVAE_DEVICE Terms(const KlInputs<In> &in, int64_t b, int64_t d) {
-        T half_x = T(0.5) * load(in.logvar(b) + d);
-        half_u = T(0.5) * load(in.mu(b) + d);
-        inverse_sigma = 1;
-        if (in.prior_mu.data) half_u -= T(0.5) * load(in.prior_mu(b) + d);
-        if (in.prior_logvar.data) {
-            const T half_prior = T(0.5) * load(in.prior_logvar(b) + d);
-            half_x -= half_prior;
-            inverse_sigma = clip(exp_(-half_prior), T(0), largest<T>());
-            half_u *= inverse_sigma;
-        }
-        x = half_x + half_x;
-    }
     FASTVAE_DEVICE T kl() const { return fma_(T(2) * half_u, half_u, T(0.5) * exp_tail(x)); }
 };
 
-// How rows and columns are spread over a block's threads, and rows over blocks.
+template <class In> constexpr int kColumns = Pack<In>::kSize;  // of a thread
+
+// The terms of a row's columns from d on; 0 beyond the last one.
+template <bool kWide, class In, class T = Accumulator<In>, int n = kColumns<In>>
+FASTVAE_DEVICE void terms_of(const KlInputs<In> &in, int64_t b, int64_t d, Terms<T> (&terms)[n]) {
+    const int there = there_are<kWide, n>(d, in.D);
+    T mu[n], logvar[n], prior_mu[n] = {}, prior_logvar[n] = {};
+    load<kWide>(in.mu(b) + d, there, mu);
+    load<kWide>(in.logvar(b) + d, there, logvar);
+    if (in.prior_mu.data) load<kWide>(in.prior_mu(b) + d, there, prior_mu);
+    if (in.prior_logvar.data) load<kWide>(in.prior_logvar(b) + d, there, prior_logvar);
+    FASTVAE_UNROLL
+    for (int e = 0; e < n; ++e) {
+        const T half_x = T(0.5) * logvar[e] - T(0.5) * prior_logvar[e];
+        terms[e] = {half_x + half_x, T(0.5) * mu[e] - T(0.5) * prior_mu[e], T(1)};
+    }
+    if (!in.prior_logvar.data) return;
+    FASTVAE_UNROLL
+    for (int e = 0; e < n; ++e) {
+        terms[e].inverse_sigma = clip(exp_(T(-0.5) * prior_logvar[e]), T(0), largest<T>());
+        terms[e].half_u *= terms[e].inverse_sigma;
+    }
+}
+
+// How rows and columns, `each` of a thread, are spread over a block's threads, and rows over blocks.
 struct Spread {
     static constexpr int64_t kOfOneBlock = 16384, kOfManyBlocks = 2048, kMaxPartials = 1024;
     int64_t width, column_blocks;
     Parts rows;
-    Spread(int64_t B, int64_t D, bool sums)
-        : width(clamp_width(D)), column_blocks(D < 1 ? 1 : ceil_div(D, width)), rows(B, wanted(B, D, sums)) {}
+    Spread(int64_t B, int64_t D, int each, bool sums)
+        : width(clamp_width(D, each)), column_blocks(D < 1 ? 1 : ceil_div(D, width * each)),
+          rows(B, wanted(B, D, sums)) {}
 
 private:
-    static int64_t clamp_width(int64_t D) {
-        int64_t width = 4;
-        while (width < D && width < kThreads) width *= 2;
+    static int64_t clamp_width(int64_t D, int each) {
+        int64_t width = 1;
+        while (width * each < D && width < kThreads) width *= 2;
         return width;
     }
     static int64_t wanted(int64_t B, int64_t D, bool sums) {
@@ -57,59 +68,80 @@ private:
     }
 };
 
-struct Place {  // a thread's column, and its first and last row and the step between
+struct Place {  // a thread's first column, and its first and last row and the step between
     int64_t d, first, last, step;
-    FASTVAE_DEVICE Place(const Spread &spread, int64_t B)
-        : d(blockIdx.y * spread.width + threadIdx.x % spread.width),
+    FASTVAE_DEVICE Place(const Spread &spread, int each, int64_t B)
+        : d((blockIdx.y * spread.width + threadIdx.x % spread.width) * each),
           first(blockIdx.x * spread.rows.size + threadIdx.x / spread.width),
           last((blockIdx.x + 1) * spread.rows.size < B ? (blockIdx.x + 1) * spread.rows.size : B),
           step(kThreads / spread.width) {}
 };
 
-// Adds up what the block's threads of one column have, or all of them, in a fixed order; valid in the first `width`
-// threads, or in the first.
-FASTVAE_DEVICE double sum_of_block(double x, int64_t width) {
-    double(&sums)[kThreads] = shared_memory<double[kThreads]>();
+// Adds up the first `count` of what the block's threads of the same columns have, or with a width of 1 all of them, in
+// a fixed order; valid in the first `width` threads.
+template <int n> FASTVAE_DEVICE void sum_of_block(double (&x)[n], int count, int64_t width) {
+    double(&sums)[n][kThreads] = shared_memory<double[n][kThreads]>();
     __syncthreads();
-    sums[threadIdx.x] = x;
+    FASTVAE_UNROLL
+    for (int e = 0; e < n; ++e)
+        if (e < count) sums[e][threadIdx.x] = x[e];
     for (int64_t half = kThreads / 2; half >= width; half /= 2) {
         __syncthreads();
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+        for (int e = 0; e < count && threadIdx.x < half; ++e) sums[e][threadIdx.x] += sums[e][threadIdx.x + half];
     }
     __syncthreads();
-    return sums[threadIdx.x];
+    FASTVAE_UNROLL
+    for (int e = 0; e < n; ++e)
+        if (e < count) x[e] = sums[e][threadIdx.x];
 }
 
 // out [B, D], or for DIM partials [parts, D], for SUM [parts * column blocks]; where there is one, the result itself
-template <class In>
-__global__ void kl_of_block(KlInputs<In> in, Spread spread, int reduction, double scale, Accumulator<In> *out, double *partials) {
+template <class In, bool kWide>
+__global__ void kl_of_block(KlInputs<In> in, Spread spread, int reduction, double scale, Accumulator<In> *out,
+                            double *partials) {
     using T = Accumulator<In>;
-    const Place at(spread, in.B);
-    double sum = 0;
+    constexpr int n = kColumns<In>;
+    const Place at(spread, n, in.B);
+    const int there = there_are<kWide, n>(at.d, in.D);
+    double sums[n] = {};
     for (int64_t b = at.first; b < at.last && at.d < in.D; b += at.step) {
-        const T kl = Terms<T>(in, b, at.d).kl();
-        if (reduction == FASTVAE_NONE)
-            out[b * in.D + at.d] = kl;
-        else
-            sum += kl;
+        Terms<T> terms[n];
+        terms_of<kWide>(in, b, at.d, terms);
+        T kl[n];
+        FASTVAE_UNROLL
+        for (int e = 0; e < n; ++e) sums[e] += kl[e] = terms[e].kl();
+        if (reduction == FASTVAE_NONE) store<kWide>(out + b * in.D + at.d, there, kl);
     }
     if (reduction == FASTVAE_NONE) return;
-    sum = sum_of_block(sum, reduction == FASTVAE_DIM ? spread.width : 1);
-    const bool writes = reduction == FASTVAE_DIM ? threadIdx.x < spread.width && at.d < in.D : threadIdx.x == 0;
-    if (!writes) return;
-    const bool alone = gridDim.x * (reduction == FASTVAE_DIM ? 1 : gridDim.y) == 1;
-    if (alone)
-        out[reduction == FASTVAE_DIM ? at.d : 0] = T(scale * sum);
-    else
-        partials[reduction == FASTVAE_DIM ? blockIdx.x * in.D + at.d : blockIdx.x * gridDim.y + blockIdx.y] = sum;
+    const bool dim = reduction == FASTVAE_DIM, alone = gridDim.x * (dim ? 1 : gridDim.y) == 1;
+    FASTVAE_UNROLL
+    for (int e = 1; e < n; ++e) sums[0] += dim ? 0.0 : sums[e];
+    sum_of_block(sums, dim ? n : 1, dim ? spread.width : 1);
+    if (threadIdx.x >= (dim ? spread.width : 1)) return;
+    const int64_t k = dim ? at.d : 0, first = dim ? blockIdx.x * in.D : blockIdx.x * gridDim.y + blockIdx.y;
+    FASTVAE_UNROLL
+    for (int e = 0; e < n; ++e) {
+        if (e >= (dim ? there : 1)) continue;
+        if (alone)
+            out[k + e] = T(scale * sums[e]);
+        else
+            partials[first + k + e] = sums[e];
+    }
 }
 
 // out [B]; `lanes`, a power of 2 up to 32, take a row
-template <class In> __global__ void kl_of_rows(KlInputs<In> in, int lanes, double scale, Accumulator<In> *out) {
+template <class In, bool kWide>
+__global__ void kl_of_rows(KlInputs<In> in, int lanes, double scale, Accumulator<In> *out) {
     using T = Accumulator<In>;
+    constexpr int n = kColumns<In>;
     const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, b = thread / lanes;
     T sum = 0;
-    for (int64_t d = thread % lanes; d < in.D && b < in.B; d += lanes) sum += Terms<T>(in, b, d).kl();
+    for (int64_t d = thread % lanes * n; d < in.D && b < in.B; d += lanes * n) {
+        Terms<T> terms[n];
+        terms_of<kWide>(in, b, d, terms);
+        FASTVAE_UNROLL
+        for (int e = 0; e < n; ++e) sum += terms[e].kl();
+    }
     for (int offset = lanes / 2; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
     if (thread % lanes == 0 && b < in.B) out[b] = T(scale * sum);
 }
@@ -128,30 +160,49 @@ template <class In> struct KlGradients {  // [B, D] each, or null
     double *prior_mu_partials, *prior_logvar_partials;  // [parts, D] of priors that are one row, or null
 };
 
-template <class In>
+template <class In, bool kWide>
 __global__ void kl_backward(KlInputs<In> in, Spread spread, const Accumulator<In> *grad, int64_t grad_row, int64_t grad_col,
                             double scale, KlGradients<In> out) {
     using T = Accumulator<In>;
-    const Place at(spread, in.B);
-    double prior_mu = 0, prior_logvar = 0;
+    constexpr int n = kColumns<In>;
+    const Place at(spread, n, in.B);
+    const int there = there_are<kWide, n>(at.d, in.D);
+    double of_prior_mu[n] = {}, of_prior_logvar[n] = {};
     for (int64_t b = at.first; b < at.last && at.d < in.D; b += at.step) {
         const int64_t k = b * in.D + at.d;
-        const T g = T(scale) * grad[b * grad_row + at.d * grad_col];
-        const Terms<T> terms(in, b, at.d);
-        const T by_mu = times(g, T(2) * terms.half_u * terms.inverse_sigma), half_growth = T(0.5) * expm1_(terms.x);
-        const T by_prior_logvar = -times(g, fma_(T(2) * terms.half_u, terms.half_u, half_growth));
-        if (out.d_mu) store(out.d_mu + k, by_mu);
-        if (out.d_logvar) store(out.d_logvar + k, times(g, half_growth));
-        if (out.d_prior_mu) store(out.d_prior_mu + k, -by_mu);
-        if (out.d_prior_logvar) store(out.d_prior_logvar + k, by_prior_logvar);
-        prior_mu -= by_mu;
-        prior_logvar += by_prior_logvar;
+        const T *const upstream = grad + b * grad_row + at.d * grad_col;
+        T g[n], by_mu[n], by_logvar[n], by_prior_mu[n], by_prior_logvar[n];
+        if (grad_col == 1)
+            load<kWide>(upstream, there, g);
+        else
+            FASTVAE_UNROLL
+            for (int e = 0; e < n; ++e) g[e] = e < there ? upstream[e * grad_col] : T(0);
+        Terms<T> terms[n];
+        terms_of<kWide>(in, b, at.d, terms);
+        FASTVAE_UNROLL
+        for (int e = 0; e < n; ++e) {
+            const T u = T(2) * terms[e].half_u, half_growth = T(0.5) * expm1_(terms[e].x);
+            g[e] *= T(scale);
+            by_mu[e] = times(g[e], u * terms[e].inverse_sigma);
+            by_logvar[e] = times(g[e], half_growth);
+            by_prior_mu[e] = -by_mu[e];
+            by_prior_logvar[e] = -times(g[e], fma_(u, terms[e].half_u, half_growth));
+            of_prior_mu[e] += by_prior_mu[e];
+            of_prior_logvar[e] += by_prior_logvar[e];
+        }
+        if (out.d_mu) store<kWide>(out.d_mu + k, there, by_mu);
+        if (out.d_logvar) store<kWide>(out.d_logvar + k, there, by_logvar);
+        if (out.d_prior_mu) store<kWide>(out.d_prior_mu + k, there, by_prior_mu);
+        if (out.d_prior_logvar) store<kWide>(out.d_prior_logvar + k, there, by_prior_logvar);
     }
     for (int k = 0; k < 2; ++k) {
         double *const partials = k ? out.prior_logvar_partials : out.prior_mu_partials;
         if (!partials) continue;
-        const double sum = sum_of_block(k ? prior_logvar : prior_mu, spread.width);
-        if (threadIdx.x < spread.width && at.d < in.D) partials[blockIdx.x * in.D + at.d] = sum;
+        double(&sums)[n] = k ? of_prior_logvar : of_prior_mu;
+        sum_of_block(sums, n, spread.width);
+        FASTVAE_UNROLL
+        for (int e = 0; e < n; ++e)
+            if (threadIdx.x < spread.width && e < there) partials[blockIdx.x * in.D + at.d + e] = sums[e];
     }
 }
 
@@ -163,14 +214,24 @@ template <class In> KlInputs<In> inputs(const void *mu, int64_t mu_stride, const
             rows(prior_logvar, prior_logvar_stride), B, D};
 }
 
+template <class In> bool is_wide(const KlInputs<In> &in) {
+    return in.D % kColumns<In> == 0 && aligned(in.mu) && aligned(in.logvar) && aligned(in.prior_mu) &&
+           aligned(in.prior_logvar);
+}
+
 }  // namespace
 
-int64_t kl_gauss_workspace(int, int64_t B, int64_t D, bool backward) {
-    const Spread spread(B, D, true);
-    Arena counting(nullptr);
-    counting.take<double>(spread.rows.count * (D < spread.column_blocks ? spread.column_blocks : D));
-    if (backward) counting.take<double>(spread.rows.count * D);
-    return counting.used();
+int64_t kl_gauss_workspace(int dtype, int64_t B, int64_t D, bool backward) {
+    int64_t size = 0;
+    with_dtype(dtype, [&](auto one) {
+        const Spread spread(B, D, kColumns<decltype(one)>, true);
+        Arena counting(nullptr);
+        counting.take<double>(spread.rows.count * (D < spread.column_blocks ? spread.column_blocks : D));
+        if (backward) counting.take<double>(spread.rows.count * D);
+        size = counting.used();
+        return 0;
+    });
+    return size;
 }
 
 }  // namespace fastvae::FASTVAE_ISA
@@ -188,17 +249,19 @@ int fastvae_cuda_kl_gauss(int dtype, const void *mu, int64_t mu_stride, const vo
         T *const out = static_cast<T *>(out_);
         const KlInputs<In> in = inputs<In>(mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar,
                                            prior_logvar_stride, B, D);
+        const bool wide = is_wide(in) && aligned(out, 0);
         if (reduction == FASTVAE_SAMPLE) {
             int lanes = 1;
-            while (lanes < 32 && lanes < D) lanes *= 2;
-            return launch(kl_of_rows<In>, ceil_div(B * lanes, kThreads), 1, kThreads, stream, in, lanes, scale, out);
+            while (lanes < 32 && lanes * kColumns<In> < D) lanes *= 2;
+            return launch(wide ? kl_of_rows<In, true> : kl_of_rows<In, false>, ceil_div(B * lanes, kThreads), 1, kThreads,
+                          stream, in, lanes, scale, out);
         }
         if (reduction != FASTVAE_NONE && workspace_size < kl_gauss_workspace(dtype, B, D, false))
             return FASTVAE_CUDA_WORKSPACE_TOO_SMALL;
-        const Spread spread(B, D, reduction != FASTVAE_NONE);
+        const Spread spread(B, D, kColumns<In>, reduction != FASTVAE_NONE);
         double *const partials = static_cast<double *>(workspace);
-        FASTVAE_TRY(launch(kl_of_block<In>, spread.rows.count, spread.column_blocks, kThreads, stream, in, spread, reduction,
-                           scale, out, partials));
+        FASTVAE_TRY(launch(wide ? kl_of_block<In, true> : kl_of_block<In, false>, spread.rows.count, spread.column_blocks,
+                           kThreads, stream, in, spread, reduction, scale, out, partials));
         const bool dim = reduction == FASTVAE_DIM;
         const int64_t parts = spread.rows.count * (dim ? 1 : spread.column_blocks), n = dim ? D : 1;
         if (reduction == FASTVAE_NONE || parts == 1) return FASTVAE_CUDA_OK;
@@ -219,15 +282,18 @@ int fastvae_cuda_kl_gauss_backward(int dtype, const void *grad, int64_t grad_row
         const KlInputs<In> in = inputs<In>(mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar,
                                            prior_logvar_stride, B, D);
         const bool sum_mu = d_prior_mu && prior_mu_stride == 0, sum_logvar = d_prior_logvar && prior_logvar_stride == 0;
-        const Spread spread(B, D, sum_mu || sum_logvar);
+        const Spread spread(B, D, kColumns<In>, sum_mu || sum_logvar);
         Arena arena(workspace);
         KlGradients<In> out{static_cast<In *>(d_mu), static_cast<In *>(d_logvar), static_cast<In *>(d_prior_mu),
                             static_cast<In *>(d_prior_logvar), nullptr, nullptr};
         if (sum_mu) out.d_prior_mu = nullptr, out.prior_mu_partials = arena.take<double>(spread.rows.count * D);
         if (sum_logvar) out.d_prior_logvar = nullptr, out.prior_logvar_partials = arena.take<double>(spread.rows.count * D);
         if (arena.used() > workspace_size) return FASTVAE_CUDA_WORKSPACE_TOO_SMALL;
-        FASTVAE_TRY(launch(kl_backward<In>, spread.rows.count, spread.column_blocks, kThreads, stream, in, spread,
-                           static_cast<const T *>(grad), grad_row, grad_col, scale, out));
+        const T *const upstream = static_cast<const T *>(grad);
+        const bool wide = is_wide(in) && (grad_col != 1 || aligned(upstream, grad_row)) && aligned(out.d_mu, D) &&
+                          aligned(out.d_logvar, D) && aligned(out.d_prior_mu, D) && aligned(out.d_prior_logvar, D);
+        FASTVAE_TRY(launch(wide ? kl_backward<In, true> : kl_backward<In, false>, spread.rows.count, spread.column_blocks,
+                           kThreads, stream, in, spread, upstream, grad_row, grad_col, scale, out));
         for (int k = 0; k < 2; ++k) {
             const double *const partials = k ? out.prior_logvar_partials : out.prior_mu_partials;
             In *const sum = static_cast<In *>(k ? d_prior_logvar : d_prior_mu);

@@ -3,7 +3,7 @@
 
 #include "exponentials.h"
 #include "ops.h"
-#include "panels.h"
+#include "packs.h"
 #include "philox_rounds.h"
 
 namespace fastvae::FASTVAE_ISA {
@@ -11,6 +11,7 @@ namespace fastvae::FASTVAE_ISA {
 namespace {
 
 constexpr int kGroup = 4;  // elements of one Philox block
+template <class In> constexpr int kDims = Pack<In>::kSize < kGroup ? kGroup : Pack<In>::kSize;  // of a thread at a time
 
 FASTVAE_DEVICE void words(uint64_t group, uint64_t seed, uint32_t *w) {
     PhiloxBlock<uint64_t> block[1] = {{group, group >> 32, 0, 0}};
@@ -32,7 +33,7 @@ template <class T> FASTVAE_DEVICE void box_muller(uint32_t radius, uint32_t angl
 }
 
 // The normals of elements [first, first + 4): of one block where first is a multiple of 4, else of two.
-template <class T> FASTVAE_DEVICE void normals(uint64_t first, uint64_t seed, T (&eps)[kGroup]) {
+template <class T> FASTVAE_DEVICE void group_of_normals(uint64_t first, uint64_t seed, T *eps) {
     uint32_t w[2 * kGroup] = {};
     words(first / kGroup, seed, w);
     const int skip = int(first % kGroup);
@@ -44,6 +45,10 @@ template <class T> FASTVAE_DEVICE void normals(uint64_t first, uint64_t seed, T 
     FASTVAE_UNROLL
     for (int k = 0; k < kGroup; ++k)
         eps[k] = skip == 0 ? x[k] : skip == 1 ? x[k + 1] : skip == 2 ? x[k + 2] : x[k + 3];
+}
+template <class T, int n> FASTVAE_DEVICE void normals(uint64_t first, uint64_t seed, T (&eps)[n]) {
+    FASTVAE_UNROLL
+    for (int k = 0; k < n; k += kGroup) group_of_normals(first + k, seed, eps + k);
 }
 
 template <class In> struct Distribution {
@@ -57,26 +62,29 @@ template <class In> struct Samples {  // null where not wanted
     Accumulator<In> *log_q, *log_p, *kl;  // [L, B], [L, B], [B]
 };
 
-// `lanes`, a power of 2 up to 32, take a row of a sample, four dimensions each at a time.
-template <class In> __global__ void sample_rows(Distribution<In> x, Samples<In> out, int lanes) {
+// `lanes`, a power of 2 up to 32, take a row of a sample, a few dimensions each at a time (packs.h).
+template <class In, bool kWide> __global__ void sample_rows(Distribution<In> x, Samples<In> out, int lanes) {
     using T = Accumulator<In>;
+    constexpr int n = kDims<In>;
     const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = thread / lanes, b = row % x.B;
     const bool there = row < x.L * x.B, wants_kl = out.kl && row < x.B;
     const uint64_t seed = *x.seed;
     T q = 0, p = 0, k = 0;
-    for (int64_t d = thread % lanes * kGroup; there && d < x.D; d += lanes * kGroup) {
-        T eps[kGroup];
+    for (int64_t d = thread % lanes * n; there && d < x.D; d += lanes * n) {
+        const int dims = there_are<kWide, n>(d, x.D);
+        T mu[n], logvar[n], eps[n], z[n];
+        load<kWide>(x.mu(b) + d, dims, mu);
+        load<kWide>(x.logvar(b) + d, dims, logvar);
         normals(uint64_t(row * x.D + d), seed, eps);
         FASTVAE_UNROLL
-        for (int e = 0; e < kGroup; ++e) {
-            if (d + e >= x.D) continue;
-            const T mu = load(x.mu(b) + d + e), logvar = load(x.logvar(b) + d + e);
-            const T z = mu + times(eps[e], exp_(T(0.5) * logvar));
-            if (out.z) store(out.z + row * x.D + d + e, z);
-            q += fma_(eps[e], eps[e], logvar);
-            p = fma_(z, z, p);
-            if (wants_kl) k += fma_(mu, mu, exp_tail(logvar));
+        for (int e = 0; e < n; ++e) {
+            if (e >= dims) continue;
+            z[e] = mu[e] + times(eps[e], exp_(T(0.5) * logvar[e]));
+            q += fma_(eps[e], eps[e], logvar[e]);
+            p = fma_(z[e], z[e], p);
+            if (wants_kl) k += fma_(mu[e], mu[e], exp_tail(logvar[e]));
         }
+        if (out.z) store<kWide>(out.z + row * x.D + d, dims, z);
     }
     for (int offset = lanes / 2; offset; offset /= 2) {
         q += __shfl_xor_sync(~0u, q, offset);
@@ -94,53 +102,52 @@ template <class T> struct Upstream {  // null for 0
     const T *log_q, *log_p, *kl;
 };
 
-// A thread takes four dimensions of a row, in all samples.
-template <class In>
+// A thread takes a few dimensions of a row, in all samples.
+template <class In, bool kWide>
 __global__ void sample_backward(Distribution<In> x, const In *d_z, Upstream<Accumulator<In>> g, In *d_mu, In *d_logvar) {
     using T = Accumulator<In>;
-    const int64_t groups = (x.D + kGroup - 1) / kGroup, thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    const int64_t b = thread / groups, d = thread % groups * kGroup;
+    constexpr int n = kDims<In>;
+    const int64_t groups = (x.D + n - 1) / n, thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t b = thread / groups, d = thread % groups * n;
     if (b >= x.B) return;
-    const int n = x.D - d < kGroup ? int(x.D - d) : kGroup;
-    T mu[kGroup] = {}, sigma[kGroup] = {}, by_mu[kGroup] = {}, by_logvar[kGroup] = {};
+    const int dims = there_are<kWide, n>(d, x.D);
+    T mu[n], logvar[n], sigma[n], by_mu[n] = {}, by_logvar[n] = {};
+    load<kWide>(x.mu(b) + d, dims, mu);
+    load<kWide>(x.logvar(b) + d, dims, logvar);
     FASTVAE_UNROLL
-    for (int e = 0; e < kGroup; ++e) {
-        if (e >= n) continue;
-        mu[e] = load(x.mu(b) + d + e);
-        const T logvar = load(x.logvar(b) + d + e);
-        sigma[e] = exp_(T(0.5) * logvar);
+    for (int e = 0; e < n; ++e) {
+        sigma[e] = exp_(T(0.5) * logvar[e]);
         if (!g.kl) continue;
         by_mu[e] = times(g.kl[b], mu[e]);
-        by_logvar[e] = times(T(0.5) * g.kl[b], expm1_(logvar));
+        by_logvar[e] = times(T(0.5) * g.kl[b], expm1_(logvar[e]));
     }
     const uint64_t seed = *x.seed;
     for (int64_t l = 0; l < x.L; ++l) {
         const int64_t row = l * x.B + b;
         const T g_q = g.log_q ? g.log_q[row] : T(0), g_p = g.log_p ? g.log_p[row] : T(0);
-        T eps[kGroup];
+        T eps[n], pull[n] = {};
+        if (d_z) load<kWide>(d_z + row * x.D + d, dims, pull);
         normals(uint64_t(row * x.D + d), seed, eps);
         FASTVAE_UNROLL
-        for (int e = 0; e < kGroup; ++e) {
-            if (e >= n) continue;
+        for (int e = 0; e < n; ++e) {
             const T scaled = times(eps[e], sigma[e]);
-            T pull = d_z ? load(d_z + row * x.D + d + e) : T(0);
-            pull -= times(g_p, mu[e] + scaled);
-            by_mu[e] += pull;
-            by_logvar[e] += times(T(0.5) * pull, scaled) - T(0.5) * g_q;
+            pull[e] -= times(g_p, mu[e] + scaled);
+            by_mu[e] += pull[e];
+            by_logvar[e] += times(T(0.5) * pull[e], scaled) - T(0.5) * g_q;
         }
     }
-    FASTVAE_UNROLL
-    for (int e = 0; e < kGroup; ++e) {
-        if (e >= n) continue;
-        if (d_mu) store(d_mu + b * x.D + d + e, by_mu[e]);
-        if (d_logvar) store(d_logvar + b * x.D + d + e, by_logvar[e]);
-    }
+    if (d_mu) store<kWide>(d_mu + b * x.D + d, dims, by_mu);
+    if (d_logvar) store<kWide>(d_logvar + b * x.D + d, dims, by_logvar);
 }
 
 template <class In>
 Distribution<In> distribution(const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
                               const uint64_t *seed, int64_t L, int64_t B, int64_t D) {
     return {{static_cast<const In *>(mu), mu_stride}, {static_cast<const In *>(logvar), logvar_stride}, seed, L, B, D};
+}
+
+template <class In> bool is_wide(const Distribution<In> &x) {
+    return x.D % kDims<In> == 0 && aligned(x.mu) && aligned(x.logvar);
 }
 
 }  // namespace
@@ -159,9 +166,9 @@ int fastvae_cuda_sample_gauss(int dtype, const void *mu, int64_t mu_stride, cons
         if (L == 0) out = {nullptr, nullptr, nullptr, out.kl};  // which is still asked for
         const Distribution<In> x = distribution<In>(mu, mu_stride, logvar, logvar_stride, seed, L ? L : 1, B, D);
         int lanes = 1;
-        while (lanes < 32 && lanes * kGroup < D) lanes *= 2;
-        return launch(sample_rows<In>, ceil_div(x.L * B * lanes, kThreads), 1, kThreads, static_cast<Stream>(stream), x,
-                      out, lanes);
+        while (lanes < 32 && lanes * kDims<In> < D) lanes *= 2;
+        return launch(is_wide(x) && aligned(out.z, D) ? sample_rows<In, true> : sample_rows<In, false>,
+                      ceil_div(x.L * B * lanes, kThreads), 1, kThreads, static_cast<Stream>(stream), x, out, lanes);
     });
 }
 
@@ -175,8 +182,11 @@ int fastvae_cuda_sample_gauss_backward(int dtype, const void *d_z, const void *d
         const Upstream<T> g{static_cast<const T *>(d_log_q), static_cast<const T *>(d_log_p),
                             static_cast<const T *>(d_kl)};
         const Distribution<In> x = distribution<In>(mu, mu_stride, logvar, logvar_stride, seed, L, B, D);
-        return launch(sample_backward<In>, ceil_div(B * ceil_div(D, kGroup), kThreads), 1, kThreads,
-                      static_cast<Stream>(stream), x, static_cast<const In *>(d_z), g, static_cast<In *>(d_mu),
-                      static_cast<In *>(d_logvar));
+        const In *const upstream = static_cast<const In *>(d_z);
+        In *const by_mu = static_cast<In *>(d_mu), *const by_logvar = static_cast<In *>(d_logvar);
+        const bool wide = is_wide(x) && aligned(upstream, D) && aligned(by_mu, D) && aligned(by_logvar, D);
+        return launch(wide ? sample_backward<In, true> : sample_backward<In, false>,
+                      ceil_div(B * ceil_div(D, kDims<In>), kThreads), 1, kThreads, static_cast<Stream>(stream), x, upstream,
+                      g, by_mu, by_logvar);
     });
 }

@@ -1,0 +1,63 @@
+// Numbers that are next to each other in a row, which a thread reads and writes at once: 16 bytes in an access where
+// everything that a kernel touches allows for it (kWide, which the host finds out before the launch), else one by one.
+// Which numbers a thread has does not depend on it, nor does any bit of a result.
+#pragma once
+
+#include "numbers.h"
+#include "panels.h"
+
+namespace fastvae::FASTVAE_ISA {
+
+template <class In> struct alignas(16) Pack {
+    static constexpr int kSize = 16 / sizeof(In);
+    In x[kSize];
+};
+
+// to[e] = from[e], or 0 from `there` on; with kWide all are there
+template <bool kWide, class In, int n>
+FASTVAE_DEVICE void load(const In *from, int there, Accumulator<In> (&to)[n]) {
+    if constexpr (kWide) {
+        constexpr int size = Pack<In>::kSize;
+        static_assert(n % size == 0);
+        Pack<In> packs[n / size];
+        FASTVAE_UNROLL
+        for (int k = 0; k < n / size; ++k) packs[k] = reinterpret_cast<const Pack<In> *>(from)[k];
+        FASTVAE_UNROLL
+        for (int e = 0; e < n; ++e) to[e] = load(packs[e / size].x + e % size);
+    } else {
+        FASTVAE_UNROLL
+        for (int e = 0; e < n; ++e) to[e] = e < there ? load(from + e) : Accumulator<In>(0);
+    }
+}
+
+template <bool kWide, class Out, int n>
+FASTVAE_DEVICE void store(Out *to, int there, const Accumulator<Out> (&from)[n]) {
+    if constexpr (kWide) {
+        constexpr int size = Pack<Out>::kSize;
+        static_assert(n % size == 0);
+        FASTVAE_UNROLL
+        for (int k = 0; k < n / size; ++k) {
+            Pack<Out> pack;
+            FASTVAE_UNROLL
+            for (int e = 0; e < size; ++e) store(pack.x + e, from[k * size + e]);
+            reinterpret_cast<Pack<Out> *>(to)[k] = pack;
+        }
+    } else {
+        FASTVAE_UNROLL
+        for (int e = 0; e < n; ++e)
+            if (e < there) store(to + e, from[e]);
+    }
+}
+
+// Of `n` numbers from d on, how many a row of D has: with kWide all or none
+template <bool kWide, int n> FASTVAE_DEVICE int there_are(int64_t d, int64_t D) {
+    return d >= D ? 0 : kWide || D - d >= n ? n : int(D - d);
+}
+
+// Whether each row begins at a multiple of 16 bytes; no rows at all do.
+template <class In> bool aligned(const In *data, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * int64_t(sizeof(In)) % 16 == 0;
+}
+template <class In> bool aligned(const Rows<In> &rows) { return aligned(rows.data, rows.stride); }
+
+}  // namespace fastvae::FASTVAE_ISA
