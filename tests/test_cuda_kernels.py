@@ -373,6 +373,19 @@ def test_a_build_that_fails_leaves_its_reason(tmp_path: Path) -> None:
     assert not (tmp_path / cuda.LIBRARY).exists()
 
 
+def test_a_compiler_that_does_not_run_leaves_its_reason(tmp_path: Path) -> None:
+    """The first one in PATH, before what an installation elsewhere has."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'no license' >&2\nexit 3\n")
+    nvcc.chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if key not in ("CUDA_HOME", "CUDA_PATH")}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    options = [f"-DSOURCE={host_simt.ROOT}", f"-DOUTPUT={tmp_path}", "-DVERSION=0", "-DWERROR=OFF"]
+    script = str(KERNELS / "cuda" / "build.cmake")
+    subprocess.run([host_simt.tool("cmake"), *options, "-P", script], env=environment, check=True, capture_output=True)
+    assert f"{nvcc} does not run: no license" in (tmp_path / cuda.WHY_NOT).read_text()
+
+
 def test_only_by_name() -> None:
     """Until a measurement is committed that shows it faster."""
     assert all(names.index("cuda") > names.index("reference") for names in fastvae.backends.CANDIDATES.values())

@@ -8,7 +8,7 @@ function(give_up reason)
   message(WARNING "the CUDA kernels were not built: ${reason}")
 endfunction()
 
-find_program(NVCC nvcc HINTS "$ENV{CUDA_HOME}/bin" "$ENV{CUDA_PATH}/bin" /usr/local/cuda/bin)
+find_program(NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)  # the last after PATH
 if(NOT NVCC)
   give_up("libfastvae_cuda.so was not built: there is no nvcc (CUDA_HOME says where)")
   return()
@@ -19,7 +19,12 @@ if(NOT DEFINED BULK)
 endif()
 
 # Machine code for each architecture that the toolkit knows, and PTX of the last for what comes after.
-execute_process(COMMAND ${NVCC} --list-gpu-code OUTPUT_VARIABLE known ERROR_QUIET)
+execute_process(COMMAND ${NVCC} --list-gpu-code RESULT_VARIABLE failed OUTPUT_VARIABLE known ERROR_VARIABLE log)
+if(failed)
+  string(STRIP "${log}" log)
+  give_up("libfastvae_cuda.so was not built: ${NVCC} does not run: ${log} (${failed})")
+  return()
+endif()
 foreach(architecture 80 90 100)
   if(known MATCHES "sm_${architecture}[\r\n ]")
     list(APPEND targets -gencode=arch=compute_${architecture},code=sm_${architecture})
