@@ -155,7 +155,13 @@ def _patch_lang(function: Any) -> _Stays:
         if key not in _patched:
             _patched.add(key)
             _patch_language(function)
+            core.tensor.__index__ = _index
     return _Stays()
+
+
+def _index(self: Any) -> int:
+    """Triton 3.6's takes a number for an array of one, which numpy 2.4 no longer does."""
+    return int(self.handle.data.item())
 
 
 @functools.cache
