@@ -127,6 +127,31 @@ def test_nothing_visible_is_lost(backend: Target, case: str, dtype: torch.dtype)
     expected.check(evaluate(fast, inputs))
 
 
+def check_apart(S: int, N: int, near_rows: int, near_columns: int, nats: float, dtype: torch.dtype) -> None:
+    """The first samples and columns at 0, the others where a term is less by so many nats, in the dimensions of the
+    first look: what many little terms come to is seen."""
+    there = torch.zeros(D, dtype=dtype)
+    there[: early_exit.LOOK.value] = math.sqrt(2 * nats / early_exit.LOOK.value)
+    inputs = {"z": there.repeat(S, 1), "mu": there.repeat(N, 1), "logvar": torch.zeros(N, D, dtype=dtype)}
+    inputs["z"][:near_rows] = 0
+    inputs["mu"][:near_columns] = 0
+    inputs = {key: x.requires_grad_() for key, x in inputs.items()}
+    fast, formula = functions(ColumnWeights(0.0, torch.zeros(S, dtype=torch.int64)))
+    Expected(formula, inputs, ("z", "mu"), torch.ones_like).check(evaluate(fast, inputs, torch.ones_like))
+
+
+@pytest.mark.parametrize(("dtype", "nats"), [(torch.float32, 12.5), (torch.float32, 15.5), (torch.float64, 27.5)])
+def test_rows_go_to_the_margin(backend: Target, dtype: torch.dtype, nats: float) -> None:
+    """Just beyond half of it, in the sum and, which has a wider one, in what pulls on z."""
+    check_apart(128, N, 128, 1, nats, dtype)
+
+
+def test_columns_go_to_the_margin(backend: Target) -> None:
+    """The same for a panel of columns that share one sample, and have a little of many others; in float64, as in
+    float32 the rule allows for as much."""
+    check_apart(256, 129, 1, 128, 32.5, torch.float64)
+
+
 def poison(x: Tensor) -> None:
     """Packed numbers of dimensions that only those see who pass the first look."""
     x[:, early_exit.LOOK.value :] = -1 if x.dtype == torch.int64 else math.nan  # the bits of two NaN
