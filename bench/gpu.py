@@ -29,9 +29,10 @@ from torch import Tensor
 import fastvae
 
 from . import peers
+from .early_exit import population
 from .gpu_ceilings import Ceilings, ceilings
 from .gpu_harness import CALLS, DEVICE, DRY, best, graphed, peak, race, repeated
-from .harness import forward, forward_backward, max_error
+from .harness import Run, forward, forward_backward, max_error
 from .inputs import posteriors, samples_and_posteriors
 
 SMALL = (256, 32)
@@ -53,10 +54,15 @@ class Row(NamedTuple):
     work: float = 0.0  # of the ceiling's unit, per element of [S, N, D] or [B, D]
     share: float = 0.0  # to reach
     checked: bool = True  # against float64
+    early: bool = False  # with early exit and without, instead of peers
+
+    @property
+    def of_pairs(self) -> bool:
+        return self.inputs is not posteriors
 
     def elements(self, sizes: tuple[int, int]) -> float:
         S, D = sizes
-        return float(S) * D * (S if self.inputs is samples_and_posteriors else 1)
+        return float(S) * D * (S if self.of_pairs else 1)
 
 
 def flex_attention(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -92,6 +98,12 @@ def sample_all(mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
 def on_tensor_cores(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     with fastvae.precision("tf32x3"):
         return fastvae.agg_log_prob(z, mu, logvar)
+
+
+def early_exit(D: int, active: int, logvar: float, backward: bool) -> Row:
+    inputs = functools.partial(population, active=active, logvar=logvar)
+    title = f"agg_log_prob, {active} of {D} active, logvar {logvar:g}"
+    return Row(title, (16384, D), fastvae.agg_log_prob, {}, inputs, backward, early=True)
 
 
 # Work per element: bytes that must move; FMAs, 2 forward and 6 backward; exponentials, one for each pair and dimension.
@@ -131,6 +143,7 @@ ROWS = [
         ),
         *(True, {}, "ex2", 2),
     ),
+    *(early_exit(*case, backward) for case in ((128, 20, -3.0), (64, 64, 0.0)) for backward in (False, True)),
 ]
 SMALL_ROWS = [
     Row("kl_gauss", SMALL, fastvae.kl_gauss, {"eager": peers.kl_formula}, posteriors),
@@ -153,19 +166,34 @@ def inputs_of(row: Row) -> tuple[Tensor, ...]:
     return tuple(x.to(DEVICE) for x in row.inputs(*sizes))
 
 
+def skipping(run: Run, on: bool) -> Run:
+    """The whole call, as the backward asks too."""
+
+    def call() -> object:
+        with fastvae.use_backend(os.environ.get("FASTVAE_BACKEND") or None, exact_skip=on):
+            return run()
+
+    return call
+
+
+def contestants(row: Row, mode: Callable[..., Run], inputs: tuple[Tensor, ...]) -> dict[str, Run]:
+    ours = mode(row.ours, *inputs)
+    if row.early:
+        return {"fastvae": skipping(ours, False), "fastvae, exact_skip=True": skipping(ours, True)}
+    return {"fastvae": ours} | {name: mode(peer, *inputs) for name, peer in row.peers.items()}
+
+
 def large(row: Row, ceiling: Ceilings, seconds: float) -> list[str]:
     inputs = inputs_of(row)
-    mode = forward_backward if row.backward else forward
-    runs = {"fastvae": mode(row.ours, *inputs)} | {name: mode(peer, *inputs) for name, peer in row.peers.items()}
-    times = race(runs, seconds)
+    times = race(contestants(row, forward_backward if row.backward else forward, inputs), seconds)
     errors = {}
-    if row.checked and not row.backward and row.inputs is samples_and_posteriors:  # on some rows of z
+    if row.checked and not row.backward and row.of_pairs:  # on some rows of z
         take = slice(None, None, max(1, row.sizes[0] // 32))
         with fastvae.use_backend("reference"):
             exact = row.ours(inputs[0][take].double(), *(x.double() for x in inputs[1:]))
-        for name, peer in {"fastvae": row.ours, **row.peers}.items():
+        for name, run in contestants(row, forward, inputs).items():
             if isinstance(times[name], float):
-                got = forward(peer, *inputs)()
+                got: Any = run()
                 errors[name] = max_error(got[take] if isinstance(got, Tensor) else tuple(g[take] for g in got), exact)
     ours = times["fastvae"]
     sizes = (len(inputs[0]), inputs[0].shape[1])
