@@ -79,9 +79,9 @@ def terms(z: Tensor, mu: Tensor, logvar: Tensor, joint: Tensor, marginals: Tenso
     return torch.cat((torch.stack(sums, 1), marginals, marginals - log_p), 1)
 
 
-def marginals_alone(N: int, D: int, logvar: float, repeats: int, target: str = "") -> Row:
+def marginals_alone(N: int, D: int, logvar: float, repeats: int, target: str = "", spread: float = 0.5) -> Row:
     """The marginals' share of the time: brute force less the joint, which that cannot leave out."""
-    inputs = population(N, D, logvar)
+    inputs = population(N, D, logvar, spread)
     joint, direct, ours = in_turns(
         repeats,
         lambda: fastvae.agg_log_prob(*inputs),
@@ -91,7 +91,7 @@ def marginals_alone(N: int, D: int, logvar: float, repeats: int, target: str = "
     table = table_of(*inputs)
     error = (interpolate(table, inputs[0])[:ROWS] - exact_marginals(*inputs)).abs().max()
     return Row(
-        f"marginals, {N}×{N}, D {D}, logvar {logvar:g}",
+        f"marginals, {N}×{N}, D {D}, logvar {logvar:g} ± {spread:g}",
         direct - joint,
         ours,
         len(table.points) / D,
@@ -167,7 +167,7 @@ def main() -> None:
     print("|---|--:|--:|--:|--:|--:|--:|---|")
     n = options.repeats
     rows: list[Callable[[], Row]] = [
-        lambda: marginals_alone(16384, 32, -2, n, "12 times, 1e-6"),
+        *(lambda s=s: marginals_alone(16384, 32, -2, n, "12 times, 1e-6", s) for s in (0.5, 0.1)),
         *(lambda v=v: marginals_alone(16384, 8, v, n) for v in (0, -2, -4, -6)),
         lambda: joint_and_marginals(16384, 32, -2, n, False),
         lambda: joint_and_marginals(16384, 8, -2, n, True),

@@ -194,7 +194,7 @@ def _launch_bounds(packed: Packed, own: Tensor | None, samples: bool) -> tuple[T
 
 def margin(packed: Packed, n: int) -> float:
     """Of n terms, each left out: all of them come to e^-18 of a sum, or e^-40."""
-    return (40 if packed.dtype == torch.float64 else 18) * LOG2E.value + math.log2(n)
+    return (40 if packed.dtype == torch.float64 else 18) * LOG2E.value + math.log2(max(n, 1))
 
 
 def of_rows(packed: Packed, own: Tensor | None) -> Exits:
