@@ -61,7 +61,7 @@ private:
         const auto see = [&](double log2_w) { largest = log2_w > largest && log2_w < kInf<double> ? log2_w : largest; };
         for (int64_t j = 0; j < (weights.log_w ? N : 1); ++j) see(weights.log2_w(j));
         const double common = N ? weights.log2_w(0) : 0;
-        if (weights.own) see(weights.log_w_own * kLog2e), see(weights.log_w_next * kLog2e);
+        if (weights.own) see(weights.log2_w_own), see(weights.log2_w_next);
         // One weight for all but the overrides is divided out, unless far below those.
         weighted = weights.log_w || !(largest - common < 60);
         reference = !weighted ? common : largest > -kInf<double> ? largest : 0;

@@ -242,6 +242,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, Arguments... 
 #define __syncthreads() simt::barrier(__LINE__)
 #define __syncthreads_or(predicate) simt::barrier_or(predicate, __LINE__)
 #define __syncthreads_and(predicate) simt::barrier_and(predicate, __LINE__)
+#define __syncwarp() simt::wait(simt::Fiber::kInWarp, __LINE__)
 #define __shfl_xor_sync(mask, x, offset) simt::shuffle_xor(x, offset, __LINE__)
 
 // Of CUDA's own functions, those that the host's <cmath> does not have

@@ -28,6 +28,14 @@ template <class T> FASTVAE_DEVICE T &shared_memory() {
 #endif
 }
 
+// What has been made of x, addresses above all, is made again where it is needed next: it does not take up registers in
+// between, where tiles need them.
+FASTVAE_DEVICE void forget([[maybe_unused]] int &x) {
+#ifndef FASTVAE_HOST_SIMT
+    asm volatile("" : "+r"(x));
+#endif
+}
+
 // 2^x, within 2 ulp; 0 below 2^-126
 FASTVAE_DEVICE float exp2_(float x) {
 #ifdef FASTVAE_HOST_SIMT

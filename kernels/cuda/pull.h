@@ -13,26 +13,30 @@ namespace fastvae::FASTVAE_ISA {
 
 // r from a tile's densities; kEarly: of tiles that may stop early.
 template <class T, bool kEarly> struct OfShares {
+    static constexpr bool kWeighted = true;  // columns, and samples' own ones otherwise
     Shares<T> shares;
     bool all_columns = false;  // no tile of pull_on_columns may stop early
 
     template <bool kFold, bool kOwnsRows>
     FASTVAE_DEVICE void operator()(const Packed<T> &p, Sweep<T, kOwnsRows> &sweep, int64_t owner, int64_t passing,
                                    const Lanes<kOwnsRows> &lanes, Pairs<T> &x) const {
-        const int64_t row_panel = kOwnsRows ? owner : passing, column_panel = kOwnsRows ? passing : owner;
+        int row_panel = int(kOwnsRows ? owner : passing), column_panel = int(kOwnsRows ? passing : owner);
         const bool may = kEarly && may_stop(p, row_panel, column_panel) && (kOwnsRows || !all_columns);
         const auto limit = [&](int r) {
-            const int64_t i = row_panel * kPanel<T> + place<T>(lanes.row, r);
+            int panel = row_panel;
+            forget(panel);
+            const int64_t i = int64_t(panel) * kPanel<T> + place<T>(lanes.row, r);
             if (i >= p.S) return -largest<T>();
             const T reach = kOwnsRows ? p.exit.row_reach[column_panel] : p.exit.column_reach[column_panel];
             return T(16.0 / 15) * (reach + T(kSteep) - (kOwnsRows ? p.exit.row_floor[i] : p.exit.column_floor[i]));
         };
         sweep.start(owner, passing, passing + 1);
         if (square_sums<kFold, kEarly>(sweep, p.far_columns[column_panel], lanes, x, may, limit)) return clear<T>(x);
+        forget(row_panel), forget(column_panel);
         to_terms(p, row_panel, column_panel, meets_own(p, row_panel, column_panel), lanes, x);
         FASTVAE_UNROLL
         for (int r = 0; r < kSide<T>; ++r) {
-            const int64_t i = row_panel * kPanel<T> + place<T>(lanes.row, r);
+            const int64_t i = int64_t(row_panel) * kPanel<T> + place<T>(lanes.row, r);
             const T m = i < p.S ? shares.m[i] : T(0), factor = i < p.S ? shares.factor[i] : T(0);
             FASTVAE_UNROLL
             for (int c = 0; c < kSide<T>; ++c) x[r][c] = times(factor, exp2_(x[r][c] - m));
@@ -42,6 +46,7 @@ template <class T, bool kEarly> struct OfShares {
 
 // r as given
 template <class T> struct OfMatrix {
+    static constexpr bool kWeighted = false;
     const T *grad;  // [S, N]
 
     template <bool kFold, bool kOwnsRows>
@@ -171,17 +176,20 @@ template <class T> FASTVAE_DEVICE bool any_nonzero(const Pairs<T> &x) {
 template <class T, class Weigh, bool kFold>
 __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void pull_on_rows(Packed<T> p, Weigh weigh, int64_t tiles,
                                                                         RowParts<T> parts) {
-    const int panel = int(blockIdx.x), first = int(blockIdx.y * tiles);
+    int panel = int(blockIdx.x);
+    const int first = int(blockIdx.y * tiles);
     const int last = int(first + tiles < p.column_panels ? first + tiles : p.column_panels);
     const Lanes<true> lanes;
-    T *const to = parts.of(p, blockIdx.y, panel);
     Sweep<T, true> sweep(p);
-    clear_part(to, p.D * kPanel<T>);
+    clear_part(parts.of(p, blockIdx.y, panel), p.D * kPanel<T>);
     __syncthreads();
     for (int column_panel = first; column_panel < last; ++column_panel) {
+        forget(panel), forget(column_panel);
         Pairs<T> x;
         weigh.template operator()<kFold>(p, sweep, panel, column_panel, lanes, x);
         if (!__syncthreads_or(any_nonzero<T>(x))) continue;
+        forget(panel), forget(column_panel);
+        T *const to = parts.of(p, blockIdx.y, panel);
         const bool far_column = p.far_columns[column_panel], far = far_column || p.far_rows[panel];
         sweep.start(panel, column_panel, column_panel + 1);
         sweep.run([&](const Stage<T> &stage, int chunk, int n) {
@@ -197,10 +205,11 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void pull_on_rows(Pack
 template <class T, class Weigh, bool kFold>
 __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void pull_on_columns(Packed<T> p, Weigh weigh, int64_t tiles,
                                                                            ColumnParts<T> parts) {
-    const int panel = int(blockIdx.x), first = int(blockIdx.y * tiles);
+    int panel = int(blockIdx.x);
+    const int first = int(blockIdx.y * tiles);
     const int last = int(first + tiles < p.row_panels ? first + tiles : p.row_panels);
     const Lanes<false> lanes;
-    const int64_t part = parts.at(p, blockIdx.y, panel);
+    int64_t part = parts.at(p, blockIdx.y, panel);
     Sweep<T, false> sweep(p);
     clear_part(parts.t + part * p.D, p.D * kPanel<T>);
     clear_part(parts.tt + part * p.D, p.D * kPanel<T>);
@@ -208,12 +217,15 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void pull_on_columns(P
     clear_part(parts.special + part, kPanel<T>);
     __syncthreads();
     for (int row_panel = first; row_panel < last; ++row_panel) {
+        forget(panel), forget(row_panel);
         Pairs<T> x;
         weigh.template operator()<kFold>(p, sweep, panel, row_panel, lanes, x);
         if (!__syncthreads_or(any_nonzero<T>(x))) continue;
+        forget(panel), forget(row_panel);
+        part = parts.at(p, blockIdx.y, panel);
         const bool far_column = p.far_columns[panel], far = far_column || p.far_rows[row_panel];
         sweep.start(panel, row_panel, row_panel + 1);
-        const bool meets = meets_own(p, row_panel, panel);
+        const bool meets = Weigh::kWeighted && meets_own(p, row_panel, panel);
         FASTVAE_NO_UNROLL
         for (int special = 0; special <= int(meets); ++special)
             add_shares(p, row_panel, panel, meets, special, lanes, x, (special ? parts.special : parts.common) + part);

@@ -1,6 +1,6 @@
-// The streaming log2 sum_j 2^s_ij of samples, in ranges of columns, and how these meet. A thread keeps the maximum and
-// the sum of its own columns; m is finite, so that no difference is NaN: the neutral element is (-largest, 0). NaN is
-// passed over by the maximum, and found in the sum.
+// The streaming log2 sum_j 2^s_ij of samples, in ranges of columns, and how these meet. The joint's rows have a maximum
+// and a sum in one lane of 16, the marginals' in each lane, of its own columns; m is finite, so that no difference is NaN:
+// the neutral element is (-largest, 0). NaN is passed over by the maximum, and found in the sum.
 #pragma once
 
 #include "log_sum.h"
@@ -36,6 +36,10 @@ template <class T> struct RowSum {
             p[k] = exp2_(s[k] - top);
             part += p[k];
         }
+        return add(part, top);
+    }
+    // Of numbers 2^(s - top), which m is then, no less than before
+    FASTVAE_DEVICE T add(T part, T top) {
         const T rescale = exp2_(m - top), old = sum * rescale, term = fma_(-carry, rescale, part);
         sum = old + term;
         carry = (sum - old) - term;
@@ -86,43 +90,50 @@ template <class T> struct Shares {
 template <class T, bool kFold, bool kEarly>
 __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void joint_sums(Packed<T> p, int64_t tiles, RangeSums<T> sums) {
     constexpr int R = kSide<T>;
-    const int panel = int(blockIdx.x), first = int(blockIdx.y * tiles);
+    int panel = int(blockIdx.x);
+    const int first = int(blockIdx.y * tiles);
     const int last = int(first + tiles < p.column_panels ? first + tiles : p.column_panels);
     const Lanes<true> lanes;
-    RowSum<T> rows[R];
+    int mine = place<T>(lanes.row, summed_number<T>());  // the row that this lane sums up
+    const auto i = [&] { return int64_t(panel) * kPanel<T> + mine; };
+    RowSum<T> row;
+    T(&tops)[kPanel<T>] = shared_memory<Stages<T>>().tops;
+    // A sum may be relative to any of the row's terms, also those of other blocks.
+    if (kEarly) row.m = i() < p.S ? p.exit.likely[i()] : largest<T>();
+    tops[mine] = row.m;
     Sweep<T, true> sweep(p);
     sweep.start(panel, first, last);
-    T(&carries)[R][kThreads] = shared_memory<Stages<T>>().aside;
-    FASTVAE_UNROLL
-    for (int r = 0; r < R; ++r) {
-        const int64_t i = int64_t(panel) * kPanel<T> + place<T>(lanes.row, r);
-        // A sum may be relative to any of the row's terms, also those of other blocks.
-        if (kEarly) rows[r].m = i < p.S ? p.exit.likely[i] : largest<T>();
-        carries[r][threadIdx.x] = 0;
-    }
     for (int column_panel = first; column_panel < last; ++column_panel) {
         Pairs<T> s;
-        const auto limit = [&](int r) { return p.exit.reach[column_panel] - rows[r].m; };
+        const auto limit = [&](int r) { return p.exit.reach[column_panel] - tops[place<T>(lanes.row, r)]; };
         const bool may = kEarly && may_stop(p, panel, column_panel);
         if (square_sums<kFold, kEarly>(sweep, p.far_columns[column_panel], lanes, s, may, limit)) continue;
-        to_terms(p, panel, column_panel, meets_own(p, panel, column_panel), lanes, s);
+        int here = column_panel;
+        forget(here);
+        to_terms(p, panel, here, meets_own(p, panel, here), lanes, s);
+        T part[R], m[R];
         FASTVAE_UNROLL
         for (int r = 0; r < R; ++r) {
-            rows[r].carry = carries[r][threadIdx.x];
-            rows[r].add(s[r], s[r]);
-            carries[r][threadIdx.x] = rows[r].carry;
+            part[r] = s[r][0];
+            FASTVAE_UNROLL
+            for (int c = 1; c < R; ++c) part[r] = max_(s[r][c], part[r]);
         }
+        const T top = min_(max_(max_over_lanes(part), row.m), largest<T>());
+        tops[mine] = top;  // which nobody has read since a barrier
+        __syncwarp();
+        load_side(tops, lanes.row, m);
+        FASTVAE_UNROLL
+        for (int r = 0; r < R; ++r) {
+            part[r] = 0;
+            FASTVAE_UNROLL
+            for (int c = 0; c < R; ++c) part[r] += exp2_(s[r][c] - m[r]);
+        }
+        row.add(sum_over_lanes(part), top);
     }
-    FASTVAE_UNROLL
-    for (int r = 0; r < R; ++r) {
-        T nothing = 0;
-        rows[r].carry = carries[r][threadIdx.x];
-        rows[r].across_lanes(nothing);
-        const int64_t i = int64_t(panel) * kPanel<T> + place<T>(lanes.row, r);
-        if (lanes.column || i >= p.S) continue;
-        sums.m[blockIdx.y * p.S + i] = rows[r].m;
-        sums.sum[blockIdx.y * p.S + i] = rows[r].sum;
-    }
+    forget(panel), forget(mine);
+    if (!writes_sum<T>() || i() >= p.S) return;
+    sums.m[blockIdx.y * p.S + i()] = row.m;
+    sums.sum[blockIdx.y * p.S + i()] = row.sum - row.carry;
 }
 
 // joint [S], unless it is null, and where there is an upstream gradient the shares in it

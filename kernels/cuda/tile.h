@@ -18,7 +18,7 @@ template <class T> struct Stages {
     Stage<T> stages[kStages];
     AsyncCopies<kStages>::Shared copies;
     Balance balance;
-    T aside[kSide<T>][kThreads];  // what a thread keeps of its rows or columns while tiles need its registers
+    T tops[kPanel<T>];  // of rows, what their sums are relative to
 };
 
 // Which of a panel's samples or columns a thread has, by its lane: pieces of 16 bytes, so that 16 lanes read from
@@ -307,22 +307,28 @@ FASTVAE_DEVICE void to_terms(const Packed<T> &p, int64_t row_panel, int64_t colu
     }
 }
 
-// The sums over 16 neighbouring lanes of n numbers each: lane l gets that of number l * n / 16, always added up in the
-// same order. Lanes halve what they still have to add up: 2 n shuffles in all.
-template <class T> FASTVAE_DEVICE T sum_over_lanes(T (&v)[1], int offset = kLanes / 2) {
-    T sum = v[0];
-    for (; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-    return sum;
+// What `f` makes, two by two, of 16 neighbouring lanes' n numbers each: lane l gets that of number l * n / 16, always in
+// the same order. Lanes halve what they still have to add up.
+template <class T, class F> FASTVAE_DEVICE T over_lanes(T (&v)[1], const F &f, int offset = kLanes / 2) {
+    T all = v[0];
+    for (; offset; offset /= 2) all = f(all, __shfl_xor_sync(~0u, all, offset));
+    return all;
 }
-template <class T, int n> FASTVAE_DEVICE T sum_over_lanes(T (&v)[n], int offset = kLanes / 2) {
+template <class T, int n, class F> FASTVAE_DEVICE T over_lanes(T (&v)[n], const F &f, int offset = kLanes / 2) {
     const bool upper = threadIdx.x & offset;
     T half[n / 2];
     FASTVAE_UNROLL
     for (int k = 0; k < n / 2; ++k) {
         const T mine = upper ? v[k + n / 2] : v[k], theirs = upper ? v[k] : v[k + n / 2];
-        half[k] = mine + __shfl_xor_sync(~0u, theirs, offset);
+        half[k] = f(mine, __shfl_xor_sync(~0u, theirs, offset));
     }
-    return sum_over_lanes(half, offset / 2);
+    return over_lanes(half, f, offset / 2);
+}
+template <class T, int n> FASTVAE_DEVICE T sum_over_lanes(T (&v)[n]) {
+    return over_lanes(v, [](T a, T b) { return a + b; });
+}
+template <class T, int n> FASTVAE_DEVICE T max_over_lanes(T (&v)[n]) {
+    return over_lanes(v, [](T a, T b) { return max_(a, b); });
 }
 // Which number this lane gets, and whether it is the one to write it down
 template <class T> FASTVAE_DEVICE int summed_number() { return int(threadIdx.x) % kLanes / (kLanes / kSide<T>); }

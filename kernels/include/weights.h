@@ -12,32 +12,32 @@ template <class T> struct Weights {
     const T *log_w;  // [N] or null
     double log_w_all;
     const int64_t *own;  // [S] or null
-    double log_w_own, log_w_next;
+    T log2_w_own, log2_w_next;  // NaN: the common one
     int64_t N;
 
     Weights(FASTVAE_WEIGHTS, int64_t N)
-        : log_w(static_cast<const T *>(log_w)), log_w_all(log_w_all), own(own), log_w_own(log_w_own),
-          log_w_next(log_w_next), N(N) {}
+        : log_w(static_cast<const T *>(log_w)), log_w_all(log_w_all), own(own),
+          log2_w_own(T(log_w_own * kLog2e)), log2_w_next(T(log_w_next * kLog2e)), N(N) {}
 
     FASTVAE_SHARED double log2_w(int64_t j) const { return (log_w ? double(log_w[j]) : log_w_all) * kLog2e; }
 
-    FASTVAE_SHARED bool any_overrides() const { return own && (log_w_own == log_w_own || log_w_next == log_w_next); }
+    FASTVAE_SHARED bool any_overrides() const { return own && (log2_w_own == log2_w_own || log2_w_next == log2_w_next); }
 
     // The larger of the weights that stand instead of a common one; -inf where there is none.
     FASTVAE_SHARED T largest_override() const {
-        double largest = -__builtin_inf();
-        if (own && log_w_own > largest) largest = log_w_own;
-        if (own && log_w_next > largest) largest = log_w_next;
-        return T(largest * kLog2e);
+        T largest = T(-__builtin_inf());
+        if (own && log2_w_own > largest) largest = log2_w_own;
+        if (own && log2_w_next > largest) largest = log2_w_next;
+        return largest;
     }
 
     // f(j, log2_w) for the columns, at most two, whose weight for sample i is not the common one.
     template <class F> FASTVAE_SHARED void overrides(int64_t i, const F &f) const {
         if (!own || own[i] < 0 || own[i] >= N) return;
         const int64_t next = own[i] + 1 < N ? own[i] + 1 : 0;
-        const bool has_own = log_w_own == log_w_own, has_next = log_w_next == log_w_next;
-        if (has_own) f(own[i], T(log_w_own * kLog2e));
-        if (has_next && !(has_own && next == own[i])) f(next, T(log_w_next * kLog2e));
+        const bool has_own = log2_w_own == log2_w_own, has_next = log2_w_next == log2_w_next;
+        if (has_own) f(own[i], log2_w_own);
+        if (has_next && !(has_own && next == own[i])) f(next, log2_w_next);
     }
 
     // Takes those pairs out of row i's sums of squares over columns [first, first + n): infinity stays behind,
