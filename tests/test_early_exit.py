@@ -317,6 +317,20 @@ def test_few_active_dimensions_are_few_visits(native: Target) -> None:
     assert visited < 0.25 * everything
 
 
+@pytest.mark.parametrize(("dtype", "nats"), [(torch.float32, 16.5), (torch.float64, 27.5)], ids=str)
+def test_what_many_little_terms_come_to_is_seen(backend: Target, dtype: torch.dtype, nats: float) -> None:
+    """One column is at the samples and all others are as far as half the margin, which they are by the first look."""
+    D, looked = 36, 8
+    there = torch.zeros(D, dtype=dtype)
+    there[:looked] = math.sqrt(2 * nats / looked)
+    inputs = {"z": 0.01 * draw(128, D, seed=1), "mu": there.repeat(N, 1), "logvar": torch.zeros(N, D)}
+    inputs["mu"][0] = 0
+    fast, formula = functions(ColumnWeights(0.0, torch.zeros(128, dtype=torch.int64)))
+    expected = Expected(formula, needing_gradients(cast(inputs, dtype)), ("z", "mu"))
+    with fastvae.use_backend(backend.backend, exact_skip=True):
+        expected.check(evaluate(fast, needing_gradients(cast(inputs, dtype))))
+
+
 # Turning it off
 
 
