@@ -317,18 +317,27 @@ def test_few_active_dimensions_are_few_visits(native: Target) -> None:
     assert visited < 0.25 * everything
 
 
+def apart(S: int, N: int, near_rows: int, near_columns: int, D: int, looked: int, nats: float) -> Named:
+    """The first samples and columns at 0, the others where a term is less by so many nats, in the dimensions of the
+    first look: what many little terms come to is seen."""
+    there = torch.zeros(D, dtype=torch.float64)
+    there[:looked] = math.sqrt(2 * nats / looked)
+    inputs = {"z": there.repeat(S, 1), "mu": there.repeat(N, 1), "logvar": torch.zeros(N, D, dtype=torch.float64)}
+    inputs["z"][:near_rows] = 0
+    inputs["mu"][:near_columns] = 0
+    return inputs
+
+
 @pytest.mark.parametrize(("dtype", "nats"), [(torch.float32, 16.5), (torch.float64, 27.5)], ids=str)
 def test_what_many_little_terms_come_to_is_seen(backend: Target, dtype: torch.dtype, nats: float) -> None:
     """One column is at the samples and all others are as far as half the margin, which they are by the first look."""
-    D, looked = 36, 8
-    there = torch.zeros(D, dtype=dtype)
-    there[:looked] = math.sqrt(2 * nats / looked)
-    inputs = {"z": 0.01 * draw(128, D, seed=1), "mu": there.repeat(N, 1), "logvar": torch.zeros(N, D)}
-    inputs["mu"][0] = 0
+    inputs = apart(128, N, 128, 1, 36, 8, nats)
+    inputs["z"] += 0.01 * draw(128, 36, seed=1)
     fast, formula = functions(ColumnWeights(0.0, torch.zeros(128, dtype=torch.int64)))
-    expected = Expected(formula, needing_gradients(cast(inputs, dtype)), ("z", "mu"))
+    inputs = needing_gradients(cast(inputs, dtype))
+    expected = Expected(formula, inputs, ("z", "mu"))
     with fastvae.use_backend(backend.backend, exact_skip=True):
-        expected.check(evaluate(fast, needing_gradients(cast(inputs, dtype))))
+        expected.check(evaluate(fast, inputs))
 
 
 # Turning it off

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TRITON, Target, computing_on
-from helpers import DTYPES, Expected, Named, assert_same, cast, draw, evaluate
-from test_early_exit import functions, with_weights
+from helpers import DTYPES, Expected, Named, assert_same, cast, draw, evaluate, needing_gradients
+from test_early_exit import apart, functions, with_weights
 from torch import Tensor
 
 import fastvae
@@ -128,14 +128,8 @@ def test_nothing_visible_is_lost(backend: Target, case: str, dtype: torch.dtype)
 
 
 def check_apart(S: int, N: int, near_rows: int, near_columns: int, nats: float, dtype: torch.dtype) -> None:
-    """The first samples and columns at 0, the others where a term is less by so many nats, in the dimensions of the
-    first look: what many little terms come to is seen."""
-    there = torch.zeros(D, dtype=dtype)
-    there[: early_exit.LOOK.value] = math.sqrt(2 * nats / early_exit.LOOK.value)
-    inputs = {"z": there.repeat(S, 1), "mu": there.repeat(N, 1), "logvar": torch.zeros(N, D, dtype=dtype)}
-    inputs["z"][:near_rows] = 0
-    inputs["mu"][:near_columns] = 0
-    inputs = {key: x.requires_grad_() for key, x in inputs.items()}
+    inputs = apart(S, N, near_rows, near_columns, D, early_exit.LOOK.value, nats)
+    inputs = needing_gradients(cast(inputs, dtype))
     fast, formula = functions(ColumnWeights(0.0, torch.zeros(S, dtype=torch.int64)))
     Expected(formula, inputs, ("z", "mu"), torch.ones_like).check(evaluate(fast, inputs, torch.ones_like))
 
