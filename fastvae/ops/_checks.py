@@ -12,9 +12,12 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, x: Any, *, min_ndim: int = 1) -> None:
-    """A floating-point tensor of at least `min_ndim` axes."""
+    """A dense floating-point tensor of at least `min_ndim` axes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else x.layout
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.ndim < min_ndim:
@@ -40,25 +43,82 @@ def check_posterior(mu: Any, logvar: Any, *, min_ndim: int = 1) -> None:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {_shown(value)}")
 
 
-def check_count(name: str, value: Any, *, least: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+def check_flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {_shown(value)}")
+    return value
+
+
+# What comes back from these is what is to be used: numbers of NumPy, fractions and tensors have an arithmetic of their
+# own, which overflows, is in another dtype, or is not known to what comes after.
+
+
+def check_count(name: str, value: Any, *, least: int = 0, most: int = 2**63 - 1) -> int:
+    """An integer from `least` to `most`, as a Python int; a symbolic one of the compiler stays symbolic."""
+    if isinstance(value, torch.SymInt):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    count = int(value)
+    if count < least:
+        raise ValueError(f"{name}: expected at least {least}, got {_shown(count)}")
+    if count > most:
+        raise ValueError(f"{name}: expected at most {most}, got {_shown(count)}")
+    return count
 
 
-def check_number(name: str, value: Any, *, least: float = -math.inf) -> None:
-    """A number that is not NaN and not below `least`."""
-    if type(value) is float and value >= least:
-        return
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not value >= least:  # type: ignore[operator]
-        raise ValueError(f"{name}: expected a number >= {least}, got {value}")
+def check_seed(name: str, value: Any) -> int:
+    """What torch.Generator.manual_seed takes, as a Python int."""
+    return check_count(name, value, least=-(2**63), most=2**64 - 1)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    finite: bool = False,
+) -> float:
+    """A number that is not NaN, as a Python float, from `least` to `most`, and larger than `above`."""
+    if type(value) is float and least <= value <= most and value > above and not (finite and math.isinf(value)):
+        return value
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+        number: Any = value
+    else:
+        if isinstance(value, Tensor) and value.ndim == 0 and not (value.requires_grad or value.is_meta):
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        try:
+            number = float(value)
+        except OverflowError:
+            raise ValueError(f"{name}: expected a number that a float can hold, got {_shown(value)}") from None
+    if least <= number <= most and (number > above or above == -math.inf) and not (finite and math.isinf(number)):
+        return number
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound, none in ((">=", least, -math.inf), (">", above, -math.inf), ("<=", most, math.inf))
+        if bound != none
+    ]
+    expected = " ".join(("a finite number" if finite else "a number", " and ".join(bounds))).rstrip()
+    raise ValueError(f"{name}: expected {expected}, got {number}")
+
+
+def _shown(value: Any) -> str:
+    """For a message: short, and without the exception that Python raises where an integer has too many digits."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def promote(*tensors: Tensor | None) -> list[Tensor | None]:

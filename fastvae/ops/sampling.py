@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import accumulation_dtype
-from ._checks import as_rows, check_choice, check_count, check_posterior, promote
+from ._checks import as_rows, check_choice, check_count, check_posterior, check_seed, promote
 from ._library import Function, declare, declare_random, empty_gradients, once_differentiable, spread
 
 OUTPUTS = ("z", "log_q", "log_p", "kl")
@@ -209,9 +209,7 @@ def _seed(like: Tensor, seed: int | None, generator: torch.Generator | None) -> 
     if seed is None:
         # The compiler merges equal calls, random or not, but no empty tensors: so each call gets one of its own.
         return _draw_seed(torch.empty(0, device=like.device) if torch.compiler.is_compiling() else like)
-    check_count("seed", seed, least=-(2**63))
-    if seed >= 2**64:
-        raise ValueError(f"seed: expected less than 2**64, got {seed}")
+    seed = check_seed("seed", seed)
     if seed >= 2**63:
         seed -= 2**64
     return torch.full((), seed, dtype=torch.int64, device=like.device)
