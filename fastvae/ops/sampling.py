@@ -27,16 +27,30 @@ class GaussianSample(NamedTuple):
     kl: Tensor | None
 
 
-def _fake(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: list[bool]) -> list[Tensor]:
+# Ops: mu, logvar [B, D]; n_samples L, or None for one sample without the axis of samples.
+
+
+def _fake(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: list[bool]) -> list[Tensor]:
     B, D = mu.shape
+    samples = () if n_samples is None else (n_samples,)
     dtype = accumulation_dtype(mu.dtype)
     results = (
-        ((n_samples, B, D), mu.dtype),
-        ((n_samples, B), dtype),
-        ((n_samples, B), dtype),
+        ((*samples, B, D), mu.dtype),
+        ((*samples, B), dtype),
+        ((*samples, B), dtype),
         ((B,), dtype),
     )
     return [mu.new_empty(s, dtype=d) for (s, d), want in zip(results, outputs, strict=True) if want]
+
+
+def _compute(
+    backend: Any, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: list[bool]
+) -> list[Tensor]:
+    results = backend.sample_gauss(mu, logvar, seed, 1 if n_samples is None else n_samples, outputs)
+    if n_samples is None:
+        for result in results[: sum(outputs[:3])]:
+            result.squeeze_(0)  # in place, as nobody has seen them: views that a Function returns cannot be changed
+    return results
 
 
 def _fake_backward(
@@ -47,19 +61,38 @@ def _fake_backward(
     mu: Tensor,
     logvar: Tensor,
     seed: Tensor,
-    n_samples: int,
+    n_samples: int | None,
     wanted: list[bool],
 ) -> list[Tensor]:
     return empty_gradients((mu, logvar), wanted)
 
 
+def _compute_backward(
+    backend: Any,
+    d_z: Tensor | None,
+    d_log_q: Tensor | None,
+    d_log_p: Tensor | None,
+    d_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    n_samples: int | None,
+    wanted: list[bool],
+) -> list[Tensor]:
+    if n_samples is None:
+        n_samples = 1
+        d_z, d_log_q, d_log_p = (None if g is None else g.unsqueeze(0) for g in (d_z, d_log_q, d_log_p))
+    return backend.sample_gauss_backward(d_z, d_log_q, d_log_p, d_kl, mu, logvar, seed, n_samples, wanted)
+
+
 _sample_gauss = declare(
-    "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, int n_samples, bool[] outputs) -> Tensor[]", _fake
+    "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, int? n_samples, bool[] outputs) -> Tensor[]", _fake, _compute
 )
 _sample_gauss_backward = declare(
     "sample_gauss_backward(Tensor? d_z, Tensor? d_log_q, Tensor? d_log_p, Tensor? d_kl, Tensor mu, Tensor logvar,"
-    " Tensor seed, int n_samples, bool[] wanted) -> Tensor[]",
+    " Tensor seed, int? n_samples, bool[] wanted) -> Tensor[]",
     _fake_backward,
+    _compute_backward,
 )
 _draw_seed = declare_random(
     "draw_seed(Tensor like) -> Tensor",
@@ -76,11 +109,7 @@ class SampleGauss(Function):
     def forward(
         mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: tuple[bool, ...]
     ) -> tuple[Tensor, ...]:
-        results = _sample_gauss(mu, logvar, seed, 1 if n_samples is None else n_samples, outputs)
-        if n_samples is None:
-            for result in results[: sum(outputs[:3])]:
-                result.squeeze_(0)
-        return tuple(results)
+        return tuple(_sample_gauss(mu, logvar, seed, n_samples, outputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -91,12 +120,9 @@ class SampleGauss(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted, n_samples = ctx.needs_input_grad[:2], ctx.n_samples
-        d_z, d_log_q, d_log_p, d_kl = spread(grads, ctx.outputs, 4)
-        if n_samples is None:
-            n_samples = 1
-            d_z, d_log_q, d_log_p = (None if g is None else g.unsqueeze(0) for g in (d_z, d_log_q, d_log_p))
-        gradients = _sample_gauss_backward(d_z, d_log_q, d_log_p, d_kl, *ctx.saved_tensors, n_samples, wanted)
+        wanted = ctx.needs_input_grad[:2]
+        upstream = spread(grads, ctx.outputs, 4)
+        gradients = _sample_gauss_backward(*upstream, *ctx.saved_tensors, ctx.n_samples, wanted)
         return spread(gradients, wanted, 5)
 
 
