@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends.contract import accumulation_dtype
-from .ops._checks import check_choice, check_count, check_number
+from .ops._checks import check_choice, check_count, check_flag, check_number
+from .saved import SavedNumbers
+
+TABULATED = 2**16  # values of log C(n, x) at most: beyond, one of each x is had for less
 
 
 class Likelihood(Protocol):
@@ -56,6 +59,7 @@ class Bernoulli(nn.Module):
         return torch.bernoulli(torch.sigmoid(_wide(output)))
 
     def check(self, x: Tensor) -> None:
+        _check_is_tensor("x", x)
         if not ((x == 0) | (x == 1)).all():
             low, high = x.aminmax()
             raise ValueError(
@@ -79,14 +83,24 @@ class Binomial(nn.Module):
 
     def __init__(self, total_count: int):
         super().__init__()
-        check_count("total_count", total_count, least=1)
-        self.total_count = int(total_count)
+        self.total_count = check_count("total_count", total_count, least=1)
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         n = self.total_count
         x, logits = _accumulate(x, output)
-        log_choose = math.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
-        return log_choose - n * F.binary_cross_entropy_with_logits(logits, (x / n).expand_as(logits), reduction="none")
+        # By counts: x / n would be rounded, and its error times n and the logit is a bias too.
+        return self._log_choose(x) + x * F.logsigmoid(logits) + (n - x) * F.logsigmoid(-logits)
+
+    def _log_choose(self, x: Tensor) -> Tensor:
+        """log C(n, x), −inf where x is no count, from float64: the terms are large, and in float32 their rounding would
+        be the same in every pixel, a bias."""
+        n = self.total_count
+        count = x.detach().clamp(0, n).round()
+        k = torch.arange(n + 1, dtype=torch.float64, device=x.device) if n < TABULATED else count.double()
+        log_choose = (math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)).to(x.dtype)
+        if n < TABULATED:
+            log_choose = log_choose[count.nan_to_num().long()]
+        return log_choose.where(x == count, -math.inf)
 
     def mean(self, output: Tensor) -> Tensor:
         return self.total_count * torch.sigmoid(output)
@@ -96,6 +110,7 @@ class Binomial(nn.Module):
         return torch.binomial(torch.full_like(p, self.total_count), p)
 
     def check(self, x: Tensor) -> None:
+        _check_is_tensor("x", x)
         n = self.total_count
         if not ((x >= 0) & (x <= n) & (x == x.round())).all():
             low, high = x.aminmax()
@@ -109,32 +124,42 @@ class Binomial(nn.Module):
         return f"total_count={self.total_count}"
 
 
-class Gaussian(nn.Module):
+class Gaussian(SavedNumbers):
     """Real data, x ~ N(output, s²), one variance s² for all elements; the decoder gives means.
 
     log p(x|z) = −(x − output)² / (2 s²) − ½ log(2 pi s²)
 
     Args:
-        variance: s², or where it starts.
-        learned: learn log s² with the other parameters (as `log_variance`).
+        variance: s², a finite number > 0, or where it starts.
+        learned: learn log s² with the other parameters.
+        device, dtype: of the learned parameter.
+
+    Attributes:
+        log_variance: log s²: a parameter where it is learned, else a number, which no cast of the module rounds.
     """
 
     discrete: ClassVar[bool] = False
+    saved_numbers: ClassVar[dict[str, torch.dtype]] = {"log_variance": torch.float64}
+    log_variance: float | Tensor
 
-    def __init__(self, variance: float = 1.0, *, learned: bool = False):
+    def __init__(
+        self,
+        variance: float = 1.0,
+        *,
+        learned: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        check_number("variance", variance, least=0.0)
-        if not 0 < variance < math.inf:
-            raise ValueError(f"variance: expected a finite number > 0, got {variance}")
-        self.log_variance: Tensor
-        if learned:
-            self.log_variance = nn.Parameter(torch.tensor(math.log(variance)))
+        log_variance = math.log(check_number("variance", variance, above=0.0, finite=True))
+        if check_flag("learned", learned):
+            self.log_variance = nn.Parameter(torch.tensor(log_variance, device=device, dtype=dtype))
         else:
-            self.register_buffer("log_variance", torch.tensor(math.log(variance)))
+            self.log_variance = log_variance
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         x, mean = _accumulate(x, output)
-        log_variance = self.log_variance.to(mean.dtype)
+        log_variance = self._log_variance(mean)
         t = (x - mean) * torch.exp(-0.5 * log_variance)
         return -0.5 * (t * t + log_variance + math.log(2 * math.pi))
 
@@ -143,13 +168,24 @@ class Gaussian(nn.Module):
 
     def sample(self, output: Tensor) -> Tensor:
         mean = _wide(output)
-        return mean + torch.exp(0.5 * self.log_variance.to(mean.dtype)) * torch.randn_like(mean)
+        return mean + torch.exp(0.5 * self._log_variance(mean)) * torch.randn_like(mean)
 
     def check(self, x: Tensor) -> None:
         """Any real number will do."""
 
     def extra_repr(self) -> str:
-        return f"variance={self.log_variance.exp().item():g}, learned={self.log_variance.requires_grad}"
+        log_variance, learned = self.log_variance, isinstance(self.log_variance, Tensor)
+        if isinstance(log_variance, Tensor):
+            if log_variance.is_meta:
+                return f"learned={learned}"
+            log_variance = log_variance.item()
+        return f"variance={math.exp(log_variance):g}, learned={learned}"
+
+    def _log_variance(self, like: Tensor) -> Tensor:
+        """0-dim, in the dtype of `like`."""
+        if isinstance(self.log_variance, Tensor):
+            return self.log_variance.to(like.dtype)
+        return torch.full((), self.log_variance, dtype=like.dtype, device=like.device)
 
 
 LIKELIHOODS = {"bernoulli": Bernoulli, "binomial": Binomial, "gaussian": Gaussian}
@@ -169,8 +205,19 @@ def make_likelihood(likelihood: Any, **options: Any) -> Any:
 
 def _accumulate(x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype that sums are done in: never in half precision."""
+    _check_is_tensor("x", x)
+    _check_is_tensor("output", output)
+    pairs = zip(reversed(x.shape), reversed(output.shape), strict=False)
+    if x.ndim > output.ndim or any(n not in (1, m) for n, m in pairs):
+        raise ValueError(f"x: expected to broadcast to the output's {tuple(output.shape)}, got {tuple(x.shape)}")
     output = _wide(output)
     return x.to(output.dtype), output
+
+
+def _check_is_tensor(name: str, x: Any) -> None:
+    """Of any dtype: counts may be integers."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
 
 
 def _wide(output: Tensor) -> Tensor:
