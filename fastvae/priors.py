@@ -6,18 +6,19 @@ Carlo form, the mean of log q(z|x) − log p(z).
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .backends.contract import accumulation_dtype
-from .ops._checks import check_count, check_device, check_tensor
+from .ops._checks import check_count, check_device, check_number, check_tensor, promote
 from .ops.aggregate import agg_log_prob, agg_log_prob_marginals
 from .ops.cross import log_prob_gauss
 from .ops.kl import kl_gauss
 from .ops.pairs import ColumnWeights
 from .ops.sampling import reparameterize
+from .saved import SavedNumbers
 
 
 class Prior(Protocol):
@@ -37,25 +38,34 @@ class Prior(Protocol):
         """`[n, D]`"""
 
 
-class StandardNormal(nn.Module):
+class StandardNormal(SavedNumbers):
     """p(z) = N(0, I).
 
     Args:
-        dim: D, the number of latent dimensions, which only `sample` needs. None takes it from the z that
-            `log_prob` is given (a forward pass of the VAE does that) and keeps it in the state dict.
+        dim: D, the number of latent dimensions, which only `sample` needs. None takes it from the z that `log_prob` was
+            given last (a forward pass of the VAE does that). It is in the state dict, 0 where it is not known.
+        device, dtype: of the samples; `to` changes them, as for any module.
 
     Example:
         >>> prior = fastvae.StandardNormal(10)
         >>> z = prior.sample(64)  # [64, 10]
     """
 
-    dim: Tensor  # a tensor, so that it is saved, and is no constant to the compiler
+    dim: int
+    _like: Tensor
+    saved_numbers: ClassVar[dict[str, torch.dtype]] = {"dim": torch.int64}
 
-    def __init__(self, dim: int | None = None):
+    def __init__(
+        self,
+        dim: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        if dim is not None:
-            check_count("dim", dim, least=1)
-        self.register_buffer("dim", torch.tensor(0 if dim is None else dim))
+        self.dim = 0 if dim is None else check_count("dim", dim, least=1)
+        self._given = dim is not None
+        self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) in nats, `[..., D]` to `[...]`, in float32 (float64 for float64 inputs)."""
@@ -64,7 +74,8 @@ class StandardNormal(nn.Module):
     def marginal_log_prob(self, z: Tensor) -> Tensor:
         """log p_d(z_d) in nats, `[..., D]` to `[..., D]`, in float32 (float64 for float64 inputs)."""
         check_tensor("z", z)
-        self.dim.fill_(z.shape[-1])
+        if not self._given:
+            self.dim = z.shape[-1]  # not looked at before, or the compiler would make of each value another graph
         z = z.to(accumulation_dtype(z.dtype))
         return -0.5 * (z * z + math.log(2 * math.pi))
 
@@ -78,11 +89,13 @@ class StandardNormal(nn.Module):
         Raises:
             ValueError: a negative `n`, or a dimension not known yet.
         """
-        check_count("n", n)
-        dim = int(self.dim)
-        if not torch.compiler.is_compiling() and dim == 0:
+        if self.dim == 0:
             raise ValueError("dim: not known before the VAE has seen data; give it as StandardNormal(dim)")
-        return torch.randn(n, dim, device=self.dim.device)
+        n = _check_n(n, self.dim)
+        return torch.randn(n, self.dim, device=self._like.device, dtype=self._like.dtype)
+
+    def extra_repr(self) -> str:
+        return str(self.dim or "")
 
 
 class DiagonalGaussian(nn.Module):
@@ -90,6 +103,7 @@ class DiagonalGaussian(nn.Module):
 
     Args:
         dim: D, the number of latent dimensions.
+        device, dtype: of the parameters.
 
     Attributes:
         mu, logvar: the parameters, `[D]` each.
@@ -98,18 +112,19 @@ class DiagonalGaussian(nn.Module):
         >>> vae = fastvae.VAE(encoder, decoder, prior=fastvae.DiagonalGaussian(16))
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        check_count("dim", dim, least=1)
-        self.mu, self.logvar = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        dim = check_count("dim", dim, least=1)
+        self.mu, self.logvar = (nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) for _ in range(2))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z) in nats, `[..., D]` to `[...]`, in float32 (float64 for float64 inputs)."""
+        _check_dim(z, self.mu)
         return log_prob_gauss(z, self.mu, self.logvar)
 
     def marginal_log_prob(self, z: Tensor) -> Tensor:
         """log p_d(z_d) in nats, `[..., D]` to `[..., D]`, in float32 (float64 for float64 inputs)."""
-        check_tensor("z", z)
+        _check_dim(z, self.mu)
         return log_prob_gauss(z[..., None], self.mu[:, None], self.logvar[:, None])
 
     def kl(self, mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", free_bits: float = 0.0) -> Tensor:
@@ -122,7 +137,7 @@ class DiagonalGaussian(nn.Module):
         Raises:
             ValueError: a negative `n`.
         """
-        check_count("n", n)
+        n = _check_n(n, len(self.mu))
         return reparameterize(self.mu.expand(n, -1), self.logvar.expand(n, -1))
 
 
@@ -152,17 +167,16 @@ class _Mixture(nn.Module):
         Raises:
             ValueError: a negative `n`.
         """
-        check_count("n", n)
         log_w, mu, logvar = self.components()
-        chosen = torch.multinomial(log_w.detach().float().exp(), max(n, 1), replacement=True)[:n]
+        n = _check_n(n, mu.shape[1])
+        weights = log_w.detach().to(accumulation_dtype(log_w.dtype)).exp()
+        chosen = torch.multinomial(weights, max(n, 1), replacement=True)[:n]
         return reparameterize(mu[chosen], logvar[chosen])
 
     def _components_for(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        check_tensor("z", z)
+        check_tensor("z", z)  # before the encoder of a VampPrior is asked
         log_w, mu, logvar = self.components()
-        check_device("z", z, "the prior's mu", mu)
-        if z.shape[-1] != mu.shape[1]:
-            raise ValueError(f"z: expected [..., {mu.shape[1]}], got shape {tuple(z.shape)}")
+        _check_dim(z, mu)
         return log_w, mu, logvar
 
 
@@ -175,6 +189,7 @@ class MixturePrior(_Mixture):
     Args:
         n_components: K.
         dim: D, the number of latent dimensions.
+        device, dtype: of the parameters.
 
     Attributes:
         logits: the weights are their softmax, `[K]`.
@@ -184,32 +199,62 @@ class MixturePrior(_Mixture):
         >>> vae = fastvae.VAE(encoder, decoder, prior=fastvae.MixturePrior(50, 16))
     """
 
-    def __init__(self, n_components: int, dim: int):
+    def __init__(
+        self,
+        n_components: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        check_count("n_components", n_components, least=1)
-        check_count("dim", dim, least=1)
-        self.logits = nn.Parameter(torch.zeros(n_components))
-        between = 0.5 if n_components > 1 else 0.0
-        self.mu = nn.Parameter(math.sqrt(between) * torch.randn(n_components, dim))
-        self.logvar = nn.Parameter(torch.full((n_components, dim), math.log(1 - between)))
+        K, D = check_count("n_components", n_components, least=1), check_count("dim", dim, least=1)
+        between = 0.5 if K > 1 else 0.0
+        self.logits = nn.Parameter(torch.zeros(K, device=device, dtype=dtype))
+        self.mu = nn.Parameter(math.sqrt(between) * torch.randn(K, D, device=device, dtype=dtype))
+        self.logvar = nn.Parameter(torch.full((K, D), math.log(1 - between), device=device, dtype=self.mu.dtype))
 
     @classmethod
-    def from_parameters(cls, weights: Tensor, means: Tensor, variances: Tensor) -> "MixturePrior":
+    def from_parameters(
+        cls,
+        weights: Tensor,
+        means: Tensor,
+        variances: Tensor,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "MixturePrior":
         """The prior with these weights `[K]`, means and variances `[K, D]`, as a fitted `GaussianMixture` has them.
+
+        Args:
+            weights, means, variances: the components' parameters.
+            device: of the prior's parameters; None for that of `means`.
+            dtype: of the prior's parameters; None for the widest of the tensors'. Those of a `GaussianMixture` are
+                float64, and so is what is computed with them: give float32 for a VAE in float32.
+
+        Raises:
+            TypeError: an argument is not a floating-point tensor.
+            ValueError: other shapes, or negative weights or variances (on CPU tensors).
 
         Example:
             >>> gm = fastvae.GaussianMixture(50).fit(z)
-            >>> prior = fastvae.MixturePrior.from_parameters(gm.weights_, gm.means_, gm.variances_)
+            >>> prior = fastvae.MixturePrior.from_parameters(gm.weights_, gm.means_, gm.variances_, dtype=z.dtype)
         """
-        for name, x in (("weights", weights), ("means", means), ("variances", variances)):
+        given = {"weights": weights, "means": means, "variances": variances}
+        for name, x in given.items():
             check_tensor(name, x)
         if means.ndim != 2 or variances.shape != means.shape or weights.shape != means.shape[:1]:
-            shapes = ", ".join(str(tuple(x.shape)) for x in (weights, means, variances))
+            shapes = ", ".join(str(tuple(x.shape)) for x in given.values())
             raise ValueError(f"weights, means, variances: expected shapes (K,), (K, D) and (K, D), got {shapes}")
-        prior = cls(*means.shape).to(means.device)
-        with torch.no_grad():
-            parameters = (prior.logits, prior.mu, prior.logvar)
-            for parameter, value in zip(parameters, (weights.log(), means, variances.log()), strict=True):
+        for name, x in (("weights", weights), ("variances", variances)):
+            if x.device.type == "cpu" and not (x >= 0).all():
+                raise ValueError(f"{name}: expected no negative numbers, got values from {x.min().item():g}")
+        parameters = [x for x in promote(weights.log(), means, variances.log()) if x is not None]
+        # Parameters made under inference_mode could never be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            device, dtype = means.device if device is None else device, parameters[0].dtype if dtype is None else dtype
+            prior = cls(*means.shape, device=device, dtype=dtype)
+            for parameter, value in zip(prior.parameters(), parameters, strict=True):
                 parameter.copy_(value)
         return prior
 
@@ -244,23 +289,57 @@ class VampPrior(_Mixture):
 
     def __init__(self, n_components: int, encoder: Any, x: Tensor, *, limits: tuple[float, float] | None = None):
         super().__init__()
-        check_count("n_components", n_components, least=1)
+        n_components = check_count("n_components", n_components, least=1)
         check_tensor("x", x)
         if not callable(encoder):
             raise TypeError(f"encoder: expected a module or function to (mu, logvar), got {type(encoder).__name__}")
         if len(x) < n_components:
             raise ValueError(f"x: expected at least the {n_components} examples of n_components, got {len(x)}")
-        if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
-            raise ValueError(f"limits: expected (low, high) with low < high, got {limits}")
-        self.encoder, self.limits = encoder, limits
-        chosen = torch.randperm(len(x))[:n_components]
+        self.encoder, self.limits = encoder, None if limits is None else _checked_limits(limits)
+        chosen = torch.randperm(len(x), device="cpu")[:n_components]
         self.pseudo_inputs = nn.Parameter(x.detach()[chosen.to(x.device)].clone())
 
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         """(log w `[K]`, mu `[K, D]`, logvar `[K, D]`), differentiable."""
         u = self.pseudo_inputs if self.limits is None else self.pseudo_inputs.clamp(*self.limits)
-        mu, logvar = self.encoder(u)
+        mu, logvar = check_posteriors(self.encoder(u), len(u))
         return mu.new_full((len(mu),), -math.log(len(mu)), dtype=accumulation_dtype(mu.dtype)), mu, logvar
+
+
+def _checked_limits(limits: Any) -> tuple[float, float]:
+    try:
+        low, high = limits
+    except (TypeError, ValueError):
+        raise TypeError(f"limits: expected the pair (low, high), got {limits!r}") from None
+    low, high = check_number("limits", low), check_number("limits", high)
+    if not low < high:
+        raise ValueError(f"limits: expected (low, high) with low < high, got {limits}")
+    return low, high
+
+
+def _check_n(n: Any, dim: int) -> int:
+    """How many samples: as many as can be counted in bytes, so that it is torch that has no memory for them."""
+    return check_count("n", n, most=2**60 // max(dim, 1))
+
+
+def _check_dim(z: Any, mu: Tensor) -> None:
+    check_tensor("z", z)
+    check_device("z", z, "the prior's mu", mu)
+    if z.shape[-1] != mu.shape[-1]:
+        raise ValueError(f"z: expected [..., {mu.shape[-1]}], got shape {tuple(z.shape)}")
+
+
+def check_posteriors(posteriors: Any, n: int) -> tuple[Tensor, Tensor]:
+    """What an encoder gave for n inputs: mu and logvar, `[n, D]` each."""
+    if not (isinstance(posteriors, tuple | list) and len(posteriors) == 2):
+        raise TypeError(f"encoder: expected the pair (mu, logvar), got {type(posteriors).__name__}")
+    mu, logvar = posteriors
+    check_tensor("encoder's mu", mu)
+    check_tensor("encoder's logvar", logvar)
+    if not (mu.ndim == 2 and mu.shape[0] == n and mu.shape == logvar.shape):
+        shapes = f"{tuple(mu.shape)} and {tuple(logvar.shape)}"
+        raise ValueError(f"encoder: expected mu and logvar of one shape [{n}, D], got {shapes}")
+    return mu, logvar
 
 
 def check_prior(prior: Prior | None) -> None:

@@ -58,6 +58,52 @@ def test_it_learns_its_dimension_and_keeps_it():
     assert copy.sample(0).shape == (0, 6)
 
 
+def test_no_forward_changes_a_buffer():
+    prior = StandardNormal(4)
+    before = {name: (x.clone(), x._version) for name, x in prior.named_buffers()}
+    prior.log_prob(torch.zeros(3, 2))
+    assert prior.sample(1).shape == (1, 4)  # what was given stays
+    assert all(x._version == before[name][1] for name, x in prior.named_buffers())
+    z = torch.randn(3, 6)
+    gradient = torch.func.grad(lambda z: StandardNormal().log_prob(z).sum())(z)
+    torch.testing.assert_close(gradient, -z)
+
+
+@pytest.mark.parametrize("dim", [0, 6])
+def test_older_checkpoints_load(dim):
+    """`dim` was a buffer."""
+    prior = StandardNormal()
+    prior.load_state_dict({"dim": torch.tensor(dim)})
+    assert prior.dim == dim
+    assert prior.state_dict()["dim"].dtype == torch.int64
+    assert repr(prior) == f"StandardNormal({dim or ''})"
+    with pytest.raises(RuntimeError, match=r"Missing.*dim"):
+        prior.load_state_dict({})
+
+
+@pytest.mark.parametrize("make", [StandardNormal, DiagonalGaussian, lambda dim, **o: MixturePrior(4, dim, **o)])
+def test_priors_are_made_where_they_are_wanted(make):
+    assert all(
+        x.device.type == "meta" and x.dtype == torch.half for x in tensors_of(make(3, device="meta", dtype=torch.half))
+    )
+    assert make(3, dtype=torch.float64).sample(2).dtype == torch.float64
+    assert make(3).double().sample(2).dtype == torch.float64
+
+
+def test_a_default_device_is_not_taken_for_that_of_the_inputs():
+    prior, x = StandardNormal(3), torch.zeros(4, 5)
+    with torch.device("meta"):
+        assert prior.sample(2).device.type == "cpu"
+        assert prior.log_prob(prior.sample(2)).device.type == "cpu"
+        assert {p.device.type for p in VampPrior(2, nn.Identity(), x).parameters()} == {"cpu"}
+        mixture = MixturePrior.from_parameters(x[0].exp(), x.mT, x.mT.exp())
+        assert {p.device.type for p in mixture.parameters()} == {"cpu"}
+
+
+def tensors_of(module):
+    return [*module.parameters(), *module.buffers()]
+
+
 # Learned priors
 
 
@@ -173,7 +219,11 @@ def test_a_mixture_prior_is_a_fitted_mixture():
     torch.manual_seed(0)
     z = torch.randn(300, DIM) * torch.tensor([0.1, 1.0, 3.0]) + 2
     mixture = fastvae.GaussianMixture(4, seed=0).fit(z)
-    prior = MixturePrior.from_parameters(mixture.weights_, mixture.means_, mixture.variances_)
+    parameters = (mixture.weights_, mixture.means_, mixture.variances_)
+    exact = MixturePrior.from_parameters(*parameters)
+    assert all(p.dtype == torch.float64 for p in exact.parameters())
+    torch.testing.assert_close(exact.log_prob(z.double()), mixture.score_samples(z.double()), rtol=1e-12, atol=1e-12)
+    prior = MixturePrior.from_parameters(*parameters, dtype=torch.float32)
     torch.testing.assert_close(prior.log_prob(z), mixture.score_samples(z), rtol=1e-5, atol=1e-4)
     assert prior.mu.dtype == torch.float32
     copy = MixturePrior(4, DIM)
@@ -286,6 +336,27 @@ def test_fit_prior_samples_where_the_data_are(name):
         (lambda: StandardNormal(2.5), TypeError, "dim"),
         (lambda: StandardNormal(2).sample(-1), ValueError, "n"),
         (lambda: StandardNormal().log_prob(torch.zeros(2, 3, dtype=torch.int64)), TypeError, "z"),
+        (lambda: StandardNormal(2).sample(2**62), ValueError, "n"),
+        (lambda: DiagonalGaussian(2).sample(2**62), ValueError, "n"),
+        (lambda: MixturePrior(2, 3).sample(2**62), ValueError, "n"),
+        (lambda: DiagonalGaussian(2).log_prob(torch.zeros(4, 3)), ValueError, "z"),
+        (lambda: DiagonalGaussian(2).marginal_log_prob(torch.zeros(4, 1)), ValueError, "z"),
+        (
+            lambda: MixturePrior.from_parameters(-torch.ones(2), torch.ones(2, 2), torch.ones(2, 2)),
+            ValueError,
+            "weights",
+        ),
+        (
+            lambda: MixturePrior.from_parameters(torch.ones(2), torch.ones(2, 2), -torch.ones(2, 2)),
+            ValueError,
+            "variances",
+        ),
+        (lambda: VampPrior(3, nn.Linear(2, 2), torch.zeros(4, 2), limits=(1,)), TypeError, "limits"),
+        (lambda: VampPrior(3, nn.Linear(2, 2), torch.zeros(4, 2), limits=3), TypeError, "limits"),
+        (lambda: VampPrior(3, nn.Linear(2, 2), torch.zeros(4, 2), limits=("0", "1")), TypeError, "limits"),
+        (lambda: VampPrior(3, nn.Linear(2, 2), torch.zeros(4, 2), limits=(0, math.nan)), ValueError, "limits"),
+        (lambda: VampPrior(3, nn.Linear(2, 2), torch.zeros(4, 2)).sample(2), TypeError, "encoder"),
+        (lambda: VampPrior(3, lambda x: (x[:2], x), torch.zeros(4, 2)).sample(2), ValueError, "encoder"),
         (lambda: DiagonalGaussian(0), ValueError, "dim"),
         (lambda: DiagonalGaussian(2).marginal_log_prob(torch.zeros(2, dtype=torch.int64)), TypeError, "z"),
         (lambda: MixturePrior(0, 2), ValueError, "n_components"),
