@@ -1,16 +1,17 @@
 """Training objectives of a VAE that weigh terms of the aggregate posterior (see objectives.py)."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from .decomposition import kl_decomposition
-from .divergences import check_bandwidth, mmd
+from .divergences import mmd
 from .estimators import agg_entropy, check_estimator
 from .objectives import Draws, OfDraws, Weight, check_weight, terms
-from .ops._checks import check_choice
+from .ops._checks import check_choice, check_count, check_number
 
 DIVERGENCES = ("mmd", "agg_kl")
 
@@ -30,7 +31,8 @@ class BetaTCVAE(OfDraws):
             beta.
         dataset_size: N, the number of examples in the data set that the batches are from.
         estimator: of the aggregate posterior; None for `"stratified"`, or `"uniform"` without `dataset_size`, which
-            takes each batch for the whole data set: its MI cannot exceed log B. `"stratified"`, `"mss"` and
+            takes each batch for the whole data set: its MI cannot exceed log B, and what it lacks the TC gets. Say
+            `"uniform"` where that is meant. `"stratified"`, `"mss"` and
             `"loo"` refuse a batch of one example: give the DataLoader `drop_last=True`.
 
     Terms: `nell`, `kl` = mean log q(z|x) − log p(z), `elbo` = −(nell + kl), `mi`, `tc`, `dim_kl` `[D]`,
@@ -39,6 +41,9 @@ class BetaTCVAE(OfDraws):
     Raises:
         TypeError, ValueError: a weight is neither a number >= 0 nor callable; `dataset_size` and `estimator` as in
             `estimator_weights`.
+
+    Warns:
+        UserWarning: neither `dataset_size` nor `estimator` is given.
 
     Source: Chen et al. 2018; Zheng, eq. 17 to 21.
 
@@ -55,9 +60,8 @@ class BetaTCVAE(OfDraws):
     m: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "gamma"):
-            check_weight(name, getattr(self, name))
-        check_estimator(self.estimator, self.dataset_size)
+        self._convert(**{name: check_weight(name, getattr(self, name)) for name in ("alpha", "beta", "gamma")})
+        self._convert(dataset_size=_checked_size(self.dataset_size, self.estimator))
 
     def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         nell = -draws.log_px_z.mean()
@@ -69,7 +73,7 @@ class BetaTCVAE(OfDraws):
             estimator=self.estimator,
             prior=draws.prior,
         )
-        alpha, beta, gamma = (draws.now(weight) for weight in (self.alpha, self.beta, self.gamma))
+        alpha, beta, gamma = (draws.now(name, getattr(self, name)) for name in ("alpha", "beta", "gamma"))
         loss = nell + alpha * of_kl.mi + beta * of_kl.tc + gamma * (of_kl.dim_kl.sum() - of_kl.prior_factorization)
         shown = ("mi", "tc", "dim_kl", "prior_factorization", "saturation")
         return loss, {**terms(nell, of_kl.kl), **{name: getattr(of_kl, name) for name in shown}}
@@ -82,6 +86,10 @@ class InfoVAE(OfDraws):
         loss = Nell + (1 − alpha) · KL + (alpha + lambda − 1) · D(q(z) ‖ p(z))
              = Nell + (1 − alpha) · MI + lambda · D(q(z) ‖ p(z))          where D is the KL divergence
 
+    The second line holds where KL and D come from one estimator, KL = MI + D: of these, `"agg_kl"` beside a KL by Monte
+    Carlo, of a prior without closed form. Else it holds but for the estimators' errors, that of D(q(z) ‖ p(z)) from a
+    batch among them.
+
     alpha = 0 and lambda = 1, the defaults, is the ELBO: D is a term then, but its weight is 0. alpha = 1 with "mmd" is
     the MMD-VAE.
 
@@ -92,7 +100,7 @@ class InfoVAE(OfDraws):
             gradient reaches a learned prior only where `prior.sample` has one), or `"agg_kl"`, their KL divergence
             by an estimator of log q(z).
         bandwidth: of the kernel of `"mmd"`; None for sqrt(D).
-        dataset_size, estimator: of `"agg_kl"`, as in `BetaTCVAE`.
+        dataset_size, estimator: of `"agg_kl"`, as in `BetaTCVAE`, its warning included.
 
     A batch of one example is refused by `"mmd"`, and by the estimators that `BetaTCVAE` names.
 
@@ -117,18 +125,19 @@ class InfoVAE(OfDraws):
     m: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_weight("alpha", self.alpha, least=-math.inf)
-        if not callable(self.alpha) and self.alpha > 1:
-            raise ValueError(f"alpha: expected a number <= 1, got {self.alpha}")
-        check_weight("lambda_", self.lambda_)
+        self._convert(
+            alpha=check_weight("alpha", self.alpha, least=-math.inf, most=1.0),
+            lambda_=check_weight("lambda_", self.lambda_),
+        )
         check_choice("divergence", self.divergence, DIVERGENCES)
         others = ("dataset_size", "estimator") if self.divergence == "mmd" else ("bandwidth",)
         for name in others:
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: expected None for divergence={self.divergence!r}, got {getattr(self, name)}")
-        check_bandwidth(self.bandwidth)
+        if self.bandwidth is not None:
+            self._convert(bandwidth=check_number("bandwidth", self.bandwidth, above=0.0, finite=True))
         if self.divergence == "agg_kl":
-            check_estimator(self.estimator, self.dataset_size)
+            self._convert(dataset_size=_checked_size(self.dataset_size, self.estimator))
 
     def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         nell, kl = -draws.log_px_z.mean(), draws.kl()
@@ -145,6 +154,20 @@ class InfoVAE(OfDraws):
                 samples, draws.mu, draws.logvar, dataset_size=self.dataset_size, estimator=self.estimator
             )
             divergence = -entropy - draws.log_pz.mean()
-        alpha, lambda_ = draws.now(self.alpha), draws.now(self.lambda_)
+        alpha, lambda_ = draws.now("alpha", self.alpha), draws.now("lambda_", self.lambda_)
         loss = nell + (1 - alpha) * kl + (alpha + lambda_ - 1) * divergence
         return loss, {**terms(nell, kl), self.divergence: divergence}
+
+
+def _checked_size(dataset_size: int | None, estimator: str | None) -> int | None:
+    """`dataset_size`; a warning where it was left out, and not by an estimator's name."""
+    check_estimator(estimator, dataset_size)
+    if dataset_size is not None:
+        return check_count("dataset_size", dataset_size, least=1)
+    if estimator is None:
+        warnings.warn(
+            "dataset_size: not given, so that each batch of B is taken for the whole data set, and the mutual"
+            " information cannot exceed log B; give the number of examples, or say estimator='uniform'",
+            stacklevel=4,  # what calls the dataclass's __init__
+        )
+    return None

@@ -6,20 +6,24 @@ that stops gradients in log q(z|x), or bounds the KL of each dimension, takes wh
 and the prior.
 
 A weight is a number, or a schedule: a function of the training step. The step comes as a 0-dim tensor: a schedule
-written with tensor operations compiles, and does not make a GPU wait. The defaults of each objective are the bound
-on log p(x) itself.
+written with tensor operations compiles, and does not make a GPU wait. The training loop counts it, by `vae.advance()`,
+or gives it, by `vae(x, step=n)`. A lambda cannot be pickled, and so no model that has it for a schedule can: a function
+at the top level of a module can, and so can an object with `__call__`. The defaults of each objective are the bound on
+log p(x) itself.
 """
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .importance import GRADIENTS, effective_sample_size, mc_iw_elbo
-from .ops._checks import check_choice, check_count, check_number
+from .ops._checks import check_choice, check_count, check_number, check_same_shape, check_tensor
 from .ops.cross import log_prob_gauss
 from .priors import Prior
 
@@ -64,19 +68,64 @@ class Draws(NamedTuple):
         closed = hasattr(self.prior, "kl")
         return self.prior.kl(self.mu, self.logvar) if closed else (self.log_qz_x - self.log_pz).mean()
 
-    def now(self, weight: Weight) -> float | Tensor:
+    def now(self, name: str, weight: Weight) -> float | Tensor:
         """A weight at this step."""
-        return weight(self.step) if callable(weight) else weight
+        if not callable(weight):
+            return weight
+        value = weight(self.step)
+        if not isinstance(value, Tensor):
+            return check_number(name, value)
+        if value.ndim:
+            raise ValueError(f"{name}: expected a scalar from the schedule, got shape {tuple(value.shape)}")
+        return value
 
 
+@dataclass(frozen=True)
 class OfDraws:
     """An objective by what it makes of its arguments together, `_loss`."""
 
-    def __call__(self, *log_densities: Tensor, **others: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._loss(Draws(*log_densities, **others))
+    def __call__(
+        self, log_px_z: Tensor, log_pz: Tensor, log_qz_x: Tensor, **others: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        for name, x in (("log_px_z", log_px_z), ("log_pz", log_pz), ("log_qz_x", log_qz_x)):
+            check_tensor(name, x)
+            check_same_shape(name, x, "log_px_z", log_px_z)
+        if 0 in log_px_z.shape:
+            raise ValueError(f"log_px_z: expected at least one example, got shape {tuple(log_px_z.shape)}")
+        return self._loss(Draws(log_px_z, log_pz, log_qz_x, **others))
 
     def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError
+
+    def schedules(self) -> list[str]:
+        """The names of the weights that follow the step."""
+        return [field.name for field in fields(self) if callable(getattr(self, field.name))]
+
+    def _convert(self, **checked: Any) -> None:
+        """Keep the numbers that the checks gave."""
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        for name in self.schedules():
+            try:
+                pickle.dumps(getattr(self, name))
+            except Exception as error:
+                raise pickle.PicklingError(
+                    f"{name}: expected a schedule that can be pickled, such as a function at the top level of a module,"
+                    f" or an object of a small class with __call__, got {getattr(self, name)!r}: {error}"
+                ) from error
+        return self.__dict__
+
+    def __copy__(self) -> "OfDraws":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OfDraws":
+        """Not by way of `__getstate__`, as a lambda can be copied."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied._convert(**{name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
 
 
 @dataclass(frozen=True)
@@ -95,7 +144,8 @@ class ELBO(OfDraws):
         groups: the sizes of groups of neighbouring dimensions that have lambda nats together, such as `(4, 4, 8)`
             for D = 16; None for each dimension on its own.
         capacity: C, nats, a finite number >= 0 or a schedule that lets it rise (Burgess et al. 2018): the loss is
-            Nell + beta · |KL − C|, which holds the KL at C where beta is large.
+            Nell + beta · |KL − C|, which holds the KL at C where beta is large. The KL is the batch's mean here; there
+            is code that takes the mean of |KL_i − C| over the examples, which is never less, and holds each at C.
 
     Terms: `nell`, `kl`, and `elbo` (KL and the bound themselves, whatever the arguments are).
 
@@ -107,7 +157,7 @@ class ELBO(OfDraws):
 
     Example:
         >>> warm_up = fastvae.ELBO(beta=lambda step: (step / 1000).clamp(max=1), free_bits=0.1)
-        >>> vae = fastvae.VAE(encoder, decoder, objective=warm_up)
+        >>> vae = fastvae.VAE(encoder, decoder, objective=warm_up)  # vae.advance() after each optimizer.step()
         >>> controlled = fastvae.ELBO(beta=100, capacity=lambda step: 25 * (step / 10_000).clamp(max=1))
     """
 
@@ -119,19 +169,21 @@ class ELBO(OfDraws):
     m: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_weight("beta", self.beta)
-        _check_finite("free_bits", self.free_bits)
-        if self.capacity is not None:
-            check_weight("capacity", self.capacity)
-        if self.groups is not None:
-            if not isinstance(self.groups, tuple | list):
-                raise TypeError(f"groups: expected a tuple of sizes, got {self.groups!r}")
-            if not self.groups:
-                raise ValueError("groups: expected at least one size, got none")
-            for size in self.groups:
-                check_count("groups", size, least=1)
-            if not self.free_bits:
-                raise ValueError(f"free_bits: expected a number > 0 where groups are given, got {self.free_bits}")
+        self._convert(
+            beta=check_weight("beta", self.beta),
+            free_bits=check_number("free_bits", self.free_bits, least=0.0, finite=True),
+            capacity=None if self.capacity is None else check_weight("capacity", self.capacity),
+            groups=None if self.groups is None else self._checked_groups(),
+        )
+
+    def _checked_groups(self) -> tuple[int, ...]:
+        if not isinstance(self.groups, tuple | list):
+            raise TypeError(f"groups: expected a tuple of sizes, got {self.groups!r}")
+        if not self.groups:
+            raise ValueError("groups: expected at least one size, got none")
+        if not self.free_bits:
+            raise ValueError(f"free_bits: expected a number > 0 where groups are given, got {self.free_bits}")
+        return tuple(check_count("groups", size, least=1) for size in self.groups)
 
     def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         nell = -draws.log_px_z.mean()
@@ -141,8 +193,8 @@ class ELBO(OfDraws):
         else:
             kl = penalty = draws.kl()
         if self.capacity is not None:
-            penalty = (penalty - draws.now(self.capacity)).abs()
-        return nell + draws.now(self.beta) * penalty, terms(nell, kl)
+            penalty = (penalty - draws.now("capacity", self.capacity)).abs()
+        return nell + draws.now("beta", self.beta) * penalty, terms(nell, kl)
 
     def _groups(self, dims: Tensor) -> Tensor:
         """The KL of each group from that of each dimension, `[D]`."""
@@ -184,8 +236,7 @@ class IWAE(OfDraws):
     gradient: str = "iwae"
 
     def __post_init__(self) -> None:
-        check_count("m", self.m, least=1)
-        check_count("k", self.k, least=1)
+        self._convert(m=check_count("m", self.m, least=1), k=check_count("k", self.k, least=1))
         check_choice("gradient", self.gradient, GRADIENTS)
 
     def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
@@ -221,12 +272,6 @@ def terms(nell: Tensor, kl: Tensor) -> dict[str, Tensor]:
     return {"nell": nell, "kl": kl, "elbo": -(nell + kl)}
 
 
-def check_weight(name: str, weight: Any, least: float = 0.0) -> None:
-    if not callable(weight):
-        _check_finite(name, weight, least)
-
-
-def _check_finite(name: str, number: Any, least: float = 0.0) -> None:
-    check_number(name, number, least=least)
-    if math.isinf(number):
-        raise ValueError(f"{name}: expected a finite number, got {number}")
+def check_weight(name: str, weight: Any, least: float = 0.0, most: float = math.inf) -> Weight:
+    """A finite number, as a Python float, or a schedule as it is."""
+    return weight if callable(weight) else check_number(name, weight, least=least, most=most, finite=True)

@@ -9,16 +9,14 @@ from torch import Tensor, nn
 
 from .likelihoods import Likelihood, make_likelihood
 from .mixture import GaussianMixture
-from .objectives import ELBO, Objective
-from .ops._checks import check_choice, check_count, check_tensor
-from .ops._library import declare
+from .objectives import ELBO, Objective, OfDraws
+from .ops._checks import as_rows, check_choice, check_count, check_flag, check_seed, check_tensor
+from .ops._library import seen_by_others
 from .ops.sampling import reparameterize, sample_gauss
-from .priors import MixturePrior, Prior, StandardNormal, check_log_prob
+from .priors import MixturePrior, Prior, StandardNormal, check_log_prob, check_posteriors
 from .streams import open_posteriors
 
-# Opaque to the compiler, which would else compute a schedule again in the backward, from the counter that the
-# forward has moved on by then.
-_snapshot = declare("snapshot(Tensor x) -> Tensor", torch.empty_like, lambda backend, x: x.clone())
+PATIENCE = 100  # forward passes in training that a schedule may stand still for
 
 
 class VAEOutput(NamedTuple):
@@ -82,14 +80,20 @@ class VAE(nn.Module):
         objective: what the loss is, as `fastvae.objectives.Objective` describes it; None for `ELBO()`.
         **likelihood_options: `total_count`, `variance`, `learned`.
 
-    Calling it draws the objective's samples and gives a `VAEOutput`. `step`, a buffer, counts the calls in
-    training mode, for the objective's schedules.
+    Calling it, `vae(x)` or `vae(x, step=n)`, draws the objective's samples and gives a `VAEOutput`. It changes nothing
+    in the module, so that it may be called again, as gradient checkpointing does, or several times a step.
+
+    The objective's schedules are at the training step that is given, an integer or a 0-dim integer tensor (which
+    compiles to one graph), or else at `step`, a buffer that starts at 0 and that `advance` moves.
 
     Raises:
-        TypeError, ValueError: an argument is not what it should be; when called, the encoder or the decoder
-            gives other shapes than expected, or x holds values that the likelihood gives no probability to.
+        TypeError, ValueError: an argument is not what it should be; when called, x is empty, the encoder or the
+            decoder gives other shapes than expected, or x holds values that the likelihood gives no probability to.
             Looking at values makes a GPU wait, so there only the first batch is checked, and under
             `torch.compile` none is.
+
+    Warns:
+        UserWarning: the objective has a schedule, and after many calls in training `step` is still 0.
 
     Example:
         >>> vae = fastvae.VAE(encoder, decoder, likelihood="binomial", total_count=16)
@@ -97,6 +101,7 @@ class VAE(nn.Module):
     """
 
     step: Tensor
+    _standing = 0  # calls in training that found a schedule at a step that was not given
 
     def __init__(
         self,
@@ -118,18 +123,20 @@ class VAE(nn.Module):
             part = getattr(self, name)
             if isinstance(part, type) or not all(hasattr(part, method) for method in needed):
                 raise TypeError(f"{name}: expected an object with {', '.join(needed)}, got {part!r}")
-        self.register_buffer("step", torch.tensor(0))
+        self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
         self._checked = False
 
-    def forward(self, x: Tensor) -> VAEOutput:
+    def forward(self, x: Tensor, *, step: int | Tensor | None = None) -> VAEOutput:
         self._check(x)
+        if len(x) == 0:
+            raise ValueError(f"x: expected at least one example, got shape {tuple(x.shape)}")
         k, m = self.objective.k, self.objective.m
         mu, logvar = self.encode(x)
         samples, log_q, _, _ = sample_gauss(mu, logvar, k * m, outputs=("z", "log_q"))
         assert samples is not None
         assert log_q is not None
         z = samples.unflatten(0, (k, m))  # [k, m, B, D], the objective's to hook: `samples` stays as it is
-        loss, terms = self.objective(
+        result = self.objective(
             self.log_px_z(x, z),
             self._log_pz(z),
             log_q.unflatten(0, (k, m)),
@@ -137,33 +144,47 @@ class VAE(nn.Module):
             mu=mu,
             logvar=logvar,
             prior=self.prior,
-            step=_snapshot(self.step),
+            step=self._step(step, x.device),
         )
-        if self.training:
-            self.step.add_(1)
+        if not (isinstance(result, tuple) and len(result) == 2 and {"nell", "kl"} <= set(result[1])):
+            raise TypeError("objective: expected (loss, terms) from it, with 'nell' and 'kl' among the terms")
+        loss, terms = result
         z = samples[0] if k * m == 1 else samples
         return VAEOutput(loss, terms["nell"], terms["kl"], z, mu, logvar, terms)
 
+    def advance(self) -> None:
+        """Count a training step: move the objective's schedules on by one.
+
+        Its place in the training loop is after `optimizer.step()`, once for each of these, however many calls of the
+        module the step was made of. Without schedules it is not needed.
+
+        Example:
+            >>> vae(x).loss.backward()
+            >>> optimizer.step()
+            >>> vae.advance()
+        """
+        self.step.add_(1)
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The posteriors' mu and logvar, `[B, D]` each."""
-        posterior = self.encoder(x)
-        if not (isinstance(posterior, tuple | list) and len(posterior) == 2):
-            raise TypeError(f"encoder: expected the pair (mu, logvar), got {type(posterior).__name__}")
-        mu, logvar = posterior
-        check_tensor("encoder's mu", mu)
-        check_tensor("encoder's logvar", logvar)
-        if not (mu.ndim == 2 and mu.shape[0] == x.shape[0] and mu.shape == logvar.shape):
-            shapes = f"{tuple(mu.shape)} and {tuple(logvar.shape)}"
-            raise ValueError(f"encoder: expected mu and logvar of one shape [{x.shape[0]}, D], got {shapes}")
-        return mu, logvar
+        if not (isinstance(x, Tensor) and x.ndim > 0):
+            raise TypeError(
+                f"x: expected a tensor [B, ...], got {x.shape if isinstance(x, Tensor) else type(x).__name__}"
+            )
+        return check_posteriors(self.encoder(x), x.shape[0])
 
     def decode(self, z: Tensor) -> Tensor:
         """E[x|z] in the units of x, z `[..., D]` to `[..., *x's]`."""
+        check_tensor("z", z)
         return self.likelihood.mean(self._decoder_output(z))
 
     def log_px_z(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x|z) in nats, summed over all of x's axes but the first; z `[..., B, D]` to `[..., B]`, or
         `[..., 1, D]`, decoded once for all examples."""
+        check_tensor("x", x)
+        check_tensor("z", z, min_ndim=2)
+        if z.shape[-2] not in (1, len(x)):
+            raise ValueError(f"z: expected [..., {len(x)}, D], a sample for each example, got shape {tuple(z.shape)}")
         output = self._decoder_output(z)  # [..., B, *x's]
         if output.shape[z.ndim - 2] == 1:
             output = output.expand(*z.shape[:-2], len(x), *output.shape[z.ndim - 1 :])
@@ -207,14 +228,15 @@ class VAE(nn.Module):
             >>> bits = -log_px.mean() / math.log(2) / x[0].numel()
         """
         self._check(x)
-        check_count("n_samples", n_samples, least=1)
-        check_count("batch_size", batch_size, least=1)
+        n_samples = check_count("n_samples", n_samples, least=1)
+        batch_size = check_count("batch_size", batch_size, least=1)
         check_choice("proposal", proposal, PROPOSALS)
         results = []
         for part in x.split(batch_size):
             posterior = self.encode(part) if proposal == "posterior" else None
             at_once = max(1, batch_size // max(1, len(part)))
-            total = squares = torch.tensor(-math.inf, device=x.device)  # log sum w and log sum w², [B] from the first
+            # log sum w and log sum w², [B] from the first
+            total = squares = torch.full((), -math.inf, dtype=torch.float64, device=x.device)
             for first in range(0, n_samples, at_once):
                 log_w = self._log_w(part, posterior, min(at_once, n_samples - first))  # [n, B]
                 dtype, log_w = log_w.dtype, log_w.double()
@@ -234,7 +256,11 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
-        """Means E[x|z] of n draws z from the prior, `[n, *x's]`, from torch's generator."""
+        """Means E[x|z] of n draws z from the prior, `[n, *x's]`, from torch's generator.
+
+        Raises:
+            ValueError: a negative n, or a prior that does not know its dimension yet.
+        """
         return self.decode(self._sample_prior(n))
 
     @torch.no_grad()
@@ -254,6 +280,9 @@ class VAE(nn.Module):
 
         The encoder and the decoder stay as they are; every later loss and log p(x) is that of the model with the new
         prior, a `MixturePrior`. Put the module in eval mode before.
+
+        A VAE built anew has its first prior: before it loads a state dict saved afterwards, give it one of that size,
+        `vae.prior = fastvae.MixturePrior(n_components, D)`.
 
         Args:
             loader: the examples: an iterable of batches x, or (x, labels), such as a DataLoader; or one tensor.
@@ -276,14 +305,18 @@ class VAE(nn.Module):
             >>> vae.eval().fit_prior(DataLoader(data, 256), n_components=50)
             >>> images = vae.sample(64)
         """
-        check_count("n_samples", n_samples, least=1)
+        n_components = check_count("n_components", n_components, least=1)
+        n_samples = check_count("n_samples", n_samples, least=1)
+        seed = None if seed is None else check_seed("seed", seed)
+        check_flag("progress", progress)
         mixture = GaussianMixture(n_components, seed=seed, **mixture_options)
         if device is None:
             device = next((p.device for p in self.parameters()), None)
         posteriors = open_posteriors(loader, self.encode, chunk_size=4096, device=device, progress=progress)
         z = reparameterize(*posteriors.read(slice(None)), n_samples, seed=seed)  # [L, N, D]
         mixture.fit(z.flatten(0, 1))
-        self.prior = MixturePrior.from_parameters(mixture.weights_, mixture.means_, mixture.variances_).to(z)
+        parameters = (mixture.weights_, mixture.means_, mixture.variances_)
+        self.prior = MixturePrior.from_parameters(*parameters, device=z.device, dtype=z.dtype)
         return mixture
 
     @torch.no_grad()
@@ -312,12 +345,68 @@ class VAE(nn.Module):
 
     def _decoder_output(self, z: Tensor) -> Tensor:
         """The decoder's logits or means, z `[..., D]` to `[..., *x's]`; it sees all of them as one batch."""
-        output = self.decoder(z.flatten(0, -2))
-        return output.unflatten(0, z.shape[:-1])
+        rows = as_rows(z)
+        output = self.decoder(rows)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"decoder: expected a tensor [n, ...], got {type(output).__name__}")
+        if output.ndim == 0 or len(output) != len(rows):
+            raise ValueError(f"decoder: expected [{len(rows)}, ...] for as many z, got shape {tuple(output.shape)}")
+        return output.unflatten(0, z.shape[:-1]) if z.ndim > 1 else output[0]
 
     def _check(self, x: Tensor) -> None:
         check_tensor("x", x)
-        if torch.compiler.is_compiling() or (self._checked and x.device.type != "cpu"):
+        if seen_by_others(x) or x.is_meta or (self._checked and x.device.type != "cpu"):
             return
         self.likelihood.check(x)
         self._checked = True
+
+    def _step(self, given: int | Tensor | None, device: torch.device) -> Tensor:
+        """The training step that the schedules are at, 0-dim."""
+        if given is None:
+            self._watch_schedules()
+            return self.step
+        if not isinstance(given, Tensor):
+            return torch.full((), check_count("step", given), dtype=torch.int64, device=device)
+        if given.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"step: expected an integer, or a tensor of int64 or int32, got {given.dtype}")
+        if given.ndim:
+            raise ValueError(f"step: expected a 0-dim tensor, got shape {tuple(given.shape)}")
+        return given
+
+    def _watch_schedules(self) -> None:
+        """A warning, once, of a loop that does not call `advance`. Eager training alone is counted, in Python."""
+        if not self.training or seen_by_others(self.step) or self._standing >= PATIENCE:
+            return
+        schedules = self.objective.schedules() if isinstance(self.objective, OfDraws) else []
+        self._standing += bool(schedules)
+        if self._standing == PATIENCE and not self.step.is_meta and int(self.step) == 0:
+            warnings.warn(
+                f"step: still 0 after {PATIENCE} calls in training, so that the objective's schedule of"
+                f" {' and '.join(schedules)} stands still; call vae.advance() after each optimizer.step(), or"
+                " give vae(x, step=...)",
+                stacklevel=6,  # whoever called the module
+            )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        saved = state_dict.get(f"{prefix}prior.logits"), state_dict.get(f"{prefix}prior.mu")
+        if not strict or not all(isinstance(x, Tensor) for x in saved) or saved[1].ndim != 2:
+            return
+        if not (isinstance(self.prior, MixturePrior) and self.prior.mu.shape == saved[1].shape):
+            here = next(self.parameters(), torch.empty(0))
+            options = [f"device={str(here.device)!r}"] * (here.device.type != "cpu")
+            options += [f"dtype={here.dtype}"] * (here.dtype != torch.get_default_dtype())
+            size = ", ".join(map(str, (*saved[1].shape, *options)))
+            errors.append(
+                f"prior: the state dict has a mixture, as after fit_prior, that this VAE's {type(self.prior).__name__}"
+                f" is not; before load_state_dict, write vae.prior = fastvae.MixturePrior({size})"
+            )

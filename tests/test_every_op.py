@@ -290,7 +290,6 @@ def arguments_of_ops() -> dict[str, list[tuple[object, ...]]]:
             (samples[0], None, None, None, mu, logvar, seed, 2, [False, True]),
         ],
         "draw_seed": [(mu,)],
-        "snapshot": [(mu,), (torch.tensor(3),)],
         "cross_log_prob": [(z, mu, logvar), (z.double(), mu.double(), logvar.double())],
         "cross_log_prob_backward": [(torch.ones(5, 4), z, mu, logvar, [True, False, True])],
         "agg_log_prob": [(z, mu, logvar, *weights), (z, mu, logvar, None, -1.5, None, None, None)],

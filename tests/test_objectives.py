@@ -1,10 +1,15 @@
 """The objectives against their formulas, and on a VAE: gradients, schedules, the compiler."""
 
+import copy
 import math
+import pickle
 import subprocess
 import sys
+import warnings
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from linear_gaussian import LinearGaussian
@@ -66,6 +71,59 @@ def test_a_schedule_is_a_function_of_the_step():
         torch.testing.assert_close(loss, terms["nell"] + min(step / 4, 1) * terms["kl"])
     plain_python, _ = ELBO(beta=lambda step: min(1.0, step / 18))(*log_densities, **context)
     torch.testing.assert_close(plain_python, terms["nell"] + 0.5 * terms["kl"])
+
+
+def test_numbers_of_any_kind_become_pythons():
+    for beta in (torch.tensor(2.0), torch.tensor(2), np.float16(2), np.int8(2), Fraction(2)):
+        objective = ELBO(beta, free_bits=beta, groups=[np.int64(2), np.uint8(3)], capacity=beta)
+        assert [type(x) for x in (objective.beta, objective.free_bits, objective.capacity)] == [float] * 3
+        assert objective == ELBO(2.0, 2.0, (2, 3), 2.0)
+        assert [type(size) for size in objective.groups] == [int, int]
+    sizes = (BetaTCVAE(dataset_size=np.int32(2**31 - 1)), InfoVAE(divergence="agg_kl", dataset_size=np.int8(100)))
+    assert [type(o.dataset_size) for o in sizes] == [int, int]
+    assert type(IWAE(np.int64(3)).m) is int
+    assert type(InfoVAE(bandwidth=np.float32(2)).bandwidth) is float
+    log_densities, context = hand()
+    loss, terms = ELBO(beta=lambda step: np.float64(0.5))(*log_densities, **context)
+    torch.testing.assert_close(loss, terms["nell"] + 0.5 * terms["kl"])
+
+
+def twice(step):
+    return 2 * step
+
+
+class WarmUp:
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __call__(self, step):
+        return (step / self.steps).clamp(max=1)
+
+
+def test_schedules_are_pickled_and_copied():
+    for objective in (ELBO(twice, capacity=WarmUp(9)), InfoVAE(alpha=WarmUp(9)), BetaTCVAE(2.0, dataset_size=9)):
+        again = pickle.loads(pickle.dumps(objective))
+        assert type(again) is type(objective)
+        assert again.schedules() == objective.schedules()
+        assert torch.equal(copy.deepcopy(make_vae(objective)).step, make_vae(objective).step)
+    lambdas = ELBO(twice, capacity=lambda step: 3.0 * step)
+    with pytest.raises(pickle.PicklingError, match=r"^capacity: .*top level.*__call__.*lambda"):
+        pickle.dumps(make_vae(lambdas))
+    for copied in (copy.copy(lambdas), copy.deepcopy(lambdas), copy.deepcopy(make_vae(lambdas)).objective):
+        assert copied == lambdas
+    warm_up = ELBO(WarmUp(9))
+    assert copy.deepcopy(warm_up).beta is not warm_up.beta
+
+
+@pytest.mark.parametrize("make", [BetaTCVAE, lambda **options: InfoVAE(divergence="agg_kl", **options)])
+def test_a_batch_taken_for_the_data_set_is_worth_a_warning(make):
+    with pytest.warns(UserWarning, match=r"^dataset_size: .*log B.*'uniform'") as caught:
+        make()
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"dataset_size": 9}, {"estimator": "uniform"}, {"estimator": "loo"}):
+            copy.deepcopy(make(**options))
 
 
 @pytest.mark.parametrize("groups", [None, (2, 3), (5,), (1, 1, 1, 1, 1)])
@@ -155,7 +213,7 @@ def test_iwae_stops_the_parameters_of_log_q_alone(gradient):
 @pytest.mark.parametrize("estimator", [None, "uniform", "stratified", "mss", "mws", "loo"])
 def test_beta_tcvae_weighs_the_terms_of_the_kl(estimator):
     log_densities, context = hand()
-    size = None if estimator is None else 100
+    size = 100
     objective = BetaTCVAE(0.5, lambda step: 2.0 * step, 3.0, dataset_size=size, estimator=estimator)
     loss, terms = objective(*log_densities, **context)
     of_kl = fastvae.kl_decomposition(
@@ -198,10 +256,11 @@ def test_beta_tcvae_of_unit_weights_is_the_elbo(estimator):
 @pytest.mark.parametrize("divergence", ["mmd", "agg_kl"])
 def test_infovae_weighs_kl_and_divergence(divergence):
     log_densities, context = hand()
-    loss, terms = InfoVAE(0.3, 5.0, divergence)(*log_densities, **context)
+    options = {"divergence": divergence, "dataset_size": 100 if divergence == "agg_kl" else None}
+    loss, terms = InfoVAE(0.3, 5.0, **options)(*log_densities, **context)
     kl = fastvae.kl_gauss(context["mu"], context["logvar"])
     torch.testing.assert_close(loss, terms["nell"] + 0.7 * kl + 4.3 * terms[divergence])
-    loss, terms = InfoVAE(divergence=divergence)(*log_densities, **context)
+    loss, terms = InfoVAE(**options)(*log_densities, **context)
     torch.testing.assert_close(loss, terms["nell"] + kl)
 
 
@@ -275,7 +334,7 @@ OBJECTIVES: dict[str, Any] = {
     "stl": IWAE(4, 2, "stl"),
     "dreg": IWAE(4, 2, "dreg"),
     "beta-tcvae": BetaTCVAE(beta=lambda step: (step / 9).clamp(max=2), dataset_size=256),
-    "beta-tcvae uniform": BetaTCVAE(beta=6),
+    "beta-tcvae uniform": BetaTCVAE(beta=6, estimator="uniform"),
     "mmd": InfoVAE(0.5, 10.0),
     "agg_kl": InfoVAE(0.5, 10.0, "agg_kl", dataset_size=256),
 }
@@ -299,20 +358,18 @@ def make_vae(objective: Any, n: int = 7) -> VAE:
 def test_on_a_vae_compiled_and_not(name):
     torch.compiler.reset()
     vae = make_vae(OBJECTIVES[name])
-    x = torch.randn(B, 7).double()
-    compiled = torch.compile(vae, fullgraph=True, backend="aot_eager")
-    results = []
-    for model in (vae, compiled, compiled):
-        vae.step.fill_(4)
-        vae.zero_grad()
-        torch.manual_seed(2)
-        out = model(x)
-        out.loss.backward()
-        results.append((out.loss.detach(), out.terms, [p.grad.clone() for p in vae.parameters()], vae.step.clone()))
-    assert all(g.abs().max() > 0 for g in results[0][2])
-    assert {"nell", "kl", "elbo"} <= set(results[0][1])
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0])
+    compiled = torch.compile(vae, fullgraph=True, backend="aot_eager", dynamic=True)
+    for step, B in ((4, 31), (5, 12)):
+        x, results = torch.randn(B, 7).double(), []
+        for model in (vae, compiled):
+            vae.zero_grad()
+            torch.manual_seed(2)
+            out = model(x, step=torch.tensor(step))
+            out.loss.backward()
+            results.append((out.loss.detach(), out.z, out.terms, [p.grad.clone() for p in vae.parameters()]))
+        assert all(g.abs().max() > 0 for g in results[0][3])
+        assert {"nell", "kl", "elbo"} <= set(results[0][2])
+        torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -372,7 +429,7 @@ def test_with_the_exact_posterior_every_objective_of_unit_weights_is_log_px():
         IWAE(8, 3, "dreg"),
         BetaTCVAE(dataset_size=1000),
         InfoVAE(),
-        InfoVAE(divergence="agg_kl"),
+        InfoVAE(divergence="agg_kl", estimator="uniform"),
     ):
         prior = WithoutClosedForm()  # the closed form is log p(x) only in the mean over z
         vae = VAE(model.posterior, model.decode, likelihood=likelihood, prior=prior, objective=objective)
@@ -407,6 +464,19 @@ BAD: list[tuple[Any, ...]] = [
     (lambda: ELBO(beta="1"), TypeError, "beta"),
     (lambda: ELBO(beta=None), TypeError, "beta"),
     (lambda: ELBO(beta=math.inf), ValueError, "beta: .*finite"),
+    (lambda: ELBO(beta=10**400), ValueError, "beta"),
+    (lambda: ELBO(beta=torch.ones(1)), TypeError, "beta"),
+    (lambda: ELBO(beta=torch.tensor(1.0, requires_grad=True)), TypeError, "beta"),
+    (lambda: ELBO(beta=lambda step: None)(*hand()[0], **hand()[1]), TypeError, "beta"),
+    (lambda: ELBO(beta=lambda step: math.nan)(*hand()[0], **hand()[1]), ValueError, "beta"),
+    (lambda: ELBO(capacity=lambda step: torch.ones(2))(*hand()[0], **hand()[1]), ValueError, r"capacity: .*\(2,\)"),
+    *(
+        (lambda o=o: o(*[x[..., :0] for x in hand(1, 1)[0]], **hand()[1]), ValueError, "log_px_z: .*one example")
+        for o in (ELBO(), IWAE(1), BetaTCVAE(dataset_size=9), InfoVAE())
+    ),
+    *((lambda o=o: make_vae(o)(torch.zeros(0, 7).double()), ValueError, "x: .*one example") for o in (ELBO(), IWAE(2))),
+    (lambda: ELBO()(3.0, *hand()[0][1:], **hand()[1]), TypeError, "log_px_z"),
+    (lambda: ELBO()(*hand()[0][:2], torch.zeros(1, 1, 3).double(), **hand()[1]), ValueError, "log_qz_x"),
     (lambda: ELBO(free_bits=-1.0), ValueError, "free_bits"),
     (lambda: ELBO(free_bits=math.inf), ValueError, "free_bits: .*finite"),
     (lambda: ELBO(free_bits=lambda step: 1.0), TypeError, "free_bits"),

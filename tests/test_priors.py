@@ -1,7 +1,9 @@
 """The priors: their protocol against torch.distributions, and in a VAE."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch import distributions as D
@@ -251,7 +253,8 @@ def bent(n=512):
 
 
 @pytest.mark.parametrize(
-    "objective", [fastvae.ELBO(), fastvae.IWAE(4, gradient="dreg"), fastvae.BetaTCVAE(), fastvae.InfoVAE()]
+    "objective",
+    [fastvae.ELBO(), fastvae.IWAE(4, gradient="dreg"), fastvae.BetaTCVAE(dataset_size=512), fastvae.InfoVAE()],
 )
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_vae_trains_its_prior(name, objective):
@@ -292,7 +295,7 @@ def test_the_decomposition_has_the_priors_factorization(name):
     assert (terms.prior_factorization.abs() < 1e-12) == (name == "diagonal")
     monte_carlo = (fastvae.log_prob_gauss(z, mu, logvar) - prior.log_prob(z)).mean()
     torch.testing.assert_close(terms.mi + terms.tc + terms.dim_kl.sum() - terms.prior_factorization, monte_carlo)
-    out = make_vae(name, objective=fastvae.BetaTCVAE())(bent())
+    out = make_vae(name, objective=fastvae.BetaTCVAE(dataset_size=512))(bent())
     torch.testing.assert_close(out.kl, out.loss - out.nell)
     assert (out.terms["prior_factorization"].abs() < 1e-5) == (name == "diagonal")
 
@@ -327,6 +330,45 @@ def test_fit_prior_samples_where_the_data_are(name):
     assert vae(x).loss.isfinite()
     again = make_vae(name).eval()
     assert torch.equal(again.fit_prior(x, 8, seed=0).means_, make_vae(name).eval().fit_prior(x, 8, seed=0).means_)
+
+
+def test_fit_prior_keeps_the_vaes_precision():
+    vae, x = make_vae("standard").double().eval(), bent().double()
+    mixture = vae.fit_prior(x, 4, seed=np.int64(0))
+    torch.testing.assert_close(vae.prior.mu.detach(), mixture.means_, rtol=0, atol=0)
+    assert {p.dtype for p in make_and_fit("standard").prior.parameters()} == {torch.float32}
+
+
+def make_and_fit(name):
+    vae = make_vae(name).eval()
+    vae.fit_prior(bent(), 4, seed=0)
+    return vae
+
+
+def test_a_prior_fitted_in_inference_mode_can_be_trained():
+    vae = make_vae("standard").eval()
+    with torch.inference_mode():
+        vae.fit_prior(bent(), 4, seed=0)
+    vae.train()(bent()).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in vae.prior.parameters())
+    torch.optim.SGD(vae.parameters(), 1e-3).step()
+
+
+@pytest.mark.parametrize("name", ["standard", *LEARNED])
+def test_a_fitted_prior_says_how_it_is_loaded(name):
+    saved = make_and_fit(name).state_dict()
+    vae = make_vae(name).double()
+    with pytest.raises(RuntimeError) as error:
+        vae.load_state_dict(saved)
+    line = re.search(r"prior: .*fit_prior.*write (vae\.prior = .*\))$", str(error.value), re.M)
+    exec(line[1].replace("fastvae.", ""), {"vae": vae, "MixturePrior": MixturePrior, "torch": torch})
+    vae.load_state_dict(saved)
+    assert {p.dtype for p in vae.prior.parameters()} == {torch.float64}
+    torch.testing.assert_close(vae.prior.mu, saved["prior.mu"].double(), rtol=0, atol=0)
+    nested = nn.Sequential(make_vae(name))
+    with pytest.raises(RuntimeError, match=r"vae\.prior = fastvae\.MixturePrior\(4, 3\)"):
+        nested.load_state_dict({f"0.{key}": x for key, x in saved.items()})
+    make_vae("standard").load_state_dict({k: x for k, x in saved.items() if "prior" not in k}, strict=False)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
+import torch.utils.checkpoint
 from linear_gaussian import LinearGaussian
 from torch import distributions as dist
 from torch import nn
@@ -287,28 +289,115 @@ def test_sample_decode_reconstruct():
     torch.testing.assert_close(samples, expected)
     assert samples.shape == (3, 1, 2, 5)
     torch.testing.assert_close(vae.reconstruct(x), vae.decode(vae.encode(x)[0]))
-    assert vae.decode(torch.zeros(2, 6, D).double()).shape == (2, 6, 1, 2, 5)
+    z = torch.randn(2, 6, D).double()
+    assert vae.decode(z).shape == (2, 6, 1, 2, 5)
+    torch.testing.assert_close(vae.decode(z[0, 0]), vae.decode(z)[0, 0])
     assert not samples.requires_grad
     assert not vae.reconstruct(x).requires_grad
     assert VAE(vae.encoder, vae.decoder, prior=StandardNormal(D)).sample(2).shape == (2, 1, 2, 5)
 
 
-def test_steps_are_counted_in_training_only_and_drive_schedules():
+def warm_up(step):
+    return (step / 9).clamp(max=1)
+
+
+def gradients(vae, loss):
+    """Of the parameters, by a call that draws the samples of seed 3."""
+    torch.manual_seed(3)
+    return torch.autograd.grad(loss(), list(vae.parameters()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_call_changes_nothing(training):
+    vae = make_vae(objective=ELBO(warm_up)).train(training)
+    vae.step.fill_(4)
+    before = {name: (x.clone(), x._version) for name, x in vae.state_dict(keep_vars=True).items()}
+    vae(binary(7, 4, 5))
+    for name, x in vae.named_parameters():
+        assert x._version == before[name][1]
+    for name, x in vae.named_buffers():
+        assert name not in before or x._version == before[name][1]
+    assert int(vae.step) == 4
+
+
+def test_the_loop_moves_schedules_on():
     seen = []
-    vae = make_vae(objective=ELBO(beta=lambda step: seen.append(int(step)) or step))
+    vae = make_vae(objective=ELBO(beta=lambda step: seen.append(int(step)) or warm_up(step)))
     x = binary(7, 4, 5)
-    outputs = [vae(x) for _ in range(3)]
+    for _ in range(3):
+        vae(x)
+        vae(x).loss.backward()
+        vae.advance()
     vae.eval()(x)
-    assert seen == [0, 1, 2, 3]
+    assert seen == [0, 0, 1, 1, 2, 2, 3]
     assert int(vae.step) == 3
-    for out in outputs:  # a later step has not touched what this backward needs
-        out.loss.backward()
+    out = vae(x, step=9)
+    torch.testing.assert_close(out.loss, out.nell + out.kl)
+    vae(x, step=torch.tensor(5))
+    assert seen[-2:] == [9, 5]
+    assert int(vae.step) == 3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_and_accumulation_see_one_step(reentrant):
+    """Checkpointing calls the module again in the backward, and accumulation calls it several times a step."""
+    vae = make_vae(objective=ELBO(warm_up))
+    vae.step.fill_(4)
+    x = binary(8, 4, 5).requires_grad_()
+    expected = gradients(vae, lambda: vae(x).loss)
+    for micro_batches in (1, 2):
+        torch.manual_seed(3)
+        torch.utils.checkpoint.checkpoint(vae, x, use_reentrant=reentrant)[0].backward()
+        torch.testing.assert_close([p.grad for p in vae.parameters()], [micro_batches * g for g in expected])
+
+
+@pytest.mark.parametrize("objective", [ELBO(warm_up), fastvae.IWAE(4, gradient="dreg")])
+@pytest.mark.parametrize("training", [True, False])
+def test_functional_calls_and_their_gradients(objective, training):
+    vae = make_vae(objective=objective).train(training)
+    x = binary(7, 4, 5)
+    parameters = {name: p.detach() for name, p in vae.named_parameters()}
+    expected = gradients(vae, lambda: vae(x).loss)
+    torch.manual_seed(3)
+    ours = torch.func.grad(lambda p: torch.func.functional_call(vae, p, (x,)).loss)(parameters)
+    torch.testing.assert_close(list(ours.values()), list(expected))
+    everything = parameters | dict(vae.named_buffers()) | {"step": torch.tensor(9)}
+    torch.manual_seed(3)
+    out = torch.func.functional_call(vae, everything, (x,))
+    torch.manual_seed(3)
+    torch.testing.assert_close(out.loss, vae(x, step=9).loss)
+
+
+def test_a_schedule_that_stands_still_is_worth_a_warning(monkeypatch):
+    monkeypatch.setattr("fastvae.vae.PATIENCE", 5)
+    x = binary(7, 4, 5)
+
+    def messages(vae, call=lambda vae: vae(x), n=12):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(n):
+                call(vae)
+        assert {w.filename for w in caught} <= {__file__}
+        return [str(w.message) for w in caught]
+
+    (message,) = messages(make_vae(objective=ELBO(beta=warm_up)))
+    assert re.match(r"step: .*schedule of beta stands still.*vae\.advance\(\).*step=", message)
+    assert not messages(make_vae(objective=ELBO(beta=warm_up)).eval())
+    assert not messages(make_vae(objective=ELBO(beta=2.0)))
+    assert not messages(make_vae(objective=ELBO(beta=warm_up)), lambda vae: vae(x, step=0))
+    moved = make_vae(objective=ELBO(beta=warm_up))
+    moved.step.fill_(3)
+    assert not messages(moved)
+    compiled = torch.compile(make_vae(objective=ELBO(beta=warm_up)), fullgraph=True, backend="eager")
+    assert not messages(compiled)
+    assert compiled._standing == 0
 
 
 def test_state_dict_round_trip():
     vae = make_vae(likelihood="gaussian", learned=True, variance=0.5)
     x = torch.randn(7, 4, 5).double()
     vae(x)
+    vae.advance()
     other = make_vae(likelihood="gaussian", learned=True)
     nn.init.zeros_(other.encoder.linear.weight)
     other.load_state_dict(vae.state_dict())
@@ -317,28 +406,81 @@ def test_state_dict_round_trip():
         model.result = (*model(x)[:6], model.sample(2))
     for ours, theirs in zip(vae.result, other.result, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    assert int(other.step) == 2
+    assert int(other.step) == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_older_checkpoints_load(training):
+    """When `prior.dim` and a fixed variance were buffers."""
+    vae = make_vae(likelihood="gaussian")
+    saved = {
+        **{name: p.detach() for name, p in vae.named_parameters()},
+        "step": torch.tensor(7),
+        "prior.dim": torch.tensor(D),
+        "likelihood.log_variance": torch.tensor(math.log(0.5)),
+    }
+    assert set(vae.state_dict()) == set(saved)
+    vae.load_state_dict(saved)
+    assert int(vae.step) == 7
+    assert vae.sample(2).shape == (2, 4, 5)
+    assert vae.likelihood.log_variance == torch.tensor(math.log(0.5)).item()
+
+
+def test_on_the_meta_device():
+    for options in ({}, {"likelihood": "gaussian", "learned": True}, {"objective": ELBO(warm_up)}):
+        vae = make_vae(**options).to("meta")
+        repr(vae)
+        out = vae(torch.zeros(7, 4, 5, device="meta", dtype=torch.float64))
+        assert out.loss.device.type == "meta"
+        assert out.loss.shape == ()
+        assert vae.sample(2).shape == (2, 4, 5)
 
 
 @pytest.mark.parametrize("likelihood", DATA)
 def test_compiles_to_one_graph(likelihood):
     torch.compiler.reset()
     options, draw, _ = DATA[likelihood]
-    vae = make_vae(likelihood=likelihood, objective=ELBO(lambda step: (step / 9).clamp(max=1)), **options)
+    vae = make_vae(likelihood=likelihood, objective=ELBO(warm_up), **options)
     compiled = torch.compile(vae, fullgraph=True, backend="aot_eager")
     x = draw(31, 4, 5)
-    results = []
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for model in (compiled, vae, compiled, vae):
-            vae.step.fill_(4)
-            vae.zero_grad()
-            torch.manual_seed(2)
-            loss = model(x).loss
-            loss.backward()
-            results.append((loss.detach(), *[p.grad.clone() for p in vae.parameters()], vae.step.clone()))
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0])
-    assert int(vae.step) == 5
+        for step in (0, 4, 5):
+            results = []
+            for model in (compiled, vae):
+                vae.zero_grad()
+                torch.manual_seed(2)
+                out = model(x)
+                out.loss.backward()
+                results.append((out.loss.detach(), out.z, [p.grad.clone() for p in vae.parameters()]))
+            torch.testing.assert_close(*results)
+            assert int(vae.step) == step
+            vae.step.fill_(max(step, 3))
+            vae.advance()
+        assert compiled.sample(2).shape == (2, 4, 5)
+
+
+def test_a_step_given_as_a_tensor_compiles_to_one_graph():
+    torch.compiler.reset()
+    vae = make_vae(objective=ELBO(warm_up))
+    compiled = torch.compile(vae, fullgraph=True, backend="eager")
+    x = binary(7, 4, 5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(4):
+            out = compiled(x, step=torch.tensor(step))
+            torch.testing.assert_close(out.loss, out.nell + step / 9 * out.kl)
+
+
+def test_batches_of_any_size_compile_to_two_graphs():
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    vae = make_vae(objective=ELBO(warm_up))
+    compiled = torch.compile(vae, fullgraph=True, backend=counter)
+    for B in (8, 13, 5, 31, 7, 16, 9, 64, 3, 12):
+        x = binary(B, 4, 5)
+        ours = gradients(vae, lambda: compiled(x).loss)  # noqa: B023
+        torch.testing.assert_close(ours, gradients(vae, lambda: vae(x).loss))  # noqa: B023
+        vae.advance()
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("likelihood", DATA)
@@ -384,8 +526,18 @@ def test_likelihoods_and_priors_as_objects():
     torch.testing.assert_close(out.nell, expected)
 
 
-def give(posterior):
-    return lambda x: posterior
+def give(result):
+    return lambda x: result
+
+
+class Loss(Several):
+    """The loss alone."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def __call__(self, *log_densities, **context):
+        return super().__call__(*log_densities, **context)[0]
 
 
 def prior_of(log_prob):
@@ -411,6 +563,28 @@ def prior_of(log_prob):
         (lambda: make_vae(objective=ELBO), TypeError, "objective: "),
         (lambda: make_vae(objective=lambda *args: 0), TypeError, "objective: .*k, m"),
         (lambda: make_vae()([1.0]), TypeError, "x: "),
+        (lambda: make_vae()(binary(0, 4, 5)), ValueError, "x: .*at least one example"),
+        (lambda: make_vae()(binary(2, 4, 5), step=-1), ValueError, "step: "),
+        (lambda: make_vae()(binary(2, 4, 5), step=1.0), TypeError, "step: "),
+        (lambda: make_vae()(binary(2, 4, 5), step=torch.tensor(1.0)), TypeError, "step: .*float32"),
+        (lambda: make_vae()(binary(2, 4, 5), step=torch.tensor([1])), ValueError, "step: "),
+        (lambda: make_vae(objective=Loss())(binary(2, 4, 5)), TypeError, "objective: .*'nell'"),
+        (lambda: make_vae().encode([1.0]), TypeError, "x: "),
+        (lambda: make_vae().encode(torch.tensor(1.0)), TypeError, "x: "),
+        (lambda: make_vae().decode([1.0]), TypeError, "z: "),
+        (lambda: make_vae().decode(torch.zeros(2, D).long()), TypeError, "z: "),
+        (lambda: make_vae().decode(torch.tensor(1.0)), ValueError, "z: "),
+        (lambda: make_vae().log_px_z([1.0], torch.zeros(2, D)), TypeError, "x: "),
+        (lambda: make_vae().log_px_z(binary(2, 4, 5), None), TypeError, "z: "),
+        (lambda: make_vae().log_px_z(binary(2, 4, 5), torch.zeros(3, D).double()), ValueError, r"z: .*\(3, 3\)"),
+        (lambda: make_vae().reconstruct("x"), TypeError, "x: "),
+        (lambda: make_vae(prior=StandardNormal(D)).sample(2**62), ValueError, "n: "),
+        (lambda: make_vae(prior=StandardNormal(D)).sample(2.0), TypeError, "n: "),
+        (lambda: VAE(nn.Identity(), give(3)).decode(torch.zeros(2, D)), TypeError, "decoder: "),
+        (lambda: VAE(nn.Identity(), give(torch.zeros(3, 4))).decode(torch.zeros(2, D)), ValueError, r"decoder: .*\[2"),
+        (lambda: make_vae().fit_prior(binary(9, 4, 5), 2, seed=0.5), TypeError, "seed: "),
+        (lambda: make_vae().fit_prior(binary(9, 4, 5), 2, progress=1), TypeError, "progress: "),
+        (lambda: make_vae().fit_prior(binary(9, 4, 5), 2.0), TypeError, "n_components: "),
         (lambda: make_vae().log_likelihood([1.0], 3), TypeError, "x: "),
         (lambda: make_vae().log_likelihood(torch.full((2, 4, 5), 0.5), 3), ValueError, "x: "),
         (lambda: make_vae().log_likelihood(torch.zeros(2, 4, 5), 0), ValueError, "n_samples: "),
