@@ -11,13 +11,14 @@ from .holes import PriorHole, prior_hole
 from .importance import effective_sample_size, elbo, iw_elbo, mc_iw_elbo
 from .information import cross_entropy, entropy, kl_discrete, mi_bounds
 from .mixture import GaussianMixture
+from .mixture_priors import MixturePrior, VampPrior
 from .objectives import ELBO, IWAE
 from .ops.aggregate import agg_log_prob, agg_log_prob_marginals
 from .ops.cross import cross_log_prob, log_prob_gauss
 from .ops.kl import kl_gauss
 from .ops.pairs import ColumnWeights
 from .ops.sampling import GaussianSample, reparameterize, sample_gauss
-from .priors import DiagonalGaussian, MixturePrior, StandardNormal, VampPrior
+from .priors import DiagonalGaussian, StandardNormal
 from .vae import VAE, LogLikelihood, VAEOutput
 
 __version__ = "0.1.0"

@@ -5,18 +5,18 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .likelihoods import Likelihood, make_likelihood
 from .mixture import GaussianMixture
-from .objectives import ELBO, Objective, OfDraws
+from .mixture_priors import MixturePrior, how_to_load
+from .objectives import ELBO, Objective
 from .ops._checks import as_rows, check_choice, check_count, check_flag, check_seed, check_tensor
 from .ops._library import seen_by_others
 from .ops.sampling import reparameterize, sample_gauss
-from .priors import MixturePrior, Prior, StandardNormal, check_log_prob, check_posteriors
+from .priors import Prior, StandardNormal, check_log_prob, check_posteriors
+from .steps import CountsSteps
 from .streams import open_posteriors
-
-PATIENCE = 100  # forward passes in training that a schedule may stand still for
 
 
 class VAEOutput(NamedTuple):
@@ -65,7 +65,7 @@ _PARTS = {
 }
 
 
-class VAE(nn.Module):
+class VAE(CountsSteps):
     """A variational autoencoder with diagonal Gaussian posteriors (Kingma & Welling 2014).
 
     Args:
@@ -100,9 +100,6 @@ class VAE(nn.Module):
         >>> vae(x).loss.backward()
     """
 
-    step: Tensor
-    _standing = 0  # calls in training that found a schedule at a step that was not given
-
     def __init__(
         self,
         encoder: Any,
@@ -123,7 +120,6 @@ class VAE(nn.Module):
             part = getattr(self, name)
             if isinstance(part, type) or not all(hasattr(part, method) for method in needed):
                 raise TypeError(f"{name}: expected an object with {', '.join(needed)}, got {part!r}")
-        self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
         self._checked = False
 
     def forward(self, x: Tensor, *, step: int | Tensor | None = None) -> VAEOutput:
@@ -144,26 +140,13 @@ class VAE(nn.Module):
             mu=mu,
             logvar=logvar,
             prior=self.prior,
-            step=self._step(step, x.device),
+            step=self._step(step, x.device, self.objective),
         )
         if not (isinstance(result, tuple) and len(result) == 2 and {"nell", "kl"} <= set(result[1])):
             raise TypeError("objective: expected (loss, terms) from it, with 'nell' and 'kl' among the terms")
         loss, terms = result
         z = samples[0] if k * m == 1 else samples
         return VAEOutput(loss, terms["nell"], terms["kl"], z, mu, logvar, terms)
-
-    def advance(self) -> None:
-        """Count a training step: move the objective's schedules on by one.
-
-        Its place in the training loop is after `optimizer.step()`, once for each of these, however many calls of the
-        module the step was made of. Without schedules it is not needed.
-
-        Example:
-            >>> vae(x).loss.backward()
-            >>> optimizer.step()
-            >>> vae.advance()
-        """
-        self.step.add_(1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The posteriors' mu and logvar, `[B, D]` each."""
@@ -360,53 +343,17 @@ class VAE(nn.Module):
         self.likelihood.check(x)
         self._checked = True
 
-    def _step(self, given: int | Tensor | None, device: torch.device) -> Tensor:
-        """The training step that the schedules are at, 0-dim."""
-        if given is None:
-            self._watch_schedules()
-            return self.step
-        if not isinstance(given, Tensor):
-            return torch.full((), check_count("step", given), dtype=torch.int64, device=device)
-        if given.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"step: expected an integer, or a tensor of int64 or int32, got {given.dtype}")
-        if given.ndim:
-            raise ValueError(f"step: expected a 0-dim tensor, got shape {tuple(given.shape)}")
-        return given
-
-    def _watch_schedules(self) -> None:
-        """A warning, once, of a loop that does not call `advance`. Eager training alone is counted, in Python."""
-        if not self.training or seen_by_others(self.step) or self._standing >= PATIENCE:
-            return
-        schedules = self.objective.schedules() if isinstance(self.objective, OfDraws) else []
-        self._standing += bool(schedules)
-        if self._standing == PATIENCE and not self.step.is_meta and int(self.step) == 0:
-            warnings.warn(
-                f"step: still 0 after {PATIENCE} calls in training, so that the objective's schedule of"
-                f" {' and '.join(schedules)} stands still; call vae.advance() after each optimizer.step(), or"
-                " give vae(x, step=...)",
-                stacklevel=6,  # whoever called the module
-            )
-
     def _load_from_state_dict(
         self,
         state_dict: Any,
         prefix: str,
         metadata: Any,
         strict: bool,
-        missing: list[str],
-        unexpected: list[str],
+        missing: Any,
+        unexpected: Any,
         errors: list[str],
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        saved = state_dict.get(f"{prefix}prior.logits"), state_dict.get(f"{prefix}prior.mu")
-        if not strict or not all(isinstance(x, Tensor) for x in saved) or saved[1].ndim != 2:
-            return
-        if not (isinstance(self.prior, MixturePrior) and self.prior.mu.shape == saved[1].shape):
-            here = next(self.parameters(), torch.empty(0))
-            options = [f"device={str(here.device)!r}"] * (here.device.type != "cpu")
-            options += [f"dtype={here.dtype}"] * (here.dtype != torch.get_default_dtype())
-            size = ", ".join(map(str, (*saved[1].shape, *options)))
-            errors.append(
-                f"prior: the state dict has a mixture, as after fit_prior, that this VAE's {type(self.prior).__name__}"
-                f" is not; before load_state_dict, write vae.prior = fastvae.MixturePrior({size})"
-            )
+        here = next(self.parameters(), torch.empty(0, device="cpu"))
+        if strict and (advice := how_to_load(state_dict, f"{prefix}prior.", self.prior, here)):
+            found[-1].append(advice)  # the error messages

@@ -369,7 +369,7 @@ def test_functional_calls_and_their_gradients(objective, training):
 
 
 def test_a_schedule_that_stands_still_is_worth_a_warning(monkeypatch):
-    monkeypatch.setattr("fastvae.vae.PATIENCE", 5)
+    monkeypatch.setattr("fastvae.steps.PATIENCE", 5)
     x = binary(7, 4, 5)
 
     def messages(vae, call=lambda vae: vae(x), n=12):
