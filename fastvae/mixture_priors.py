@@ -190,10 +190,10 @@ def _checked_limits(limits: Any) -> tuple[float, float]:
     return low, high
 
 
-def how_to_load(state_dict: dict[str, Any], prefix: str, prior: Any, like: Tensor) -> str | None:
-    """What to write before loading a state dict with a `MixturePrior` that `prior` is not; None where it is one. `like`
-    tells the device and the dtype."""
-    logits, mu = (state_dict.get(prefix + name) for name in ("logits", "mu"))
+def how_to_load(state_dict: Any, prior: Any, like: Tensor) -> str | None:
+    """What to write before loading a VAE's state dict with a `MixturePrior` that `prior` is not; None where it is one.
+    `like` tells the device and the dtype."""
+    logits, mu = (state_dict.get(f"prior.{name}") for name in ("logits", "mu"))
     if not (isinstance(logits, Tensor) and isinstance(mu, Tensor) and mu.ndim == 2):
         return None
     if isinstance(prior, MixturePrior) and prior.mu.shape == mu.shape:

