@@ -16,6 +16,9 @@ w̃_m = w_m / sum_m w, theta what p(x, z) depends on and phi what q(z|x) does:
 "iwae" and "dreg" have the same mean for every m. "stl" has it only for m = 1, where it is "dreg"; for m > 1 it is
 biased, however many samples are averaged. The signal-to-noise ratio of phi's gradient falls like 1/sqrt(m) for "iwae"
 (Rainforth et al. 2018) and grows like sqrt(m) for "dreg".
+
+"dreg" is a hook on z, and so z has to be the tensor that log w was computed from. On another with the same values, such
+as a concatenation of the samples made for the hook alone, it never runs: that is "stl", and is found in public code.
 """
 
 import math

@@ -216,6 +216,19 @@ def test_a_term_that_takes_the_sample_from_before_the_alias_keeps_its_gradient()
     torch.testing.assert_close(list(gradients(1, 1)), both)
 
 
+def test_a_hook_on_a_copy_of_z_makes_stl_of_dreg():
+    """A widespread mistake, as the module's docstring says: no error, as it cannot be seen."""
+    x = MODEL.draw(5)
+    gradients = []
+    for gradient, copy in (("dreg", True), ("stl", False), ("dreg", False)):
+        mu, logvar = (p.requires_grad_() for p in wrong_posterior(x))
+        terms, z = weights(x, mu, logvar, (8,), gradient)
+        bound = iw_elbo(*terms, z=torch.cat(list(z.split(1))) if copy else z, gradient=gradient)
+        gradients.append(torch.cat(torch.autograd.grad(bound.sum(), (mu, logvar))))
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert (gradients[0] - gradients[2]).abs().max() > 0.1
+
+
 def test_a_second_bound_of_the_same_z_is_refused():
     x = MODEL.draw(5)
     terms, z = weights(x, *(p.requires_grad_() for p in wrong_posterior(x)), (4,), "dreg")
