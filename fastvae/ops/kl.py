@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..backends.contract import REDUCTIONS, accumulation_dtype, kl_shape
 from ._checks import as_rows, check_choice, check_device, check_number, check_posterior, check_tensor, promote
-from ._library import Function, declare, empty_gradients, once_differentiable, spread
+from ._library import declare, declare_backward, empty_gradients, spread
 
 
 def _fake(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str) -> Tensor:
@@ -34,21 +35,16 @@ _kl_gauss = declare(
     "kl_gauss(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, str reduction) -> Tensor",
     _fake,
 )
-_kl_gauss_backward = declare(
+_kl_gauss_backward = declare_backward(
     "kl_gauss_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar,"
     " str reduction, bool[] wanted) -> Tensor[]",
     _fake_backward,
 )
 
 
+@_kl_gauss.differentiate
 class KLGauss(Function):
     """mu, logvar [B, D]; priors [1, D] or [B, D]."""
-
-    @staticmethod
-    def forward(
-        mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
-    ) -> Tensor:
-        return _kl_gauss(mu, logvar, prior_mu, prior_logvar, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -56,7 +52,6 @@ class KLGauss(Function):
         ctx.reduction = inputs[4]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
         return spread(_kl_gauss_backward(grad, *ctx.saved_tensors, ctx.reduction, wanted), wanted, 5)
@@ -118,11 +113,11 @@ def kl_gauss(
     )
     if free_bits:
         n_rows = arguments[0].shape[0]
-        dims = KLGauss.call(*arguments, "dim").clamp(min=free_bits)
+        dims = _kl_gauss(*arguments, "dim").clamp(min=free_bits)
         if reduction == "dim":
             return dims
         return dims.sum() * {"sum": n_rows, "mean": 1 / max(D, 1), "batchmean": 1}[reduction]
-    kl = KLGauss.call(*arguments, reduction)
+    kl = _kl_gauss(*arguments, reduction)
     if len(shape) != 2 and reduction in ("none", "sample"):
         kl = kl.reshape(shape if reduction == "none" else shape[:-1])
     return kl
