@@ -6,7 +6,6 @@
 It serves every estimator of the aggregate posterior, mixture priors and EM; nothing of shape [S, N] is formed.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -213,10 +212,7 @@ def check_method(method: str, tol: float | None, dtype: torch.dtype) -> float:
     check_choice("method", method, METHODS)
     if tol is None:
         return 1e-12 if dtype == torch.float64 else 1e-6
-    check_number("tol", tol)
-    if not 0 < tol < math.inf:
-        raise ValueError(f"tol: expected a finite number above 0, got {tol}")
-    return float(tol)
+    return check_number("tol", tol, above=0.0, finite=True)
 
 
 def mixture_sums(z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -77,7 +77,8 @@ def kl_gauss(
             other axes, each dimension's share of the KL; `"sum"`; `"mean"`, over all elements; `"batchmean"`,
             the sum over D and the mean over all other axes: the ELBO's KL term.
         free_bits: lambda, nats per dimension (Kingma et al. 2016): a dimension whose batch-mean KL is below it
-            counts as lambda and gets no gradient.
+            counts as lambda and gets no gradient. Of an empty batch all is 0 then; without free bits a mean of nothing
+            is NaN, as in torch.
 
     Returns:
         The KL in float32, or in float64 for float64 inputs. Never negative.
@@ -93,7 +94,7 @@ def kl_gauss(
     """
     check_posterior(mu, logvar)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_number("free_bits", free_bits, least=0.0)
+    free_bits = check_number("free_bits", free_bits, least=0.0, finite=True)
     if free_bits and reduction in ("none", "sample"):
         raise ValueError(
             f"free_bits: acts on the batch mean of each dimension, so reduction={reduction!r} cannot have it"
@@ -113,6 +114,9 @@ def kl_gauss(
     )
     if free_bits:
         n_rows = arguments[0].shape[0]
+        if n_rows == 0:
+            nothing = _kl_gauss(*arguments, "sum")
+            return nothing.expand(D) if reduction == "dim" else nothing
         dims = _kl_gauss(*arguments, "dim").clamp(min=free_bits)
         if reduction == "dim":
             return dims

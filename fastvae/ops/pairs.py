@@ -87,17 +87,17 @@ def _log_weights(weights: ColumnWeights | None, z: Tensor, mu: Tensor) -> LogWei
         if log_w.shape != (N,):
             raise ValueError(f"weights.log_w: expected a number or shape ({N},), got {tuple(log_w.shape)}")
     else:
-        check_number("weights.log_w", log_w)
+        log_w = check_number("weights.log_w", log_w)
+    replaced = []
     for name, value in (("log_w_own", log_w_own), ("log_w_next", log_w_next)):
-        if value is not None:
-            check_number(f"weights.{name}", value)
-            if own is None:
-                raise ValueError(f"weights.own: expected the own columns, since {name} is given, got None")
+        replaced.append(None if value is None else check_number(f"weights.{name}", value))
+        if value is not None and own is None:
+            raise ValueError(f"weights.own: expected the own columns, since {name} is given, got None")
     if own is not None:
         _check_own(own, S, N, z)
     if isinstance(log_w, Tensor):
-        return LogWeights(log_w, None, own, log_w_own, log_w_next)
-    return LogWeights(None, log_w, own, log_w_own, log_w_next)
+        return LogWeights(log_w, None, own, *replaced)
+    return LogWeights(None, log_w, own, *replaced)
 
 
 def _check_own(own: Tensor, S: int, N: int, z: Tensor) -> None:
