@@ -176,9 +176,7 @@ def _sample(
     if n_samples is not None:
         n_samples = check_count("n_samples", n_samples)
         if isinstance(n_samples, int) and n_samples > 2**32 and n_samples * mu.numel() >= 2**60:
-            raise ValueError(
-                f"n_samples: expected fewer, as the samples of mu {tuple(mu.shape)} have to be in memory, got {n_samples}"
-            )
+            raise ValueError(f"n_samples: expected fewer, for mu of shape {tuple(mu.shape)}, got {n_samples}")
     shape = mu.shape
     mu, logvar = promote(mu, logvar)  # type: ignore[assignment]
     if not any(asked):
