@@ -3,6 +3,7 @@ dtypes and shapes."""
 
 import math
 import numbers
+import sys
 from typing import Any
 
 import torch
@@ -89,8 +90,6 @@ def check_number(
     finite: bool = False,
 ) -> float:
     """A number that is not NaN, as a Python float, from `least` to `most`, and larger than `above`."""
-    if type(value) is float and least <= value <= most and value > above and not (finite and math.isinf(value)):
-        return value
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
         number: Any = value
     else:
@@ -102,7 +101,9 @@ def check_number(
             number = float(value)
         except OverflowError:
             raise ValueError(f"{name}: expected a number that a float can hold, got {_shown(value)}") from None
-    if least <= number <= most and (number > above or above == -math.inf) and not (finite and math.isinf(number)):
+    # Without a bound there is no comparison, as the compiler makes a guard of each.
+    inside = number == number and (least == -math.inf or number >= least) and (most == math.inf or number <= most)
+    if inside and (above == -math.inf or number > above) and not (finite and abs(number) > sys.float_info.max):
         return number
     bounds = [
         f"{sign} {bound:g}"

@@ -23,7 +23,7 @@ METHODS = ("auto", "direct", "table")
 
 # Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
 
-_WEIGHTS = "Tensor? log_w, float? log_w_all, Tensor? own, float? log_w_own, float? log_w_next"
+_WEIGHTS = "Tensor? log_w, Scalar? log_w_all, Tensor? own, Scalar? log_w_own, Scalar? log_w_next"
 
 _agg_log_prob = declare(
     f"agg_log_prob({POSTERIORS}, {_WEIGHTS}) -> Tensor",

@@ -1,5 +1,6 @@
 """Samples against posteriors, as all ops that evaluate one under the other take them: shapes, weights, batches."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,17 @@ class ColumnWeights(NamedTuple):
     own: Tensor | None = None
     log_w_own: float | None = None
     log_w_next: float | None = None
+
+
+def log(x: float) -> float:
+    """math.log, of a batch size too: the compiler makes a constant of math.log's argument, and would compile again for
+    each size."""
+    return _symbolic_log(x * 1.0) if torch.compiler.is_compiling() else math.log(x)
+
+
+@torch.compiler.allow_in_graph
+def _symbolic_log(x: float) -> float:
+    return torch._sym_log2(x) * math.log(2)  # the one logarithm that symbolic numbers have
 
 
 def result(z: Tensor, *shape: int) -> Tensor:

@@ -87,11 +87,13 @@ def _compute_backward(
 
 
 _sample_gauss = declare(
-    "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, int? n_samples, bool[] outputs) -> Tensor[]", _fake, _compute
+    "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, SymInt? n_samples, bool[] outputs) -> Tensor[]",
+    _fake,
+    _compute,
 )
 _sample_gauss_backward = declare_backward(
     "sample_gauss_backward(Tensor? d_z, Tensor? d_log_q, Tensor? d_log_p, Tensor? d_kl, Tensor mu, Tensor logvar,"
-    " Tensor seed, int? n_samples, bool[] wanted) -> Tensor[]",
+    " Tensor seed, SymInt? n_samples, bool[] wanted) -> Tensor[]",
     _fake_backward,
     _compute_backward,
 )
