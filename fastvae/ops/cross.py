@@ -65,8 +65,9 @@ def log_prob_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
         shapes = ", ".join(str(tuple(x.shape)) for x in (z, mu, logvar))
         raise ValueError(f"z, mu, logvar: expected shapes that broadcast, got {shapes}") from None
     z, mu, logvar = (x.to(accumulation_dtype(x.dtype)) for x in promote(z, mu, logvar) if x is not None)
-    inv_sigma = torch.exp(-0.5 * logvar).clamp(max=torch.finfo(logvar.dtype).max)  # finite, so that 0 · it is 0
-    t = (z - mu) * inv_sigma
+    finite = torch.finfo(logvar.dtype).max  # which keeps 0 times it 0, also in gradients that are masked
+    inv_sigma = torch.exp(-0.5 * logvar).clamp(max=finite)
+    t = ((z - mu) * inv_sigma).clamp(-finite, finite)
     return -0.5 * (t * t + logvar + math.log(2 * math.pi)).sum(-1)
 
 
