@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import LogWeights, accumulation_dtype
-from ._checks import check_device, check_number, check_posterior, check_tensor, promote
+from ._checks import check_device, check_indices, check_number, check_posterior, check_tensor, promote
 
 POSTERIORS = "Tensor z, Tensor mu, Tensor logvar"  # of an op's schema: z [S, D]; mu, logvar [N, D]
 
@@ -114,9 +114,7 @@ def _log_weights(weights: ColumnWeights | None, z: Tensor, mu: Tensor) -> LogWei
 
 
 def _check_own(own: Tensor, S: int, N: int, z: Tensor) -> None:
-    if not isinstance(own, Tensor) or own.dtype != torch.int64:
-        got = own.dtype if isinstance(own, Tensor) else type(own).__name__
-        raise TypeError(f"own: expected an int64 tensor, got {got}")
+    check_indices("own", own)
     check_device("own", own, "z", z)
     if own.shape != (S,):
         raise ValueError(f"own: expected shape ({S},), one column for each sample, got {tuple(own.shape)}")
