@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..backends.contract import accumulation_dtype
 from ._checks import as_rows, check_choice, check_count, check_posterior, check_seed, promote
-from ._library import Function, declare, declare_random, empty_gradients, once_differentiable, spread
+from ._library import declare, declare_backward, declare_random, empty_gradients, spread
 
 OUTPUTS = ("z", "log_q", "log_p", "kl")
 
@@ -86,11 +87,13 @@ def _compute_backward(
 
 
 _sample_gauss = declare(
-    "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, int? n_samples, bool[] outputs) -> Tensor[]", _fake, _compute
+    "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, SymInt? n_samples, bool[] outputs) -> Tensor[]",
+    _fake,
+    _compute,
 )
-_sample_gauss_backward = declare(
+_sample_gauss_backward = declare_backward(
     "sample_gauss_backward(Tensor? d_z, Tensor? d_log_q, Tensor? d_log_p, Tensor? d_kl, Tensor mu, Tensor logvar,"
-    " Tensor seed, int? n_samples, bool[] wanted) -> Tensor[]",
+    " Tensor seed, SymInt? n_samples, bool[] wanted) -> Tensor[]",
     _fake_backward,
     _compute_backward,
 )
@@ -101,15 +104,10 @@ _draw_seed = declare_random(
 )
 
 
+@_sample_gauss.differentiate
 class SampleGauss(Function):
     """mu, logvar [B, D]; returns those of z [L, B, D], log_q [L, B], log_p [L, B], kl [B] in `outputs`, without the
     axis of samples where `n_samples` is None."""
-
-    @staticmethod
-    def forward(
-        mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: tuple[bool, ...]
-    ) -> tuple[Tensor, ...]:
-        return tuple(_sample_gauss(mu, logvar, seed, n_samples, outputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -118,7 +116,6 @@ class SampleGauss(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:2]
         upstream = spread(grads, ctx.outputs, 4)
@@ -179,13 +176,15 @@ def _sample(
     """Those of z, log_q, log_p and kl that are asked for."""
     check_posterior(mu, logvar)
     if n_samples is not None:
-        check_count("n_samples", n_samples)
+        n_samples = check_count("n_samples", n_samples)
+        if isinstance(n_samples, int) and n_samples > 2**32 and n_samples * mu.numel() >= 2**60:
+            raise ValueError(f"n_samples: expected fewer, for mu of shape {tuple(mu.shape)}, got {n_samples}")
     shape = mu.shape
     mu, logvar = promote(mu, logvar)  # type: ignore[assignment]
     if not any(asked):
         return ()
     seed_tensor = _seed(mu, seed, generator)
-    results = SampleGauss.call(as_rows(mu), as_rows(logvar), seed_tensor, n_samples, asked)
+    results = _sample_gauss(as_rows(mu), as_rows(logvar), seed_tensor, n_samples, asked)
     if len(shape) == 2:
         return results
     samples = () if n_samples is None else (n_samples,)
