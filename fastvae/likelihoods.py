@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends.contract import accumulation_dtype
-from .ops._checks import check_choice, check_count, check_flag, check_number
+from .ops._checks import check_choice, check_count, check_device, check_flag, check_number
 from .saved import SavedNumbers
 
 TABULATED = 2**16  # values of log C(n, x) at most: beyond, one of each x is had for less
@@ -29,6 +29,7 @@ class Likelihood(Protocol):
         """log p(x|z) of each element, in float32 (float64 for float64 outputs)."""
 
     def mean(self, output: Tensor) -> Tensor:
+        _check_dense("output", output)
         """E[x|z], the shape of `output`."""
 
     def check(self, x: Tensor) -> None:
@@ -53,13 +54,14 @@ class Bernoulli(nn.Module):
         return -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
 
     def mean(self, output: Tensor) -> Tensor:
+        _check_dense("output", output)
         return torch.sigmoid(output)
 
     def sample(self, output: Tensor) -> Tensor:
         return torch.bernoulli(torch.sigmoid(_wide(output)))
 
     def check(self, x: Tensor) -> None:
-        _check_is_tensor("x", x)
+        _check_dense("x", x)
         if not ((x == 0) | (x == 1)).all():
             low, high = x.aminmax()
             raise ValueError(
@@ -103,6 +105,7 @@ class Binomial(nn.Module):
         return log_choose.where(x == count, -math.inf)
 
     def mean(self, output: Tensor) -> Tensor:
+        _check_dense("output", output)
         return self.total_count * torch.sigmoid(output)
 
     def sample(self, output: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ class Binomial(nn.Module):
         return torch.binomial(torch.full_like(p, self.total_count), p)
 
     def check(self, x: Tensor) -> None:
-        _check_is_tensor("x", x)
+        _check_dense("x", x)
         n = self.total_count
         if not ((x >= 0) & (x <= n) & (x == x.round())).all():
             low, high = x.aminmax()
@@ -164,6 +167,7 @@ class Gaussian(SavedNumbers):
         return -0.5 * (t * t + log_variance + math.log(2 * math.pi))
 
     def mean(self, output: Tensor) -> Tensor:
+        _check_dense("output", output)
         return output
 
     def sample(self, output: Tensor) -> Tensor:
@@ -172,6 +176,7 @@ class Gaussian(SavedNumbers):
 
     def check(self, x: Tensor) -> None:
         """Any real number will do."""
+        _check_dense("x", x)
 
     def extra_repr(self) -> str:
         log_variance, learned = self.log_variance, isinstance(self.log_variance, Tensor)
@@ -205,20 +210,23 @@ def make_likelihood(likelihood: Any, **options: Any) -> Any:
 
 def _accumulate(x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype that sums are done in: never in half precision."""
-    _check_is_tensor("x", x)
-    _check_is_tensor("output", output)
+    _check_dense("x", x)
+    output = _wide(output)
+    check_device("x", x, "output", output)
     pairs = zip(reversed(x.shape), reversed(output.shape), strict=False)
     if x.ndim > output.ndim or any(n not in (1, m) for n, m in pairs):
         raise ValueError(f"x: expected to broadcast to the output's {tuple(output.shape)}, got {tuple(x.shape)}")
-    output = _wide(output)
     return x.to(output.dtype), output
 
 
-def _check_is_tensor(name: str, x: Any) -> None:
-    """Of any dtype: counts may be integers."""
+def _wide(output: Tensor) -> Tensor:
+    _check_dense("output", output)
+    return output.to(accumulation_dtype(output.dtype))
+
+
+def _check_dense(name: str, x: Any) -> None:
+    """A dense tensor of real numbers: counts may be integers."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-
-
-def _wide(output: Tensor) -> Tensor:
-    return output.to(accumulation_dtype(output.dtype))
+    if x.layout != torch.strided or x.is_complex():
+        raise TypeError(f"{name}: expected a dense tensor of real numbers, got {x.dtype}, {x.layout}")

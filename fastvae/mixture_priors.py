@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .backends.contract import accumulation_dtype
-from .ops._checks import check_count, check_number, check_tensor, promote
+from .ops._checks import check_count, check_device, check_number, check_tensor, promote
+from .ops._library import has_values
 from .ops.aggregate import agg_log_prob, agg_log_prob_marginals
 from .ops.pairs import ColumnWeights
 from .ops.sampling import reparameterize
@@ -116,11 +117,12 @@ class MixturePrior(_Mixture):
         given = {"weights": weights, "means": means, "variances": variances}
         for name, x in given.items():
             check_tensor(name, x)
+            check_device(name, x, "weights", weights)
         if means.ndim != 2 or variances.shape != means.shape or weights.shape != means.shape[:1]:
             shapes = ", ".join(str(tuple(x.shape)) for x in given.values())
             raise ValueError(f"weights, means, variances: expected shapes (K,), (K, D) and (K, D), got {shapes}")
         for name, x in (("weights", weights), ("variances", variances)):
-            if x.device.type == "cpu" and not (x >= 0).all():
+            if has_values(x) and x.device.type == "cpu" and not (x >= 0).all():
                 raise ValueError(f"{name}: expected no negative numbers, got values from {x.min().item():g}")
         parameters = [x for x in promote(weights.log(), means, variances.log()) if x is not None]
         # Parameters made under inference_mode could never be trained.

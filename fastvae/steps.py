@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .objectives import OfDraws
 from .ops._checks import check_count
-from .ops._library import seen_by_others
+from .ops._library import has_values
 
 PATIENCE = 100  # forward passes in training that a schedule may stand still for
 
@@ -52,11 +52,11 @@ class CountsSteps(nn.Module):
 
     def _watch(self, objective: Any) -> None:
         """A warning, once, of a loop that does not call `advance`. Eager training alone is counted, in Python."""
-        if not self.training or seen_by_others(self.step) or self._standing >= PATIENCE:
+        if not self.training or not has_values(self.step) or self._standing >= PATIENCE:
             return
         schedules = objective.schedules() if isinstance(objective, OfDraws) else []
         self._standing += bool(schedules)
-        if self._standing == PATIENCE and not self.step.is_meta and int(self.step) == 0:
+        if self._standing == PATIENCE and int(self.step) == 0:
             warnings.warn(
                 f"step: still 0 after {PATIENCE} calls in training, so that the objective's schedule of"
                 f" {' and '.join(schedules)} stands still; call vae.advance() after each optimizer.step(), or"

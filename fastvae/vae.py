@@ -12,7 +12,7 @@ from .mixture import GaussianMixture
 from .mixture_priors import MixturePrior, how_to_load
 from .objectives import ELBO, Objective
 from .ops._checks import as_rows, check_choice, check_count, check_flag, check_seed, check_tensor
-from .ops._library import seen_by_others
+from .ops._library import has_values
 from .ops.sampling import reparameterize, sample_gauss
 from .priors import Prior, StandardNormal, check_log_prob, check_posteriors
 from .steps import CountsSteps
@@ -349,7 +349,7 @@ class VAE(CountsSteps):
 
     def _check(self, x: Tensor) -> None:
         check_tensor("x", x)
-        if seen_by_others(x) or x.is_meta or (self._checked and x.device.type != "cpu"):
+        if not has_values(x) or (self._checked and x.device.type != "cpu"):
             return
         self.likelihood.check(x)
         self._checked = True

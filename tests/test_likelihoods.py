@@ -191,7 +191,12 @@ def test_binomial_refuses_what_is_no_count(bad):
         (lambda: Bernoulli().log_prob(torch.zeros(1), [1.0]), TypeError, "output"),
         (lambda: Bernoulli().log_prob(torch.zeros(3), torch.zeros(2)), ValueError, "x"),
         (lambda: Gaussian().log_prob(torch.zeros(4, 3), torch.zeros(3)), ValueError, "x"),
-        (lambda: Bernoulli().check([1.0]), TypeError, "x"),
+        *((lambda o=o: o.check([1.0]), TypeError, "x") for o in (Bernoulli(), Binomial(2), Gaussian())),
+        *((lambda o=o: o.check(torch.eye(2).to_sparse()), TypeError, "x") for o in (Bernoulli(), Binomial(2))),
+        *((lambda o=o: o.mean(1.0), TypeError, "output") for o in (Bernoulli(), Binomial(2), Gaussian())),
+        *((lambda o=o: o.sample(1.0), TypeError, "output") for o in (Bernoulli(), Binomial(2), Gaussian())),
+        (lambda: Gaussian().log_prob(torch.zeros(2, device="meta"), torch.zeros(2)), ValueError, "x"),
+        (lambda: Binomial(2).check(torch.zeros(2, dtype=torch.complex64)), TypeError, "x"),
     ],
 )
 def test_errors_name_the_argument(make, error, name):

@@ -391,6 +391,11 @@ def test_a_fitted_prior_says_how_it_is_loaded(name):
             ValueError,
             "variances",
         ),
+        (
+            lambda: MixturePrior.from_parameters(torch.ones(2), torch.ones(2, 2), torch.ones(2, 2, device="meta")),
+            ValueError,
+            "variances",
+        ),
         (lambda: VampPrior(3, nn.Linear(2, 2), torch.zeros(4, 2), limits=(1,)), TypeError, "limits"),
         (lambda: VampPrior(3, nn.Linear(2, 2), torch.zeros(4, 2), limits=3), TypeError, "limits"),
         (lambda: VampPrior(3, nn.Linear(2, 2), torch.zeros(4, 2), limits=("0", "1")), TypeError, "limits"),
