@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .backends.contract import accumulation_dtype
 from .importance import GRADIENTS, effective_sample_size, mc_iw_elbo
 from .ops._checks import check_choice, check_count, check_number, check_same_shape, check_tensor
 from .ops.cross import log_prob_gauss
@@ -77,7 +78,7 @@ class Draws(NamedTuple):
             return check_number(name, value)
         if value.ndim:
             raise ValueError(f"{name}: expected a scalar from the schedule, got shape {tuple(value.shape)}")
-        return value
+        return value.to(accumulation_dtype(self.log_px_z.dtype))  # as scalars, float64 among them, have no say in it
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,14 @@ def test_a_schedule_is_a_function_of_the_step():
     torch.testing.assert_close(plain_python, terms["nell"] + 0.5 * terms["kl"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_schedule_has_no_say_in_the_losss_dtype(dtype):
+    log_densities, context = hand()
+    context = {name: x.to(dtype) if name in ("z", "mu", "logvar") else x for name, x in context.items()}
+    for beta in (lambda step: step, lambda step: step.double() / 3, lambda step: step.bfloat16()):
+        assert ELBO(beta)(*[x.to(dtype) for x in log_densities], **context)[0].dtype == dtype
+
+
 def test_numbers_of_any_kind_become_pythons():
     for beta in (torch.tensor(2.0), torch.tensor(2), np.float16(2), np.int8(2), Fraction(2)):
         objective = ELBO(beta, free_bits=beta, groups=[np.int64(2), np.uint8(3)], capacity=beta)
