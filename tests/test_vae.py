@@ -426,6 +426,28 @@ def test_older_checkpoints_load(training):
     assert vae.likelihood.log_variance == torch.tensor(math.log(0.5)).item()
 
 
+@pytest.mark.parametrize("default", [torch.device("meta"), torch.float64])
+@pytest.mark.parametrize("likelihood", DATA)
+def test_defaults_are_not_taken_for_what_the_module_has(likelihood, default):
+    options, draw, _ = DATA[likelihood]
+    vae = make_vae(likelihood=likelihood, prior=StandardNormal(D), objective=ELBO(warm_up), **options).float()
+    x = draw(16, 4, 5).float()
+    results = []
+    for named in (False, True):
+        try:
+            if named:
+                (torch.set_default_dtype if default == torch.float64 else torch.set_default_device)(default)
+            torch.manual_seed(0)
+            out = vae(x, step=4)
+            samples = vae.sample(3)
+            log_px = vae.log_likelihood(x, 20, proposal="prior").log_px
+            results.append((out.loss, out.z, samples, log_px))
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    torch.testing.assert_close(*results)  # device and dtype too
+
+
 def test_on_the_meta_device():
     for options in ({}, {"likelihood": "gaussian", "learned": True}, {"objective": ELBO(warm_up)}):
         vae = make_vae(**options).to("meta")
