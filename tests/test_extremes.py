@@ -6,7 +6,20 @@ import math
 import pytest
 import torch
 from conftest import Target
-from helpers import DTYPES, Expected, aggregate, cast, draw, evaluate, samples
+from helpers import (
+    DTYPES,
+    Expected,
+    Op,
+    aggregate,
+    cast,
+    draw,
+    evaluate,
+    kl,
+    needing_gradients,
+    normals,
+    sample,
+    samples,
+)
 from torch import Tensor
 
 import fastvae
@@ -62,3 +75,50 @@ def test_what_a_sample_never_sees_costs_it_no_digits(
         return even(*aggregate(z, mu, logvar, log_w, weights(log_w)))
 
     Expected(formula, inputs, ("z", "mu")).check(evaluate(fast, inputs))
+
+
+def of_numbers(**numbers: list[float]) -> dict[str, Tensor]:
+    """[numbers, 1] each, wanting gradients"""
+    return needing_gradients({name: torch.tensor(x)[:, None] for name, x in numbers.items()})
+
+
+def gradients_at(name: str) -> tuple[Op, float]:
+    """Inputs at which factors of gradients overflow in float32, but not the formula's products, and the upstream."""
+    if name == "kl_gauss":
+        inputs = of_numbers(
+            mu=[-1e38, 1e30, 3.0, 1e19], logvar=[1.0, 60.0, -1e4, 2.0], prior_mu=[-1.0, 1e30, 3.0, -1e19],
+            prior_logvar=[-60.0, 0.5, -80.0, -40.0],
+        )  # fmt: skip
+        return Op(lambda **x: fastvae.kl_gauss(**x, reduction="none"), kl, inputs), 1e-30
+    inputs = of_numbers(mu=[0.0, 1e38, -2.0], logvar=[1e27, -1e27, 0.5])
+    eps = normals(2, 3, 1, dtype=torch.float32, seed=7)
+    return Op(
+        lambda **x: fastvae.reparameterize(**x, n_samples=2, seed=7), lambda **x: sample(**x, eps=eps)[0], inputs
+    ), 1.0
+
+
+@pytest.mark.parametrize("name", ["kl_gauss", "reparameterize"])
+def test_gradients_are_finite_and_right_where_the_formulas_are(backend: Target, name: str) -> None:
+    op, upstream = gradients_at(name)
+
+    def given(output: Tensor) -> Tensor:
+        return torch.full_like(output, upstream)
+
+    expected = Expected(op.formula, op.inputs, upstream=given)
+    results = zip(evaluate(op.fast, op.inputs, given), evaluate(op.formula, op.inputs, given), strict=True)
+    for n, ((got, single), exact, tolerance) in enumerate(
+        zip(results, expected.exact, expected.tolerance, strict=True)
+    ):
+        finite = single.isfinite()
+        assert finite.any(), f"result {n}"
+        assert got[finite].isfinite().all(), f"result {n}: {got}"
+        assert ((got.double() - exact).abs() <= tolerance)[finite].all(), f"result {n}: {got}, expected {exact}"
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
+def test_rows_that_hold_nothing_take_no_time(native: Target, reduction: str) -> None:
+    nothing = torch.zeros(2**40, 0, requires_grad=True)
+    loss = fastvae.kl_gauss(nothing, nothing, reduction=reduction)
+    loss.backward()
+    expected = math.nan if reduction == "mean" else 0.0
+    torch.testing.assert_close(loss.detach(), torch.tensor(expected), equal_nan=True)
