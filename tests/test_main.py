@@ -73,8 +73,10 @@ def test_info_says_which_variable_is_wrong(wrong, monkeypatch, capsys):
     monkeypatch.setattr(native_library, "_instruction_set", None)
     for remembered in (native_library, cuda):
         monkeypatch.setattr(remembered, "library", remembered.library.__wrapped__)
-    for remembering in ((native_library, "missing"), (cuda, "simulated"), (cuda, "status"), (triton, "status")):
-        monkeypatch.setattr(*remembering, getattr(*remembering).__wrapped__)
+    monkeypatch.setattr(native_library, "missing", native_library.missing.__wrapped__)
+    monkeypatch.setattr(cuda, "simulated", cuda.simulated.__wrapped__)
+    for backend in (native, triton, cuda):
+        monkeypatch.setattr(backend, "status", backend.status.__wrapped__)
     monkeypatch.setattr(triton, "_interpreting", lambda: False)
     assert main(["info"]) == 1
     output = capsys.readouterr().out

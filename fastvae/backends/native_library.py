@@ -101,6 +101,7 @@ def missing() -> str:
     return ""
 
 
+@functools.cache
 def status() -> tuple[bool, str]:
     """Whether the library loads and this CPU can run it; what it runs on, or why not."""
     asked = setting("FASTVAE_CPU_ISA")
