@@ -12,6 +12,7 @@ from torch import Tensor
 from .backends.contract import accumulation_dtype
 from .ops._checks import check_count, check_posterior
 
+MOST_SAMPLES = 2**40  # more than fit into any memory, few enough for their bytes to be counted in 64 bits
 Array = Tensor | np.ndarray
 Rows = slice | np.ndarray
 
@@ -40,6 +41,12 @@ class Posteriors(NamedTuple):
         if rows.max() >= N:
             raise ValueError(f"rows: expected row numbers from 0 to {N - 1}, got {int(rows.max())}")
         return rows.cpu().numpy()
+
+
+def check_values(name: str, x: Tensor) -> None:
+    """There are some to look at."""
+    if x.is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
 
 
 def check_rows(rows: int | Tensor | None) -> None:
