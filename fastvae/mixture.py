@@ -8,21 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import em
+from . import em, em_runs
 from .backends.contract import accumulation_dtype
 from .em import Mixture
-from .em_runs import (
-    Options,
-    checked_start,
-    finite_points,
-    overflow,
-    points_to_fit,
-    regularized,
-    run,
-    start,
-    step,
-    warn_if_few,
-)
 from .information import entropy
 from .ops._checks import check_choice, check_count, check_device, check_number, check_seed, check_tensor
 from .ops.sampling import reparameterize
@@ -121,13 +109,13 @@ class GaussianMixture:
         Source: Cappé & Moulines 2009.
         """
         options, started = self._options(), hasattr(self, "weights_")
-        x = points_to_fit(x, least=1 if started else options.n_components)
+        x = em_runs.points_to_fit(x, least=1 if started else options.n_components)
         if not started:
-            warn_if_few(x, options.n_components, stacklevel=2)
-        mixture = self._fitted(x) if started else start(x, options, options.generator())
+            em_runs.warn_if_few(x, options.n_components, stacklevel=2)
+        mixture = self._fitted(x) if started else em_runs.start(x, options, options.generator())
         t = self.n_batches_ + 1 if started else 1
         gamma = (t + 1) ** -0.6
-        n, means, variances, log_likelihood = step(x, mixture)
+        n, means, variances, log_likelihood = em_runs.step(x, mixture)
         old, new = (1 - gamma) * mixture.weights, gamma * n / len(x)
         weights = old + new
         share = (new / weights.clamp(min=torch.finfo(weights.dtype).tiny))[:, None]
@@ -135,7 +123,9 @@ class GaussianMixture:
         moved = means - mixture.means
         within = (1 - share) * (mixture.variances - options.reg_covar).clamp(min=0) + share * variances
         variances = within + share * (1 - share) * moved**2
-        mixture = regularized(weights / weights.sum(), mixture.means + share * moved, variances, x.dtype, options)
+        mixture = em_runs.regularized(
+            weights / weights.sum(), mixture.means + share * moved, variances, x.dtype, options
+        )
         self._keep(mixture, [*(self.lower_bounds_ if started else []), log_likelihood], x.dtype)
         self.converged_, self.n_batches_ = False, t
         self.n_reseeded_ = self.n_reseeded_ if started else 0
@@ -215,14 +205,14 @@ class GaussianMixture:
     def _n_parameters(self) -> int:
         return 2 * self.means_.numel() + len(self.weights_) - 1
 
-    def _options(self) -> Options:
+    def _options(self) -> em_runs.Options:
         K = check_count("n_components", self.n_components, least=1)
         init = self.init
         if isinstance(init, tuple | list):
-            init = checked_start(init, K)
+            init = em_runs.checked_start(init, K)
         else:
             check_choice("init", init, INITS)
-        return Options(
+        return em_runs.Options(
             n_components=K,
             tol=check_number("tol", self.tol, least=0.0, finite=True),
             max_iter=check_count("max_iter", self.max_iter, least=1),
@@ -235,11 +225,11 @@ class GaussianMixture:
     def _fit(self, x: Tensor) -> "GaussianMixture":
         """`fit`, for the methods that users call: its warnings are about the line that called them."""
         options = self._options()
-        x = points_to_fit(x, least=options.n_components)
-        warn_if_few(x, options.n_components, stacklevel=3)
+        x = em_runs.points_to_fit(x, least=options.n_components)
+        em_runs.warn_if_few(x, options.n_components, stacklevel=3)
         generator = options.generator()
         starts = 1 if isinstance(options.init, Mixture) else options.n_init
-        best = max((run(x, options, generator) for _ in range(starts)), key=lambda fitted: fitted.trace[-1])
+        best = max((em_runs.run(x, options, generator) for _ in range(starts)), key=lambda fitted: fitted.trace[-1])
         if not best.converged and options.tol > 0:
             change = f"{abs(best.trace[-1] - best.trace[-2]):.3g} nats" if len(best.trace) > 1 else "not known yet"
             warnings.warn(
@@ -269,14 +259,14 @@ class GaussianMixture:
         """The points that a fitted mixture is asked about."""
         check_tensor("x", x)
         mixture = self._fitted(x)
-        return finite_points(x, least), mixture
+        return em_runs.finite_points(x, least), mixture
 
 
 def _shared(x: Tensor, mixture: Mixture) -> Iterator[Tensor]:
     """`em.log_joint` of points that some component has a density at, so that p(k|x) is known."""
     for log_joint in em.log_joint(x, mixture):
         if (log_joint.amax(1) == -math.inf).any():
-            raise ValueError(overflow(x, -math.inf))
+            raise ValueError(em_runs.overflow(x, -math.inf))
         yield log_joint
 
 
