@@ -101,8 +101,7 @@ def kl_decomposition(
     analytic_conditional = check_flag("analytic_conditional", analytic_conditional)
     estimator = check_estimator(estimator, dataset_size)
     weights = sample_weights(z, mu, dataset_size, estimator, own)
-    if weights is not None:
-        check_drawn(weights.own, mu.shape[-2])
+    check_drawn(weights.own, mu.shape[-2])
     joint, marginals = agg_log_prob_marginals(z, mu, logvar, weights=weights, method=method, tol=tol)
     n_columns = mu.shape[-2]  # joint: [*batch, S], marginals: [*batch, S, D]
     z, mu, logvar = promote(z, mu, logvar)  # type: ignore[assignment]

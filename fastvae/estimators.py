@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from .ops._checks import check_choice, check_count
+from .ops._checks import check_choice, check_count, check_tensor
 from .ops.aggregate import agg_log_prob
 from .ops.pairs import ColumnWeights
 
@@ -151,10 +151,10 @@ def check_drawn(own: Tensor | None, n_columns: int) -> None:
 
 def sample_weights(
     z: Tensor, mu: Tensor, dataset_size: int | None, estimator: str | None, own: Tensor | None
-) -> ColumnWeights | None:
+) -> ColumnWeights:
     """The estimator's weights, with the own columns that the shapes of z and mu imply."""
-    if not (isinstance(z, Tensor) and isinstance(mu, Tensor) and mu.ndim >= 2 and z.ndim >= 2):
-        return None  # agg_log_prob names what is wrong
+    check_tensor("mu", mu, min_ndim=2)
+    check_tensor("z", z, min_ndim=2)
     N = mu.shape[-2]
     if N == 0:
         raise ValueError(f"mu: expected at least one posterior, got shape {tuple(mu.shape)}")

@@ -131,6 +131,8 @@ def prior_hole(
     with seeded(seed, z.device), z.device:
         prior = StandardNormal(D) if prior is None else prior
         z_prior = prior.sample(n_samples).to(z)
+    if z_prior.shape != (n_samples, D):
+        raise ValueError(f"prior: expected samples {(n_samples, D)}, got {tuple(z_prior.shape)}")
     own = torch.full((S + n_samples,), -1, dtype=torch.int64, device=z.device)
     own[:S] = torch.as_tensor(rows, device="cpu")
     both = torch.cat((z, z_prior))

@@ -171,6 +171,8 @@ def _checked_scalar(name: str, value: Any, finite: bool = False) -> float | Tens
     """A tensor of one element as it is, anything else as a Python float."""
     if not isinstance(value, Tensor):
         return check_number(name, value, finite=finite)
+    if value.is_nested or value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a number or a dense tensor of one element, got {value.layout}")
     if value.numel() != 1:
         raise TypeError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
     if value.is_meta:

@@ -74,7 +74,7 @@ def check_place(device: Any) -> torch.device | None:
         place = torch.empty(0, dtype=torch.float32, device=device).device
     except (TypeError, AttributeError):
         raise TypeError(f"device: expected a torch.device or its name, got {type(device).__name__}") from None
-    except (RuntimeError, AssertionError, NotImplementedError, OverflowError) as error:
+    except (RuntimeError, AssertionError, ValueError, OverflowError) as error:
         raise ValueError(f"device: expected one that is here, got {device!r}: {error}") from None
     if place.type == "meta":
         raise ValueError("device: expected one that holds values, got 'meta'")
@@ -103,6 +103,10 @@ def open_posteriors(
         posteriors = Posteriors(mu, logvar, torch.device(home))
     elif isinstance(source, Iterable) and (encoder is not None or not isinstance(source, Array)):
         if isinstance(source, Array):
+            if isinstance(source, Tensor):
+                if source.layout != torch.strided or source.is_nested:
+                    raise TypeError(f"posteriors: expected a dense tensor of inputs, got {source.layout} or nested")
+                check_values("posteriors", source)
             if source.ndim == 0:
                 raise ValueError("posteriors: expected inputs [N, ...], got shape ()")
             source = [source[first : first + chunk_size] for first in range(0, len(source), chunk_size)]  # views
@@ -126,6 +130,7 @@ def _spool(batches: Iterable[Any], encoder: Any, device: torch.device | str | No
                     expected = "batches x, or (x, labels), of tensors or arrays"
                     raise TypeError(f"posteriors: expected {expected}, got {type(x).__name__}")
                 x = _tensor(x)
+                check_values("posteriors", x)
                 batch = encoder(x if device is None else x.to(device))
             if not (isinstance(batch, tuple | list) and len(batch) == 2):
                 raise TypeError(f"posteriors: expected batches of pairs (mu, logvar), got {type(batch).__name__}")
