@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .ops._checks import check_choice, check_count, check_tensor
 from .ops.aggregate import agg_log_prob
-from .ops.pairs import ColumnWeights
+from .ops.pairs import ColumnWeights, log
 
 ESTIMATORS = ("uniform", "stratified", "mss", "mws", "loo")
 
@@ -59,7 +59,7 @@ def estimator_weights(
         _check_own(own)
     M = B - 1
     if estimator == "uniform":
-        return ColumnWeights(-math.log(B), own)
+        return ColumnWeights(-log(B), own)
     if estimator != "mws":
         check_drawn(own, B)
         if M == 0 and (estimator == "loo" or N != 1):
@@ -69,15 +69,15 @@ def estimator_weights(
                 " give the DataLoader drop_last=True"
             )
     if estimator == "loo":
-        return ColumnWeights(-math.log(M), own, -math.inf)
+        return ColumnWeights(-log(M), own, -math.inf)
     assert N is not None
     if estimator == "mws":
-        return ColumnWeights(-math.log(B * N), own)
+        return ColumnWeights(-log(B * N), own)
     if M == 0:
         return ColumnWeights(-math.inf, own, 0.0)
     if estimator == "stratified":
-        return ColumnWeights(math.log((N - 1) / (N * M)), own, -math.log(N))
-    return ColumnWeights(-math.log(M), own, -math.log(N), math.log((N - M) / (N * M)))
+        return ColumnWeights(log((N - 1) / (N * M)), own, -log(N))
+    return ColumnWeights(-log(M), own, -log(N), log((N - M) / (N * M)))
 
 
 def agg_entropy(

@@ -258,6 +258,12 @@ def assert_same(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
 
 # Inputs.
 
+
+def negated(x: Tensor) -> Tensor:
+    """The numbers of x in a view that is to be negated when it is read, as complex autograd makes them."""
+    return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "transposed": lambda x: x.mT.contiguous().mT,
@@ -266,6 +272,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "unaligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
     "one row expanded": lambda x: x[:1].expand_as(x),
     "one column expanded": lambda x: x[..., :1].expand_as(x),
+    "negated": negated,
 }
 
 
@@ -348,7 +355,7 @@ def op_named(name: str, dtype: torch.dtype = torch.float64, S: int = 5, N: int =
     n = 2 if name == "agg_log_prob_marginals" else 1
 
     def weights(z: Tensor, mu: Tensor, log_w: Tensor) -> ColumnWeights:
-        own = torch.arange(len(z)) % (len(mu) + 1) - 1  # the first sample is drawn from none of the columns
+        own = torch.arange(len(z), device=z.device) % (len(mu) + 1) - 1  # the first is drawn from none
         return ColumnWeights(log_w, own, -0.5, 0.5)
 
     return Op(

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -230,3 +232,73 @@ def test_a_sample_of_no_column_is_for_estimators_that_weigh_all_alike(estimator:
 def test_entropy_of_no_posteriors() -> None:
     empty = torch.zeros(0, D)
     check(ValueError, "mu", "agg_entropy", z=empty, mu=empty, logvar=empty)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "nested", "mkldnn"])
+@pytest.mark.parametrize("name", ALL)
+def test_layouts_other_than_strided(name: str, kind: str) -> None:
+    dense = torch.ones(B, D)
+    make: dict[str, Callable[[], Tensor]] = {
+        "sparse": dense.to_sparse,
+        "nested": lambda: torch.nested.nested_tensor([dense, dense]),
+        "mkldnn": dense.to_mkldnn,
+    }
+    for argument in tensors(name):
+        check(TypeError, argument, name, **{argument: make[kind]()})
+
+
+# What a number may come as, and what it is used as.
+
+
+def test_numbers_of_other_kinds_are_used_as_python_numbers() -> None:
+    torch.manual_seed(0)
+    z, mu = torch.randn(64, D), torch.randn(64, D)
+    logvar = torch.zeros(64, D)
+    for size in (np.int32(1_281_167), np.uint64(1_281_167)):
+        for estimator in ("stratified", "mss", "mws"):
+            ours, plain = (
+                fastvae.agg_entropy(z, mu, logvar, dataset_size=n, estimator=estimator) for n in (size, 1_281_167)
+            )
+            assert torch.equal(ours, plain)
+    for half in (Fraction(1, 2), np.float32(0.5), np.float64(0.5), torch.tensor(0.5)):
+        assert torch.equal(fastvae.kl_gauss(mu, logvar, free_bits=half), fastvae.kl_gauss(mu, logvar, free_bits=0.5))
+    for half in (Fraction(1, 2), np.float32(0.5), np.float64(0.5)):
+        weights = (ColumnWeights(x, torch.arange(64), x, x) for x in (half, 0.5))
+        ours, plain = (fastvae.agg_log_prob(z, mu, logvar, weights=w) for w in weights)
+        assert torch.equal(ours, plain)
+    ours, plain = (fastvae.reparameterize(mu, logvar, n, seed=s) for n, s in ((np.int8(2), np.int64(3)), (2, 3)))
+    assert torch.equal(ours, plain)
+
+
+HUGE = 10**5000
+
+
+@pytest.mark.parametrize("huge", [HUGE, -HUGE], ids=["positive", "negative"])
+def test_integers_that_no_float_holds(huge: int) -> None:
+    check(ValueError, "free_bits", "kl_gauss", free_bits=huge)
+    check(ValueError, "seed", "reparameterize", seed=huge)
+    check(ValueError, "n_samples", "reparameterize", n_samples=huge)
+    check(ValueError, "dataset_size", "agg_entropy", dataset_size=huge)
+    check(ValueError, "tol", "agg_log_prob_marginals", tol=huge)
+    check(ValueError, "log_w", "agg_log_prob", weights=ColumnWeights(huge))
+
+
+def test_more_samples_than_any_memory_holds() -> None:
+    for name in ("reparameterize", "sample_gauss"):
+        check(ValueError, "n_samples", name, n_samples=2**62)
+
+
+@pytest.mark.parametrize("array", [np.zeros(3), np.array(["sum", "mean"]), torch.zeros(3)], ids=str)
+def test_arrays_as_a_choice(array: Any) -> None:
+    check(ValueError, "reduction", "kl_gauss", reduction=array)
+    check(ValueError, "method", "agg_log_prob_marginals", method=array)
+    check(ValueError, "outputs", "sample_gauss", outputs=(array,))
+    check(ValueError, "estimator", "agg_entropy", estimator=array)
+
+
+def test_kl_of_an_empty_batch_with_free_bits() -> None:
+    mu = torch.zeros(0, D, requires_grad=True)
+    for reduction in ("sum", "mean", "batchmean", "dim"):
+        kl = fastvae.kl_gauss(mu, mu, reduction=reduction, free_bits=0.5)
+        assert torch.equal(kl, torch.zeros(D) if reduction == "dim" else torch.zeros(()))
+        assert torch.autograd.grad(kl.sum(), mu)[0].shape == (0, D)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,12 +19,14 @@ from helpers import (
     draw,
     evaluate,
     lay_out,
+    negated,
     op_named,
 )
 from torch import Tensor
 
 from fastvae.backends import backend_for
 from fastvae.backends.contract import REDUCTIONS
+from fastvae.ops.table import columns_of, tabulate
 
 
 @pytest.fixture(params=OPS)
@@ -68,17 +69,10 @@ def test_only_the_gradients_asked_for_are_computed(backend: Target, name: str, m
     assert_same(evaluate(op.fast, inputs), everything[:n_outputs])
 
 
-@pytest.mark.parametrize("loss", [torch.sum, torch.linalg.norm], ids=["linear", "curved"])
-def test_second_derivatives_are_refused(backend: Target, name: str, loss: Callable[[Tensor], Tensor]) -> None:
-    """Rather than left out of a sum without a word, also where the upstream gradient is a constant."""
-    if name == "log_prob_gauss":
-        pytest.skip("made of torch's own operations, which have them")
+def test_an_upstream_gradient_to_be_negated(backend: Target, name: str) -> None:
     op = op_named(name)
-    output = op.fast(**op.inputs)
-    total = sum(loss(o) for o in ([output] if isinstance(output, Tensor) else output))
-    gradient = torch.autograd.grad(total, op.inputs["mu"], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="first derivatives only"):
-        ((gradient**2).sum() + op.inputs["mu"].sum()).backward()
+    gradients = evaluate(op.fast, op.inputs, lambda output: negated(draw(*output.shape, seed=1).to(output)))
+    assert_same(gradients, evaluate(op.fast, op.inputs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -220,7 +214,8 @@ def test_inference_mode(backend: Target, name: str) -> None:
         assert_same(results, evaluate(op.fast, plain))
 
 
-def test_function_transforms(backend: Target, name: str) -> None:
+@pytest.mark.parametrize("compiler", [None, "eager", "aot_eager"])
+def test_function_transforms(backend: Target, name: str, compiler: str | None) -> None:
     op = op_named(name)
     plain = {key: x.detach() for key, x in op.inputs.items()}
 
@@ -228,8 +223,29 @@ def test_function_transforms(backend: Target, name: str) -> None:
         output = op.fast(**inputs)
         return output.sum() if isinstance(output, Tensor) else torch.stack([o.sum() for o in output]).sum()
 
+    transformed = torch.func.grad(loss)
+    if compiler:
+        transformed = torch.compile(transformed, backend=compiler, fullgraph=True)
     gradients = evaluate(op.fast, op.inputs, upstream=torch.ones_like)[-len(plain) :]
-    assert_same(list(torch.func.grad(loss)(plain).values()), gradients)
+    assert_same(list(transformed(plain).values()), gradients)
+    torch._dynamo.reset()
+
+
+def test_other_defaults(backend: Target, name: str) -> None:
+    """What torch makes by default is not what comes out: that goes by the inputs."""
+    op = op_named(name, torch.float32)
+    expected = evaluate(op.fast, op.inputs)
+    upstream = [torch.ones_like(x) for x in expected[: -len(op.inputs)]]
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            outputs = op.fast(**op.inputs)
+            outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            gradients = torch.autograd.grad(outputs, list(op.inputs.values()), upstream)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same([o.detach() for o in outputs], expected[: len(outputs)])
+    assert_same(gradients, evaluate(op.fast, op.inputs, torch.ones_like)[len(outputs) :])
 
 
 def test_meta_tensors_give_shapes(name: str) -> None:
@@ -270,6 +286,10 @@ def arguments_of_ops() -> dict[str, list[tuple[object, ...]]]:
     log_w, own, seed = draw(4, seed=6).float(), torch.arange(5) % 5 - 1, torch.tensor(7)
     weights = (log_w, None, own, -0.5, 0.5)
     joint, marginals = torch.ops.fastvae.agg_log_prob_marginals(z, mu, logvar, *weights)
+    many = 2 * draw(400, 3, seed=8).float()
+    table = tabulate(many, columns_of(mu, logvar, None, -1.5), 1e-6, math.inf)
+    assert table is not None
+    tabulated = (many, mu, logvar, log_w, -1.5, list(table))
     unweighted = torch.ops.fastvae.agg_log_prob(z, mu, logvar, None, -1.5, None, None, None)
     samples = torch.ops.fastvae.sample_gauss(mu, logvar, seed, 2, [True] * 4)
     return {
@@ -300,6 +320,8 @@ def arguments_of_ops() -> dict[str, list[tuple[object, ...]]]:
             (joint, None, z, mu, logvar, *weights, [False, True, True, True]),
         ],
         "agg_log_prob_marginals": [(z, mu, logvar, *weights)],
+        "interpolate": [tabulated],
+        "interpolate_backward": [(many.double(), *tabulated, [True, True, False, True])],
         "agg_log_prob_marginals_backward": [
             (joint, marginals, joint, marginals, z, mu, logvar, *weights, [True] * 4),
             (None, marginals, joint, marginals, z, mu, logvar, *weights, [False, True, True, False]),

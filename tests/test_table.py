@@ -202,7 +202,7 @@ def test_gradients_are_those_of_the_interpolant() -> None:
     t = (2 * (z - table.left[panel]) / table.width[panel] - 1).clamp(-1 + 1e-15, 1 - 1e-15)
     powers = torch.cos(torch.arange(16) * torch.arccos(t)[..., None])
     expected = (powers * coefficients[panel]).sum(-1).reshape(-1).index_put((table.singles,), singles)
-    got = tables.Interpolation.call(z, mu, logvar, log_w, 0.0, *table)
+    got = tables.interpolation(z, mu, logvar, log_w, 0.0, list(table))
     torch.testing.assert_close(got.flatten(), expected, rtol=0, atol=1e-12)
 
     upstream = draw(700, 2, seed=5)

@@ -39,7 +39,7 @@ def _in_huge_pages(out: Tensor) -> Tensor:
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return _in_huge_pages(torch.empty(shape, dtype=dtype))
+    return _in_huge_pages(torch.empty(shape, dtype=dtype, device="cpu"))
 
 
 def _output(like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@ dtypes and shapes."""
 
 import math
 import numbers
+import sys
 from typing import Any
 
 import torch
@@ -15,13 +16,25 @@ def check_tensor(name: str, x: Any, *, min_ndim: int = 1) -> None:
     """A dense floating-point tensor of at least `min_ndim` axes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.layout != torch.strided or x.is_nested:
-        kind = "nested" if x.is_nested else x.layout
-        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+    _check_dense(name, x)
     if x.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.ndim < min_ndim:
         raise ValueError(f"{name}: expected at least {min_ndim} axes, got shape {tuple(x.shape)}")
+
+
+def check_indices(name: str, x: Any) -> None:
+    """A dense int64 tensor."""
+    if not isinstance(x, Tensor) or x.dtype != torch.int64:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected an int64 tensor, got {got}")
+    _check_dense(name, x)
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested one" if x.is_nested else f"one of layout {x.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
 def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
@@ -89,8 +102,6 @@ def check_number(
     finite: bool = False,
 ) -> float:
     """A number that is not NaN, as a Python float, from `least` to `most`, and larger than `above`."""
-    if type(value) is float and least <= value <= most and value > above and not (finite and math.isinf(value)):
-        return value
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
         number: Any = value
     else:
@@ -102,7 +113,9 @@ def check_number(
             number = float(value)
         except OverflowError:
             raise ValueError(f"{name}: expected a number that a float can hold, got {_shown(value)}") from None
-    if least <= number <= most and (number > above or above == -math.inf) and not (finite and math.isinf(number)):
+    # Without a bound there is no comparison, as the compiler makes a guard of each.
+    inside = number == number and (least == -math.inf or number >= least) and (most == math.inf or number <= most)
+    if inside and (above == -math.inf or number > above) and not (finite and abs(number) > sys.float_info.max):
         return number
     bounds = [
         f"{sign} {bound:g}"

@@ -1,16 +1,20 @@
-"""How an op is declared: once with torch.library, so that it is opaque but legal to the compiler.
+"""How an op is declared: once with torch.library, with a shape function and an autograd formula, so that the compiler
+and function transforms know it as they know torch's own.
 
-The autograd Functions stand outside and call these ops, which is faster than giving the ops autograd formulas
-of their own.
+Eager calls go past the dispatcher, which takes 5 us of the 10 us that a small KL takes: straight to the autograd node,
+and from there to the backend. Whoever else needs to see a call (the compiler, a transform, a dispatch mode, a tensor
+that is not an ordinary one) gets the op.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import Function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -19,9 +23,80 @@ from ..backends import backend_for
 _library = torch.library.Library("fastvae", "DEF")
 
 
-def declare(schema: str, fake: Callable[..., Any], compute: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """Define `schema` in the namespace fastvae, and return the function that calls it; `fake` gives its results'
-    shapes.
+class Op:
+    """An op in the namespace fastvae. Calling it computes it, and records what its gradients need, if it has any."""
+
+    def __init__(self, schema: str, fake: Callable[..., Any], run: Callable[..., Any], *tags: torch.Tag):
+        self.name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        for key in ("CPU", "CUDA"):
+            _library.impl(self.name, run, key)
+        torch.library.register_fake(f"fastvae::{self.name}", fake, lib=_library)
+        self.handle = getattr(torch.ops.fastvae, self.name).default
+        self.run = run
+        self.record = self.below_autograd
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.handle(*arguments) if seen_by_others() else self.record(*arguments)
+
+    def below_autograd(self, *arguments: Any) -> Any:
+        """The results without a graph, from `run` where it can read the arguments."""
+        if _ordinary(arguments) and not seen_by_others():
+            return self.run(*arguments)
+        with _AutoDispatchBelowAutograd():
+            if not _are_functorch_transforms_active():
+                return self.handle(*arguments)
+            with torch.enable_grad(), _set_fwd_grad_enabled(True):  # of the levels below, which a Function turns off
+                return self.handle(*arguments)
+
+    def differentiate(self, formula: type[Function]) -> type[Function]:
+        """Make a Function with `setup_context` and `backward` the op's autograd formula: it has the op's arguments."""
+
+        def forward(*arguments: Any) -> Any:
+            results = self.below_autograd(*arguments)
+            return tuple(results) if isinstance(results, list) else results
+
+        def jvp(*arguments: Any) -> Any:
+            raise RuntimeError(
+                f"fastvae offers reverse-mode derivatives only: {self.name} was asked for forward-mode ones"
+            )
+
+        formula.forward, formula.jvp = staticmethod(forward), staticmethod(jvp)  # type: ignore
+        lists = str(self.handle._schema.returns[0].type) == "List[Tensor]"
+
+        def at_one_level(*arguments: Any) -> Any:  # of function transforms, of which the dispatcher keeps account
+            with enable_single_level_autograd_function():
+                results = self.record(*arguments)
+            return list(results) if lists else results
+
+        # Not Function.apply itself, which binds arguments through `inspect.signature`: 20 us, three times the rest.
+        self.record = super(Function, formula).apply  # type: ignore[misc]
+        _library.impl(self.name, at_one_level, "Autograd")
+        return formula
+
+
+class _Backward(Op):
+    """An op that gives gradients. It has an autograd formula too, which refuses: that makes a second derivative an
+    error on every route to it, where it would else be a silent zero."""
+
+    def __init__(self, schema: str, fake: Callable[..., Any], run: Callable[..., Any]):
+        super().__init__(schema, fake, run)
+
+        @self.differentiate
+        class FirstOrderOnly(Function):
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                pass
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+                raise RuntimeError("fastvae offers first derivatives only: a gradient of its gradients was asked for")
+
+    def __call__(self, *arguments: Any) -> Any:
+        return super().__call__(*arguments) if torch.is_grad_enabled() else self.below_autograd(*arguments)
+
+
+def declare(schema: str, fake: Callable[..., Any], compute: Callable[..., Any] | None = None, kind: Any = Op) -> Op:
+    """The op of a schema in the namespace fastvae; `fake` gives its results' shapes.
 
     `compute(backend, *arguments)` runs it on the backend of its tensors' device; by default that calls the
     backend's function of the op's name.
@@ -35,84 +110,44 @@ def declare(schema: str, fake: Callable[..., Any], compute: Callable[..., Any] |
         backend = backend_for(first.device)
         return compute(backend, *arguments) if compute else getattr(backend, name)(*arguments)
 
-    return _past_the_dispatcher(run, _define(schema, fake, run))
+    return kind(schema, fake, run)
 
 
-def declare_random(schema: str, fake: Callable[..., Any], draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Define an op that draws from torch's generators: not to be cached, merged or dropped by the compiler."""
-    return _past_the_dispatcher(draw, _define(schema, fake, draw, torch.Tag.nondeterministic_seeded))
+def declare_backward(schema: str, fake: Callable[..., Any], compute: Callable[..., Any] | None = None) -> Op:
+    """An op that gives the gradients of another, and has none itself."""
+    return declare(schema, fake, compute, _Backward)
 
 
-def _past_the_dispatcher(run: Callable[..., Any], op: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls `run` where nobody else needs to see the call, else the op: the dispatcher takes 5 us of the 10 us that a
-    small KL takes. Such a call's Python counts, so the questions are asked in one place."""
-
-    def call(*arguments: Any) -> Any:
-        ordinary = _ORDINARY.issuperset(map(type, arguments))
-        if ordinary and not (_are_functorch_transforms_active() or is_in_torch_dispatch_mode() or is_compiling()):
-            return run(*arguments)
-        return op(*arguments)
-
-    return call
+def declare_random(schema: str, fake: Callable[..., Any], draw: Callable[..., Any]) -> Op:
+    """An op that draws from torch's generators: not to be cached, merged or dropped by the compiler."""
+    return Op(schema, fake, draw, torch.Tag.nondeterministic_seeded)
 
 
-def seen_by_others(x: Tensor) -> bool:
-    """Whether x may have no values to look at: under the compiler, in a function transform, as a fake tensor."""
-    others = is_compiling() or _are_functorch_transforms_active() or is_in_torch_dispatch_mode()
-    return others or type(x) not in _ORDINARY
+def seen_by_others() -> bool:
+    """Whether somebody else sees calls of ops: the compiler, a function transform, a dispatch mode."""
+    return is_compiling() or _are_functorch_transforms_active() or is_in_torch_dispatch_mode()
 
 
-_ORDINARY = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list))
+def has_values(x: Tensor) -> bool:
+    """Whether x has values to look at: not under the compiler, in a function transform, or where it is a fake."""
+    return type(x) in _PLAIN and x.device.type != "meta" and not seen_by_others()
 
 
-def _define(schema: str, fake: Callable[..., Any], run: Callable[..., Any], *tags: torch.Tag) -> Any:
-    name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
-    torch.library.register_fake(f"fastvae::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastvae, name).default
+_PLAIN = (Tensor, torch.nn.Parameter)
+_OTHERS = frozenset((type(None), bool, int, float, str, tuple, list))
 
 
-class Function(torch.autograd.Function):
-    """An autograd Function to be run by `call`, whose eager calls skip the argument binding that `apply` does for
-    `setup_context` through `inspect.signature`: 20 us, three times the rest. Positional arguments only."""
-
-    @classmethod
-    def call(cls, *args: Any) -> Any:
-        if not (is_compiling() or _are_functorch_transforms_active()):
-            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-        distinct: list[Any] = []  # the compiler takes no tensor twice
-        for x in args:
-            again = isinstance(x, Tensor) and any(x is y for y in distinct)
-            distinct.append(x.view_as(x) if again else x)
-        return cls.apply(*distinct)
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError("fastvae offers first derivatives only: a gradient of its gradients was asked for")
-
-
-def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """For a Function's backward that has no derivative of its own: asking for one raises. torch's decorator of this
-    name stays silent, and gives zero, where the upstream gradient is a constant."""
-
-    @functools.wraps(backward)
-    def first_order(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled() or is_compiling() or _are_functorch_transforms_active():
-            return backward(ctx, *upstream)
-        with torch.no_grad():
-            gradients = backward(ctx, *upstream)
-        given = [g.detach().requires_grad_() for g in gradients if g is not None]
-        refusing = iter(_FirstOrderOnly.apply(*given) if given else ())
-        return tuple(None if g is None else next(refusing) for g in gradients)
-
-    return first_order
+def _ordinary(arguments: Sequence[Any]) -> bool:
+    """Whether a backend can read them: no tensor is of a subclass, or a view to be negated when it is read, as the
+    imaginary part of a conjugate is, or stands for zeros that have no memory."""
+    for x in arguments:
+        kind = type(x)
+        if kind in _PLAIN:
+            if x.is_neg() or x._is_zerotensor():
+                return False
+        elif kind not in _OTHERS:
+            return False
+    return True
 
 
 def empty_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor]:

@@ -6,31 +6,31 @@
 It serves every estimator of the aggregate posterior, mixture priors and EM; nothing of shape [S, N] is formed.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..backends.contract import LogWeights, accumulation_dtype
 from ._checks import check_choice, check_number
-from ._library import Function, declare, empty_gradients, once_differentiable, seen_by_others, spread
+from ._library import declare, declare_backward, empty_gradients, has_values, spread
 from .pairs import POSTERIORS, ColumnWeights, checked, over_batches, result
-from .table import Interpolation, affordable, columns_of, override, tabulate
+from .table import affordable, columns_of, interpolation, override, tabulate
 
 METHODS = ("auto", "direct", "table")
 
 
 # Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
 
-_WEIGHTS = "Tensor? log_w, float? log_w_all, Tensor? own, float? log_w_own, float? log_w_next"
+_WEIGHTS = "Tensor? log_w, Scalar? log_w_all, Tensor? own, Scalar? log_w_own, Scalar? log_w_next"
 
 _agg_log_prob = declare(
     f"agg_log_prob({POSTERIORS}, {_WEIGHTS}) -> Tensor",
     lambda z, *_: result(z, z.shape[0]),
     lambda backend, z, mu, logvar, *weights: backend.agg_log_prob(z, mu, logvar, LogWeights(*weights)),
 )
-_agg_log_prob_backward = declare(
+_agg_log_prob_backward = declare_backward(
     f"agg_log_prob_backward(Tensor d_joint, Tensor? joint, {POSTERIORS}, {_WEIGHTS}, bool[] wanted) -> Tensor[]",
     lambda d_joint, joint, z, mu, logvar, log_w, *rest: [
         *([] if joint is not None else [result(z, z.shape[0])]),
@@ -45,7 +45,7 @@ _agg_log_prob_marginals = declare(
     lambda z, *_: (result(z, z.shape[0]), result(z, *z.shape)),
     lambda backend, z, mu, logvar, *weights: backend.agg_log_prob_marginals(z, mu, logvar, LogWeights(*weights)),
 )
-_agg_log_prob_marginals_backward = declare(
+_agg_log_prob_marginals_backward = declare_backward(
     "agg_log_prob_marginals_backward(Tensor? d_joint, Tensor? d_marginals, Tensor joint, Tensor marginals,"
     f" {POSTERIORS}, {_WEIGHTS}, bool[] wanted) -> Tensor[]",
     lambda d_joint, d_marginals, joint, marginals, z, mu, logvar, log_w, *rest: empty_gradients(
@@ -57,48 +57,23 @@ _agg_log_prob_marginals_backward = declare(
 )
 
 
+@_agg_log_prob.differentiate
 class AggLogProb(Function):
     """z [S, D], mu and logvar [N, D], then the fields of LogWeights; to [S]."""
-
-    @staticmethod
-    def forward(
-        z: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        log_w: Tensor | None,
-        log_w_all: float | None,
-        own: Tensor | None,
-        log_w_own: float | None,
-        log_w_next: float | None,
-    ) -> Tensor:  # no *weights: the compiler counts parameters, to know that there is no ctx among them
-        return _agg_log_prob(z, mu, logvar, log_w, log_w_all, own, log_w_own, log_w_next)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save(ctx, inputs, output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_joint: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
         return spread(_agg_log_prob_backward(d_joint, *_saved(ctx), wanted), wanted, 8)
 
 
+@_agg_log_prob_marginals.differentiate
 class AggLogProbMarginals(Function):
     """z [S, D], mu and logvar [N, D], then the fields of LogWeights; to the joint [S] and marginals [S, D]."""
-
-    @staticmethod
-    def forward(
-        z: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        log_w: Tensor | None,
-        log_w_all: float | None,
-        own: Tensor | None,
-        log_w_own: float | None,
-        log_w_next: float | None,
-    ) -> tuple[Tensor, Tensor]:  # no *weights: the compiler counts parameters, to know that there is no ctx among them
-        return _agg_log_prob_marginals(z, mu, logvar, log_w, log_w_all, own, log_w_own, log_w_next)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -106,7 +81,6 @@ class AggLogProbMarginals(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_joint: Tensor | None, d_marginals: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
         gradients = _agg_log_prob_marginals_backward(d_joint, d_marginals, *_saved(ctx), wanted)
@@ -156,7 +130,7 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeight
         >>> entropy = -fastvae.agg_log_prob(z, mu, logvar).mean()
     """
     z, mu, logvar, log_weights = checked(z, mu, logvar, weights)
-    return over_batches(AggLogProb.call, z, mu, logvar, *log_weights)
+    return over_batches(_agg_log_prob, z, mu, logvar, *log_weights)
 
 
 def agg_log_prob_marginals(
@@ -196,19 +170,19 @@ def agg_log_prob_marginals(
     """
     z, mu, logvar, log_weights = checked(z, mu, logvar, weights)
     tol = check_method(method, tol, z.dtype)
-    if method != "direct" and seen_by_others(z):
+    if method != "direct" and not has_values(z):
         if method == "table":
             raise ValueError("method: expected 'auto' or 'direct' where values cannot be looked at, got 'table'")
         method = "direct"
     if method == "direct" or (method == "auto" and z.device.type != "cpu"):
-        return over_batches(AggLogProbMarginals.call, z, mu, logvar, *log_weights)
+        return over_batches(_agg_log_prob_marginals, z, mu, logvar, *log_weights)
     most = z.shape[-2] / 2 if method == "table" else affordable(z.shape[-2], mu.shape[-2], accumulation_dtype(z.dtype))
 
     def joint_and_marginals(z: Tensor, mu: Tensor, logvar: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
         marginals = _tabulated(z, mu, logvar, LogWeights(*fields), tol, most)
         if marginals is None:
-            return AggLogProbMarginals.call(z, mu, logvar, *fields)
-        joint = AggLogProb.call(z, mu, logvar, *fields)
+            return _agg_log_prob_marginals(z, mu, logvar, *fields)
+        joint = _agg_log_prob(z, mu, logvar, *fields)
         return joint, marginals.to(joint.dtype)
 
     return over_batches(joint_and_marginals, z, mu, logvar, *log_weights)
@@ -227,9 +201,9 @@ def _tabulated(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, tol: 
 
     def direct(rows: Tensor) -> Tensor:
         assert weights.own is not None
-        return AggLogProbMarginals.call(z[rows], mu, logvar, *weights._replace(own=weights.own[rows]))[1]
+        return _agg_log_prob_marginals(z[rows], mu, logvar, *weights._replace(own=weights.own[rows]))[1]
 
-    marginals = Interpolation.call(z, mu, logvar, weights.log_w, common, *table)
+    marginals = interpolation(z, mu, logvar, weights.log_w, common, list(table))
     return override(marginals, z, mu, logvar, weights, direct)
 
 
@@ -238,10 +212,7 @@ def check_method(method: str, tol: float | None, dtype: torch.dtype) -> float:
     check_choice("method", method, METHODS)
     if tol is None:
         return 1e-12 if dtype == torch.float64 else 1e-6
-    check_number("tol", tol)
-    if not 0 < tol < math.inf:
-        raise ValueError(f"tol: expected a finite number above 0, got {tol}")
-    return float(tol)
+    return check_number("tol", tol, above=0.0, finite=True)
 
 
 def mixture_sums(z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

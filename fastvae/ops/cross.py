@@ -8,34 +8,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..backends.contract import accumulation_dtype
 from ._checks import check_device, check_tensor, promote
-from ._library import Function, declare, empty_gradients, once_differentiable, spread
+from ._library import declare, declare_backward, empty_gradients, spread
 from .pairs import POSTERIORS, checked, over_batches, result
 
 _cross_log_prob = declare(
     f"cross_log_prob({POSTERIORS}) -> Tensor", lambda z, mu, logvar: result(z, z.shape[0], mu.shape[0])
 )
-_cross_log_prob_backward = declare(
+_cross_log_prob_backward = declare_backward(
     f"cross_log_prob_backward(Tensor grad, {POSTERIORS}, bool[] wanted) -> Tensor[]",
     lambda grad, z, mu, logvar, wanted: empty_gradients((z, mu, logvar), wanted),
 )
 
 
+@_cross_log_prob.differentiate
 class CrossLogProb(Function):
     """z [S, D], mu and logvar [N, D] to [S, N]."""
-
-    @staticmethod
-    def forward(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        return _cross_log_prob(z, mu, logvar)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad
         return spread(_cross_log_prob_backward(grad, *ctx.saved_tensors, wanted), wanted, 3)
@@ -68,8 +65,9 @@ def log_prob_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
         shapes = ", ".join(str(tuple(x.shape)) for x in (z, mu, logvar))
         raise ValueError(f"z, mu, logvar: expected shapes that broadcast, got {shapes}") from None
     z, mu, logvar = (x.to(accumulation_dtype(x.dtype)) for x in promote(z, mu, logvar) if x is not None)
-    inv_sigma = torch.exp(-0.5 * logvar).clamp(max=torch.finfo(logvar.dtype).max)  # finite, so that 0 · it is 0
-    t = (z - mu) * inv_sigma
+    finite = torch.finfo(logvar.dtype).max  # which keeps 0 times it 0, also in gradients that are masked
+    inv_sigma = torch.exp(-0.5 * logvar).clamp(max=finite)
+    t = ((z - mu) * inv_sigma).clamp(-finite, finite)
     return -0.5 * (t * t + logvar + math.log(2 * math.pi)).sum(-1)
 
 
@@ -94,4 +92,4 @@ def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
         >>> responsibilities = log_q.softmax(1)
     """
     z, mu, logvar, _ = checked(z, mu, logvar)
-    return over_batches(CrossLogProb.call, z, mu, logvar)
+    return over_batches(_cross_log_prob, z, mu, logvar)

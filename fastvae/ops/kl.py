@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..backends.contract import REDUCTIONS, accumulation_dtype, kl_shape
 from ._checks import as_rows, check_choice, check_device, check_number, check_posterior, check_tensor, promote
-from ._library import Function, declare, empty_gradients, once_differentiable, spread
+from ._library import declare, declare_backward, empty_gradients, spread
 
 
 def _fake(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str) -> Tensor:
@@ -34,21 +35,16 @@ _kl_gauss = declare(
     "kl_gauss(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, str reduction) -> Tensor",
     _fake,
 )
-_kl_gauss_backward = declare(
+_kl_gauss_backward = declare_backward(
     "kl_gauss_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar,"
     " str reduction, bool[] wanted) -> Tensor[]",
     _fake_backward,
 )
 
 
+@_kl_gauss.differentiate
 class KLGauss(Function):
     """mu, logvar [B, D]; priors [1, D] or [B, D]."""
-
-    @staticmethod
-    def forward(
-        mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
-    ) -> Tensor:
-        return _kl_gauss(mu, logvar, prior_mu, prior_logvar, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -56,7 +52,6 @@ class KLGauss(Function):
         ctx.reduction = inputs[4]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
         return spread(_kl_gauss_backward(grad, *ctx.saved_tensors, ctx.reduction, wanted), wanted, 5)
@@ -82,7 +77,8 @@ def kl_gauss(
             other axes, each dimension's share of the KL; `"sum"`; `"mean"`, over all elements; `"batchmean"`,
             the sum over D and the mean over all other axes: the ELBO's KL term.
         free_bits: lambda, nats per dimension (Kingma et al. 2016): a dimension whose batch-mean KL is below it
-            counts as lambda and gets no gradient.
+            counts as lambda and gets no gradient. Of an empty batch all is 0 then; without free bits a mean of nothing
+            is NaN, as in torch.
 
     Returns:
         The KL in float32, or in float64 for float64 inputs. Never negative.
@@ -98,7 +94,7 @@ def kl_gauss(
     """
     check_posterior(mu, logvar)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_number("free_bits", free_bits, least=0.0)
+    free_bits = check_number("free_bits", free_bits, least=0.0, finite=True)
     if free_bits and reduction in ("none", "sample"):
         raise ValueError(
             f"free_bits: acts on the batch mean of each dimension, so reduction={reduction!r} cannot have it"
@@ -118,11 +114,14 @@ def kl_gauss(
     )
     if free_bits:
         n_rows = arguments[0].shape[0]
-        dims = KLGauss.call(*arguments, "dim").clamp(min=free_bits)
+        if n_rows == 0:
+            nothing = _kl_gauss(*arguments, "sum")
+            return nothing.expand(D) if reduction == "dim" else nothing
+        dims = _kl_gauss(*arguments, "dim").clamp(min=free_bits)
         if reduction == "dim":
             return dims
         return dims.sum() * {"sum": n_rows, "mean": 1 / max(D, 1), "batchmean": 1}[reduction]
-    kl = KLGauss.call(*arguments, reduction)
+    kl = _kl_gauss(*arguments, reduction)
     if len(shape) != 2 and reduction in ("none", "sample"):
         kl = kl.reshape(shape if reduction == "none" else shape[:-1])
     return kl

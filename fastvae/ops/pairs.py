@@ -1,5 +1,6 @@
 """Samples against posteriors, as all ops that evaluate one under the other take them: shapes, weights, batches."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import LogWeights, accumulation_dtype
-from ._checks import check_device, check_number, check_posterior, check_tensor, promote
+from ._checks import check_device, check_indices, check_number, check_posterior, check_tensor, promote
 
 POSTERIORS = "Tensor z, Tensor mu, Tensor logvar"  # of an op's schema: z [S, D]; mu, logvar [N, D]
 
@@ -29,6 +30,18 @@ class ColumnWeights(NamedTuple):
     own: Tensor | None = None
     log_w_own: float | None = None
     log_w_next: float | None = None
+
+
+def log(x: float) -> float:
+    """math.log, of a batch size too: the compiler makes a constant of math.log's argument, and would compile again for
+    each size."""
+    return _symbolic_log(x * 1.0) if torch.compiler.is_compiling() else math.log(x)
+
+
+@torch.compiler.allow_in_graph
+def _symbolic_log(x: float) -> float:
+    symbolic_log2: Any = torch._sym_log2  # type: ignore[attr-defined]
+    return symbolic_log2(x) * math.log(2)  # they have no other
 
 
 def result(z: Tensor, *shape: int) -> Tensor:
@@ -87,23 +100,21 @@ def _log_weights(weights: ColumnWeights | None, z: Tensor, mu: Tensor) -> LogWei
         if log_w.shape != (N,):
             raise ValueError(f"weights.log_w: expected a number or shape ({N},), got {tuple(log_w.shape)}")
     else:
-        check_number("weights.log_w", log_w)
+        log_w = check_number("weights.log_w", log_w)
+    replaced = []
     for name, value in (("log_w_own", log_w_own), ("log_w_next", log_w_next)):
-        if value is not None:
-            check_number(f"weights.{name}", value)
-            if own is None:
-                raise ValueError(f"weights.own: expected the own columns, since {name} is given, got None")
+        replaced.append(None if value is None else check_number(f"weights.{name}", value))
+        if value is not None and own is None:
+            raise ValueError(f"weights.own: expected the own columns, since {name} is given, got None")
     if own is not None:
         _check_own(own, S, N, z)
     if isinstance(log_w, Tensor):
-        return LogWeights(log_w, None, own, log_w_own, log_w_next)
-    return LogWeights(None, log_w, own, log_w_own, log_w_next)
+        return LogWeights(log_w, None, own, *replaced)
+    return LogWeights(None, log_w, own, *replaced)
 
 
 def _check_own(own: Tensor, S: int, N: int, z: Tensor) -> None:
-    if not isinstance(own, Tensor) or own.dtype != torch.int64:
-        got = own.dtype if isinstance(own, Tensor) else type(own).__name__
-        raise TypeError(f"own: expected an int64 tensor, got {got}")
+    check_indices("own", own)
     check_device("own", own, "z", z)
     if own.shape != (S,):
         raise ValueError(f"own: expected shape ({S},), one column for each sample, got {tuple(own.shape)}")

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..backends.contract import accumulation_dtype
 from ._checks import as_rows, check_choice, check_count, check_posterior, check_seed, promote
-from ._library import Function, declare, declare_random, empty_gradients, once_differentiable, spread
+from ._library import declare, declare_backward, declare_random, empty_gradients, spread
 
 OUTPUTS = ("z", "log_q", "log_p", "kl")
 
@@ -27,16 +28,30 @@ class GaussianSample(NamedTuple):
     kl: Tensor | None
 
 
-def _fake(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: list[bool]) -> list[Tensor]:
+# Ops: mu, logvar [B, D]; n_samples L, or None for one sample without the axis of samples.
+
+
+def _fake(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: list[bool]) -> list[Tensor]:
     B, D = mu.shape
+    samples = () if n_samples is None else (n_samples,)
     dtype = accumulation_dtype(mu.dtype)
     results = (
-        ((n_samples, B, D), mu.dtype),
-        ((n_samples, B), dtype),
-        ((n_samples, B), dtype),
+        ((*samples, B, D), mu.dtype),
+        ((*samples, B), dtype),
+        ((*samples, B), dtype),
         ((B,), dtype),
     )
     return [mu.new_empty(s, dtype=d) for (s, d), want in zip(results, outputs, strict=True) if want]
+
+
+def _compute(
+    backend: Any, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: list[bool]
+) -> list[Tensor]:
+    results = backend.sample_gauss(mu, logvar, seed, 1 if n_samples is None else n_samples, outputs)
+    if n_samples is None:
+        for result in results[: sum(outputs[:3])]:
+            result.squeeze_(0)  # in place, as nobody has seen them: views that a Function returns cannot be changed
+    return results
 
 
 def _fake_backward(
@@ -47,19 +62,40 @@ def _fake_backward(
     mu: Tensor,
     logvar: Tensor,
     seed: Tensor,
-    n_samples: int,
+    n_samples: int | None,
     wanted: list[bool],
 ) -> list[Tensor]:
     return empty_gradients((mu, logvar), wanted)
 
 
+def _compute_backward(
+    backend: Any,
+    d_z: Tensor | None,
+    d_log_q: Tensor | None,
+    d_log_p: Tensor | None,
+    d_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    n_samples: int | None,
+    wanted: list[bool],
+) -> list[Tensor]:
+    if n_samples is None:
+        n_samples = 1
+        d_z, d_log_q, d_log_p = (None if g is None else g.unsqueeze(0) for g in (d_z, d_log_q, d_log_p))
+    return backend.sample_gauss_backward(d_z, d_log_q, d_log_p, d_kl, mu, logvar, seed, n_samples, wanted)
+
+
 _sample_gauss = declare(
-    "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, int n_samples, bool[] outputs) -> Tensor[]", _fake
+    "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, SymInt? n_samples, bool[] outputs) -> Tensor[]",
+    _fake,
+    _compute,
 )
-_sample_gauss_backward = declare(
+_sample_gauss_backward = declare_backward(
     "sample_gauss_backward(Tensor? d_z, Tensor? d_log_q, Tensor? d_log_p, Tensor? d_kl, Tensor mu, Tensor logvar,"
-    " Tensor seed, int n_samples, bool[] wanted) -> Tensor[]",
+    " Tensor seed, SymInt? n_samples, bool[] wanted) -> Tensor[]",
     _fake_backward,
+    _compute_backward,
 )
 _draw_seed = declare_random(
     "draw_seed(Tensor like) -> Tensor",
@@ -68,19 +104,10 @@ _draw_seed = declare_random(
 )
 
 
+@_sample_gauss.differentiate
 class SampleGauss(Function):
     """mu, logvar [B, D]; returns those of z [L, B, D], log_q [L, B], log_p [L, B], kl [B] in `outputs`, without the
     axis of samples where `n_samples` is None."""
-
-    @staticmethod
-    def forward(
-        mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: tuple[bool, ...]
-    ) -> tuple[Tensor, ...]:
-        results = _sample_gauss(mu, logvar, seed, 1 if n_samples is None else n_samples, outputs)
-        if n_samples is None:
-            for result in results[: sum(outputs[:3])]:
-                result.squeeze_(0)
-        return tuple(results)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -89,14 +116,10 @@ class SampleGauss(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted, n_samples = ctx.needs_input_grad[:2], ctx.n_samples
-        d_z, d_log_q, d_log_p, d_kl = spread(grads, ctx.outputs, 4)
-        if n_samples is None:
-            n_samples = 1
-            d_z, d_log_q, d_log_p = (None if g is None else g.unsqueeze(0) for g in (d_z, d_log_q, d_log_p))
-        gradients = _sample_gauss_backward(d_z, d_log_q, d_log_p, d_kl, *ctx.saved_tensors, n_samples, wanted)
+        wanted = ctx.needs_input_grad[:2]
+        upstream = spread(grads, ctx.outputs, 4)
+        gradients = _sample_gauss_backward(*upstream, *ctx.saved_tensors, ctx.n_samples, wanted)
         return spread(gradients, wanted, 5)
 
 
@@ -153,13 +176,15 @@ def _sample(
     """Those of z, log_q, log_p and kl that are asked for."""
     check_posterior(mu, logvar)
     if n_samples is not None:
-        check_count("n_samples", n_samples)
+        n_samples = check_count("n_samples", n_samples)
+        if isinstance(n_samples, int) and n_samples > 2**32 and n_samples * mu.numel() >= 2**60:
+            raise ValueError(f"n_samples: expected fewer, for mu of shape {tuple(mu.shape)}, got {n_samples}")
     shape = mu.shape
     mu, logvar = promote(mu, logvar)  # type: ignore[assignment]
     if not any(asked):
         return ()
     seed_tensor = _seed(mu, seed, generator)
-    results = SampleGauss.call(as_rows(mu), as_rows(logvar), seed_tensor, n_samples, asked)
+    results = _sample_gauss(as_rows(mu), as_rows(logvar), seed_tensor, n_samples, asked)
     if len(shape) == 2:
         return results
     samples = () if n_samples is None else (n_samples,)

@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..backends.contract import LogWeights, accumulation_dtype
-from ._library import Function, once_differentiable
+from ._library import declare, declare_backward, empty_gradients, spread
 from .panels import LEVELS, Columns, blocks, first_cells, halved, levels_of, plant, too_wide, widest
 
 NODES = 16  # points of a panel
@@ -191,33 +192,56 @@ def interpolate(table: Table, z: Tensor) -> Tensor:
     return result
 
 
-class Interpolation(Function):
-    """z [S, D], mu and logvar [N, D], log_w [N] or None, log_w of all, the fields of a Table of these; to [S, D] in
-    float64."""
+# Ops: z [S, D], mu and logvar [N, D], log_w [N] or None, log_w of all, the fields of a Table of these.
 
-    @staticmethod
-    def forward(
-        z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor | None, log_w_all: float, *table: Tensor
-    ) -> Tensor:
-        return interpolate(Table(*table), z)
+_TABULATED = "Tensor z, Tensor mu, Tensor logvar, Tensor? log_w, float log_w_all, Tensor[] table"
+
+interpolation = declare(
+    f"interpolate({_TABULATED}) -> Tensor",
+    lambda z, *_: z.new_empty(z.shape, dtype=torch.float64),
+    lambda backend, z, mu, logvar, log_w, log_w_all, table: interpolate(Table(*table), z),
+)
+_interpolate_backward = declare_backward(
+    f"interpolate_backward(Tensor grad, {_TABULATED}, bool[] wanted) -> Tensor[]",
+    lambda grad, z, mu, logvar, log_w, log_w_all, table, wanted: empty_gradients((z, mu, logvar, log_w), wanted),
+    lambda backend, *arguments: _gradients(*arguments),
+)
+
+
+@interpolation.differentiate
+class Interpolation(Function):
+    """To [S, D] in float64."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, mu, logvar, log_w, ctx.log_w_all, *table = inputs
-        ctx.save_for_backward(z, mu, logvar, log_w, *table)
+        *tensors, ctx.log_w_all, table = inputs
+        ctx.save_for_backward(*tensors, *table)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, table = ctx.saved_tensors[:4], Table(*ctx.saved_tensors[4:])
+        inputs, table = ctx.saved_tensors[:4], list(ctx.saved_tensors[4:])
         wanted = ctx.needs_input_grad[:4]
-        d_z, d_coefficients = _through_panels(table, inputs[0], grad)
-        _, to_coefficients = _chebyshev(grad)
-        d_values = torch.cat((_product(d_coefficients, to_coefficients).flatten(), grad.reshape(-1)[table.singles]))
-        d_points, *others = _through_columns(table, inputs, ctx.log_w_all, d_values, wanted)
-        d_z.view(-1)[table.singles] = d_points[len(d_points) - len(table.singles) :].to(d_z.dtype)
-        gradients = zip((d_z, *others), inputs, wanted, strict=True)
-        return (*(g.to(x.dtype) if want else None for g, x, want in gradients), *[None] * (1 + len(table)))
+        return spread(_interpolate_backward(grad, *inputs, ctx.log_w_all, table, wanted), wanted, 6)
+
+
+def _gradients(
+    grad: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    log_w: Tensor | None,
+    log_w_all: float,
+    fields: list[Tensor],
+    wanted: list[bool],
+) -> list[Tensor]:
+    inputs, table = (z, mu, logvar, log_w), Table(*fields)
+    d_z, d_coefficients = _through_panels(table, z, grad)
+    _, to_coefficients = _chebyshev(grad)
+    d_values = torch.cat((_product(d_coefficients, to_coefficients).flatten(), grad.reshape(-1)[table.singles]))
+    d_points, *others = _through_columns(table, inputs, log_w_all, d_values, wanted)
+    d_z.view(-1)[table.singles] = d_points[len(d_points) - len(table.singles) :].to(d_z.dtype)
+    gradients = zip((d_z, *others), inputs, wanted, strict=True)
+    return [g.to(x.dtype) for g, x, want in gradients if want and x is not None]
 
 
 def _through_panels(table: Table, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,7 +265,7 @@ def _through_panels(table: Table, z: Tensor, grad: Tensor) -> tuple[Tensor, Tens
 
 
 def _through_columns(
-    table: Table, inputs: tuple[Tensor, ...], log_w_all: float, d_values: Tensor, wanted: tuple[bool, ...]
+    table: Table, inputs: tuple[Any, ...], log_w_all: float, d_values: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
     """d points `[n]`, d mu and d logvar `[N, D]` in their dtypes, d log_w `[N]`; zero where not wanted."""
     ((mu, logvar, log_w),) = columns_of(inputs[1], inputs[2], inputs[3], log_w_all).chunks()
