@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from .ops._checks import check_choice, check_count, check_tensor
+from .ops._checks import check_choice, check_count, check_indices, check_tensor
 from .ops.aggregate import agg_log_prob
 from .ops.pairs import ColumnWeights, log
 
@@ -56,7 +56,9 @@ def estimator_weights(
     if N is not None and N < B:
         raise ValueError(f"dataset_size: expected at least the batch's {B} posteriors, got {N}")
     if own is not None:
-        _check_own(own)
+        check_indices("own", own)
+        if own.ndim != 1:
+            raise ValueError(f"own: expected shape [S], one column for each sample, got {tuple(own.shape)}")
     M = B - 1
     if estimator == "uniform":
         return ColumnWeights(-log(B), own)
@@ -128,16 +130,6 @@ def check_estimator(estimator: str | None, dataset_size: int | None) -> str:
     elif estimator not in ("uniform", "loo"):
         raise ValueError(f"dataset_size: expected the size of the data set for {estimator!r}, got None")
     return estimator
-
-
-def _check_own(own: Tensor) -> None:
-    if not (isinstance(own, Tensor) and own.dtype == torch.int64 and own.layout == torch.strided):
-        got = (
-            type(own).__name__ if not isinstance(own, Tensor) else own.dtype if own.dtype != torch.int64 else own.layout
-        )
-        raise TypeError(f"own: expected an int64 tensor, got {got}")
-    if own.ndim != 1:
-        raise ValueError(f"own: expected shape [S], one column for each sample, got {tuple(own.shape)}")
 
 
 def check_drawn(own: Tensor | None, n_columns: int) -> None:
