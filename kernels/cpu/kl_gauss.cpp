@@ -255,7 +255,6 @@ int kl_gauss(const void *mu, int64_t mu_stride, const void *logvar, int64_t logv
     const Inputs<T> in{static_cast<const T *>(mu), static_cast<const T *>(logvar), static_cast<const T *>(prior_mu),
                        static_cast<const T *>(prior_logvar), mu_stride, logvar_stride, prior_mu_stride,
                        prior_logvar_stride};
-    if (D == 0 && reduction != FASTVAE_SAMPLE) B = 0;  // rows that hold nothing and ask for nothing
     const auto run = prior_mu || prior_logvar ? forward<T, true> : forward<T, false>;
     return run(in, B, D, reduction, scale, static_cast<T *>(out), threads);
 }
@@ -271,7 +270,6 @@ int kl_gauss_backward(const void *grad, int64_t grad_row, int64_t grad_col, doub
     const Gradients<T> out{static_cast<T *>(d_mu), static_cast<T *>(d_logvar),
                            prior_mu ? static_cast<T *>(d_prior_mu) : nullptr,
                            prior_logvar ? static_cast<T *>(d_prior_logvar) : nullptr};
-    if (D == 0) B = 0;
     const auto run = prior_mu || prior_logvar ? backward<T, true> : backward<T, false>;
     return run(static_cast<const T *>(grad), grad_row, grad_col, scale, in, B, D, out, threads);
 }
