@@ -34,6 +34,11 @@ class Error(NamedTuple):
         return "accurate" if self.error <= self.bound else "inaccurate"
 
 
+class Results(NamedTuple):
+    got: list[Tensor]
+    hidden: tuple[Tensor, ...]  # what else they depend on
+
+
 class Truth:
     """What a function of `inputs` should give.
 
@@ -59,17 +64,23 @@ class Truth:
         self._known: tuple[list[Tensor], list[float]] | None = None
 
     def error(self, function: Callable[..., Any]) -> Error:
+        return self.judge(self.results(function))
+
+    def results(self, function: Callable[..., Any]) -> Results:
+        """What a contestant gives; the float64 values, which take their own time, are for `judge`."""
         hidden: tuple[Tensor, ...] = ()
         if self.hidden is not None:
             torch.manual_seed(SEED)
             hidden = self.hidden(function, *self.inputs)
             torch.manual_seed(SEED)
-        got = self._results(function, self.inputs, self.rows)
-        if self._known is None or hidden:
-            self._known = self._expected(hidden)
+        return Results(self._results(function, self.inputs, self.rows), hidden)
+
+    def judge(self, results: Results) -> Error:
+        if self._known is None or results.hidden:
+            self._known = self._expected(results.hidden)
         errors = [
             Error(float((g.double() - e).abs().max()) / _largest(e), bound)
-            for g, e, bound in zip(got, *self._known, strict=True)
+            for g, e, bound in zip(results.got, *self._known, strict=True)
         ]
         return max(errors, key=lambda e: e.error / e.bound if e.error == e.error else math.inf)
 

@@ -26,6 +26,7 @@ from fastvae.streams import open_posteriors
 
 from . import early_exit
 from .harness import in_turns, peak_extra_bytes, seconds
+from .machine import why_not
 
 TOL = 1e-6
 ROWS = 64  # that are checked
@@ -156,6 +157,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--full", action="store_true")
     options = parser.parse_args()
+    if reason := why_not("native"):
+        sys.exit(reason)
     torch.set_num_threads(options.threads)
     marginals_alone(4096, 4, -2, 1)  # what is loaded and kept at a first call
 

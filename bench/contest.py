@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastvae
 
-from .accuracy import Truth
+from .accuracy import Results, Truth
 from .cases import Case
 from .harness import (
     MODES,
@@ -29,8 +29,9 @@ from .machine import Ceilings
 
 FRESH = 3  # inputs take turns
 MEMORY = 4 * 2**30  # what a call may allocate
-SECONDS = 4.0  # what a call may take, to judge by the size before
-PATIENCE = 40.0  # seconds, for the calls before the race, compilation included
+SECONDS = 4.0  # what a peer's call may take, to judge by the size before; on a slower machine, so much more
+PATIENCE = 40.0  # seconds, for the calls before the race, compilation included; likewise
+TOO_SLOW = "too slow"
 
 _compiled_for: list[object] = [None]
 _pace: dict[tuple[str, str, str], float] = {}  # seconds per element, by op, mode and contestant
@@ -42,8 +43,11 @@ def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand
     op, size, mode: of the case. work: the ceiling that bounds the op, how many of its units a call needs, and the
     ceiling itself, if it is known. results: by contestant, fastvae first, either `why_not`, or `median`, `low` and
     `high` (quartiles) in seconds, `repeats`, `bytes` of peak extra memory, `error`, `bound` and `verdict`.
+    `clock` is for fastvae's times, and is not used where fastvae is left out.
     """
     op = case.op
+    slowness = ceilings.slowness if ceilings else 1.0
+    patience = slowness * PATIENCE
     if _compiled_for[0] != (case.name, case.size):  # each size is compiled for as if it were the only one
         torch._dynamo.reset()
         _compiled_for[0] = (case.name, case.size)
@@ -66,30 +70,32 @@ def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand
         if isinstance(function, str):
             results[name] = {"why_not": function}
             continue
-        if expected > SECONDS:
+        if expected > slowness * SECONDS and name != "fastvae":
             results[name] = {"why_not": f"not run: about {expected:.0f} s a call"}
             continue
         prepare = MODES[case.mode](function, *leaves)
         try:
-            with time_limit(PATIENCE), memory_limit(MEMORY):
-                results[name] = _checked(case, truth, name, function)
+            with time_limit(patience), memory_limit(MEMORY):
+                given = _given(case, truth, name, function)
                 if op.part or name in op.yardsticks:
-                    prepare()()  # warmed up, as the others are by the check
+                    prepare()()  # warmed up, as the others are by what they have given
                 start = time.perf_counter()
-                results[name]["bytes"] = peak_extra_bytes(prepare())
+                extra = peak_extra_bytes(prepare())
                 spent = time.perf_counter() - start
                 estimates[name] = spent if spent > 1 else _estimate(prepare)
+            results[name] = {"bytes": extra, **_judged(truth, given)}
             prepares[name] = prepare
             if estimates[name] > SECONDS / 40:  # no longer the call's own overhead
                 _pace[case.name, case.mode, name] = estimates[name] / elements
         except MemoryError:
             results[name] = {"why_not": f"out of memory: over {MEMORY / 2**30:.0f} GiB"}
         except TimeoutError:
-            results[name] = {"why_not": f"too slow: over {PATIENCE:.0f} s to try"}
+            results[name] = {"why_not": f"{TOO_SLOW}: over {patience:.0f} s to try"}
         except ImportError as error:
             results[name] = {"why_not": f"not installed: {error.name}"}
     give_back()
-    for name, times in race(prepares, estimates, refresh, clock).items():
+    clock = clock if "fastvae" in prepares else by_hand
+    for name, times in (race(prepares, estimates, refresh, clock) if prepares else {}).items():
         low, median, high = statistics.quantiles(times, n=4)
         results[name] |= {"median": median, "low": low, "high": high, "repeats": len(times)}
     work: dict[str, Any] | None = None
@@ -105,7 +111,7 @@ def try_out(case: Case) -> dict[str, dict[str, Any]]:
     truth = _truth(case, _inputs(case)[0])
     with torch.compiler.set_stance("force_eager"):
         return {
-            name: _checked(case, truth, name, function)
+            name: _judged(truth, _given(case, truth, name, function))
             for name, function in _contestants(case).items()
             if not isinstance(function, str) and name != "keops"
         }
@@ -144,8 +150,15 @@ def _by_reference(function: Any) -> Callable[..., Any]:
     return exact
 
 
-def _checked(case: Case, truth: Truth, name: str, function: Any) -> dict[str, Any]:
+def _given(case: Case, truth: Truth, name: str, function: Any) -> Results | None:
+    """What is to be judged: nothing of a yardstick."""
     if name in case.op.yardsticks:
+        return None
+    return truth.results(case.op.part(function) if case.op.part else function)
+
+
+def _judged(truth: Truth, given: Results | None) -> dict[str, Any]:
+    if given is None:
         return {}
-    error = truth.error(case.op.part(function) if case.op.part else function)
+    error = truth.judge(given)
     return {"error": error.error, "bound": error.bound, "verdict": error.verdict}

@@ -4,8 +4,9 @@
 
 Writes OUT/gpu.json and OUT/gpu.md, again after each row, so that a run cut short leaves what it has. Ceilings are
 measured in the same run (gpu_ceilings.py). Large sizes: CUDA events around a call, the cache flushed before each, peers
-interleaved, medians. Small ones: many calls between events, and a CUDA graph of the call. With TRITON_INTERPRET=1 it is
-a dry run: all of it at tiny sizes in Triton's interpreter, on the CPU, which measures nothing.
+interleaved, medians. Small ones: many calls between events, and a CUDA graph of the call. FASTVAE_BACKEND=cuda measures
+that backend instead of Triton's. With TRITON_INTERPRET=1 and FASTVAE_BACKEND=triton it is a dry run: all of it at tiny
+sizes in Triton's interpreter, on the CPU, which measures nothing.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import triton
 from torch import Tensor
 
 import fastvae
+from fastvae.backends.settings import setting
 
 from . import peers
 from .early_exit import population
@@ -34,7 +36,9 @@ from .gpu_ceilings import Ceilings, ceilings
 from .gpu_harness import CALLS, DEVICE, DRY, best, graphed, peak, race, repeated
 from .harness import Run, forward, forward_backward, max_error
 from .inputs import posteriors, samples_and_posteriors
+from .machine import why_not
 
+BACKEND = setting("FASTVAE_BACKEND") or "triton"  # that computes what is called fastvae here
 SMALL = (256, 32)
 CHECKED = ("kl_gauss", "reparameterize", "agg_log_prob", "agg_log_prob_marginals")  # for determinism
 DSPRITES = (737_280, 10)
@@ -170,7 +174,7 @@ def skipping(run: Run, on: bool) -> Run:
     """The whole call, as the backward asks too."""
 
     def call() -> object:
-        with fastvae.use_backend(os.environ.get("FASTVAE_BACKEND") or None, exact_skip=on):
+        with fastvae.use_backend(BACKEND, exact_skip=on):
             return run()
 
     return call
@@ -299,6 +303,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240.0, help="start no part after this")
     parser.add_argument("--only", default="", help="rows whose title contains this")
     options = parser.parse_args()
+    if reason := why_not(BACKEND, DEVICE):
+        sys.exit(reason)
     begin = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastvae import backends
 from fastvae.backends import native_library
 
 HERE = Path(__file__).parent
@@ -22,6 +23,28 @@ class Ceilings(NamedTuple):
     fma: float  # float32 fused multiply-adds
     exponentials: float  # float32, by our own polynomial in registers
     bandwidth: float  # bytes, read plus written, of a copy much larger than the caches
+
+    @property
+    def slowness(self) -> float:
+        """How many times slower than the machine for which the limits in seconds were chosen, at what it is worst at;
+        1 on a faster one."""
+        return max(1.0, *(theirs / ours for theirs, ours in zip(OF_THE_LIMITS, self, strict=True)))
+
+
+OF_THE_LIMITS = Ceilings(fma=116e9, exponentials=11.6e9, bandwidth=30.6e9)  # results/amd-epyc-2-threads
+
+
+def why_not(backend: str, device: str = "cpu") -> str:
+    """Why what is called fastvae here would not be computed by that backend; nothing where it would."""
+    try:
+        computes = backends.name_for(torch.device(device))
+    except RuntimeError as error:
+        return str(error)
+    if computes == backend:
+        return ""
+    available, detail = backends.status(backend)[1:]
+    reason = "FASTVAE_BACKEND or use_backend asks for it" if available else detail
+    return f"fastvae is measured on its backend {backend}, but {computes} would compute: {reason}"
 
 
 def ceilings(threads: int, repeats: int = 5) -> Ceilings:

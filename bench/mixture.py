@@ -9,6 +9,7 @@ which an EM that forms them needs at the least.
 
 import argparse
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch import Tensor
 from fastvae import GaussianMixture
 
 from .harness import peak_extra_bytes
+from .machine import why_not
 
 N, D, K, ITERATIONS = 100_000, 32, 64, 20
 
@@ -60,6 +62,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    if reason := why_not("native"):
+        sys.exit(reason)
     torch.set_num_threads(options.threads)
     from threadpoolctl import threadpool_limits
 

@@ -158,13 +158,13 @@ def _rows(measured: Measured) -> Iterator[tuple[str, ...]]:
     size = size_text(Case(measured["op"], tuple(measured["size"]), measured["mode"]))
     for name, r in measured["results"].items():
         first = name == "fastvae"
+        what = (size if first else "", "**fastvae**" if first else name)
         if "why_not" in r:
-            yield ("", name, r["why_not"], "", "", "", "", "")
+            yield (*what, r["why_not"], "", "", "", "", "")
             continue
         reached = share(measured) if first else None
         yield (
-            size if first else "",
-            "**fastvae**" if first else name,
+            *what,
             time_text(r["median"]) + mark(r),
             f"{time_text(r['low'])} to {time_text(r['high'])}",
             "" if first else ratio_text(measured, name),
@@ -214,8 +214,9 @@ def headline_lines(results: Results) -> list[str]:
         if peers:
             fastest = f"{peers[0]}, {_median(measured, peers[0])}, {ratio_text(measured, peers[0])}"
             memory = memory_text(measured["results"][peers[0]]["bytes"])
-        what = (case.name, case.mode, size_text(case), time_text(ours["median"]) + mark(ours))
-        rows.append((*what, fastest, ratio_text(measured, usual) or why_not, memory_text(ours["bytes"]), memory))
+        what = (case.name, case.mode, size_text(case), _median(measured, "fastvae"))
+        ours_memory = memory_text(ours["bytes"]) if "bytes" in ours else ""
+        rows.append((*what, fastest, ratio_text(measured, usual) or why_not, ours_memory, memory))
     head = ("op", "mode", "size", "fastvae", "fastest peer", "eager formula", "memory", "fastest peer's")
     return table(head, rows, left=3)
 
@@ -257,9 +258,9 @@ Times are medians of repeats in which all contestants take turns, on inputs writ
 other's time over fastvae's. Memory is how far a call raises the process's resident memory. The error is the largest
 difference from float64 relative to the largest value, over results, or gradients where there is a backward; † marks
 one above four times what half an ulp in the inputs and float32's eps come to; ‡ one above 0.001, which gets no ratio.
-A contestant may allocate 4 GiB and take about 4 s; one that cannot says so. Compilation is not timed. A share of a
-ceiling above 100% says that not all of the work was done: pairs too far apart are left out, and marginals tabulated
-(docs/beyond-brute-force.md)."""
+A contestant may allocate 4 GiB and take about 4 s, longer where a ceiling of the machine is lower; one that cannot says
+so. Compilation is not timed. A share of a ceiling above 100% says that not all of the work was done: pairs too far
+apart are left out, and marginals tabulated (docs/beyond-brute-force.md)."""
 
 SCALING_NOTES = f"""\
 Elements are S·N·D, for kl_gauss and reparameterize B·D; B doubles from 32. The exponent is fitted over the {DECADES}

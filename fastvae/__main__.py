@@ -1,15 +1,16 @@
 """python -m fastvae info | demo"""
 
 import argparse
-import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from . import __version__, backends
-from .backends import native_library
+from .backends import installed, native_library
+from .backends.settings import setting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", default="demo-out", metavar="DIR", help="where the pictures go (default: %(default)s)")
     demo.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the weights and the noise (default: %(default)s)"
+        "--seed", type=_seed, default=0, metavar="N", help="of the weights and the noise (default: %(default)s)"
     )
     demo.set_defaults(run=_demo)
 
@@ -60,6 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=_info)
     return parser
+
+
+def _seed(text: str) -> int:
+    """What torch.manual_seed takes."""
+    value = int(text)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError
+    return value
+
+
+_seed.__name__ = "integer of 64 bits"  # argparse puts it in its message
 
 
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
@@ -81,26 +93,36 @@ def _demo(options: argparse.Namespace) -> int:
             raise
         print(f"The demo needs {error.name}, which is not installed: pip install 'fastvae[demo]'", file=sys.stderr)
         return 1
+    try:
+        Path(options.out).mkdir(parents=True, exist_ok=True)  # before a minute is spent on what goes there
+    except OSError as error:
+        print(f"--out: expected a folder, or a place for one, got {options.out}: {error.strerror}", file=sys.stderr)
+        return 1
     demo.run(epochs=options.epochs, seconds=options.seconds, out=options.out, seed=options.seed)
     return 0
 
 
 def _info(options: argparse.Namespace) -> int:
-    used = {device: _used(device) for device in ("cpu", "cuda")}
+    used = {device: _said(backends.name_for, torch.device(device)) for device in ("cpu", "cuda")}
     print(f"fastvae {__version__}\n")
     _table(
+        ("package", str(installed.PACKAGE)),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("native library", _native_version()),
-        ("instruction set", _instruction_sets()),
+        ("native library", _said(_native_library)),
+        ("instruction set", _said(_instruction_sets)),
         ("threads", str(torch.get_num_threads())),
-        ("CUDA", _cuda()),
+        ("CUDA", _said(_cuda)),
     )
     print("\nWho computes")
     _table(("CPU tensors", used["cpu"]), ("CUDA tensors", used["cuda"]))
     print("\nBackends")
-    _table(*((name, _role(name, used)) for name in backends.NAMES))
-    return 0
+    _table(*((name, _said(_role, name, used)) for name in backends.NAMES))
+    wrong = backends.wrong_settings()
+    if wrong:
+        print("\nWrong environment variables")
+        print(*(f"  {reason}" for reason in wrong), sep="\n")
+    return 1 if wrong else 0
 
 
 def _table(*rows: tuple[str, str]) -> None:
@@ -108,12 +130,13 @@ def _table(*rows: tuple[str, str]) -> None:
         print(f"  {name:<17}{value}")
 
 
-def _used(device: str) -> str:
-    """The name of the backend that computes on a device, or the error that a call would raise."""
+def _said(ask: Callable[..., str], *arguments: object) -> str:
+    """The answer, or in its place the error: this is where people look when something is broken, in whatever way."""
     try:
-        return backends.backend_for(torch.device(device)).__name__.rpartition(".")[2]
-    except (RuntimeError, ValueError) as error:
-        return f"none: {error}"
+        return ask(*arguments)
+    except Exception as error:
+        kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+        return f"none: {kind}{' '.join(str(error).split())}"
 
 
 def _role(name: str, used: dict[str, str]) -> str:
@@ -124,22 +147,25 @@ def _role(name: str, used: dict[str, str]) -> str:
     devices = [device.upper() for device, user in used.items() if user == name]
     if devices:
         return f"used for {' and '.join(devices)} tensors: {detail}"
-    forced = os.environ.get("FASTVAE_BACKEND")
-    return f"not used: FASTVAE_BACKEND={forced}" if forced else f"not used: {used['cpu']} is preferred"
+    forced = setting("FASTVAE_BACKEND")
+    if forced:
+        return f"not used: FASTVAE_BACKEND={forced}"
+    return f"not used: {used['cpu']} is preferred" if used["cpu"] in backends.NAMES else "not used"
 
 
-def _native_version() -> str:
-    available = backends.status("native").available
-    return native_library.library().fastvae_version().decode() if available else "not loaded"
+def _native_library() -> str:
+    if not backends.status("native").available:
+        return "not loaded"
+    library = native_library.library()
+    return f"{library.fastvae_version().decode()}, {library._name}"
 
 
 def _instruction_sets() -> str:
     """The one in use and the others that this CPU and library offer."""
     if not backends.status("native").available:
-        return "none: there is no native library"
-    available = native_library.instruction_sets()
-    in_use = os.environ.get("FASTVAE_CPU_ISA") or available[0]
-    others = [name for name in available if name != in_use]
+        return "none"
+    in_use = native_library.instruction_set()
+    others = [name for name in native_library.instruction_sets() if name != in_use]
     return f"{in_use} (also available: {', '.join(others)})" if others else in_use
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .backends.contract import accumulation_dtype
 from .estimators import check_drawn, check_estimator, sample_weights
-from .ops._checks import promote
+from .ops._checks import check_flag, promote
 from .ops.aggregate import agg_log_prob_marginals
 from .ops.cross import log_prob_gauss
 from .priors import Prior, check_log_prob, check_prior
@@ -86,10 +86,10 @@ def kl_decomposition(
         KLDecomposition, in float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: an input is not a floating-point tensor, or `prior` lacks a method.
-        ValueError: as in `estimator_weights`, or shapes or devices do not match, those that `prior` gives among
-            them; `own` is missing, or names no column (on CPU tensors; on a GPU, and under the compiler, the result
-            is then NaN).
+        TypeError: an input is not a floating-point tensor, `prior` lacks a method, or as in `estimator_weights`.
+        ValueError: as in `estimator_weights`; no samples; shapes or devices do not match, those that `prior` gives
+            among them; `own` is missing, or names no column (on CPU tensors; on a GPU, and under the compiler, the
+            result is then NaN).
 
     Source: Zheng, eq. 17-21; Chen et al. 2018; Esmaeili et al. 2019.
 
@@ -98,10 +98,10 @@ def kl_decomposition(
         >>> loss = nell + terms.mi + 6 * terms.tc + terms.dim_kl.sum()
     """
     check_prior(prior)
+    analytic_conditional = check_flag("analytic_conditional", analytic_conditional)
     estimator = check_estimator(estimator, dataset_size)
     weights = sample_weights(z, mu, dataset_size, estimator, own)
-    if weights is not None:
-        check_drawn(weights.own, mu.shape[-2])
+    check_drawn(weights.own, mu.shape[-2])
     joint, marginals = agg_log_prob_marginals(z, mu, logvar, weights=weights, method=method, tol=tol)
     n_columns = mu.shape[-2]  # joint: [*batch, S], marginals: [*batch, S, D]
     z, mu, logvar = promote(z, mu, logvar)  # type: ignore[assignment]

@@ -29,8 +29,9 @@ def mmd(z: Tensor, y: Tensor, bandwidth: float | None = None) -> Tensor:
         A scalar in float32 (float64 for float64 inputs), a pure number.
 
     Raises:
-        TypeError: z or y is not a floating-point tensor.
-        ValueError: fewer than two samples, shapes or devices that do not match, or a `bandwidth` not above 0.
+        TypeError: z or y is not a floating-point tensor, or `bandwidth` not a number.
+        ValueError: fewer than two samples, or of no dimensions; shapes or devices that do not match; a `bandwidth` not
+            above 0, or so small that 1/h overflows.
 
     Source: Gretton et al. 2012, eq. 3.
 
@@ -40,12 +41,13 @@ def mmd(z: Tensor, y: Tensor, bandwidth: float | None = None) -> Tensor:
     for name, x in (("z", z), ("y", y)):
         check_tensor(name, x)
         check_device(name, x, "z", z)
-        if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] != z.shape[-1]:
+        if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] != z.shape[-1] or x.shape[1] == 0:
             raise ValueError(f"{name}: expected [n, {z.shape[-1]}] with n >= 2, got shape {tuple(x.shape)}")
-    check_bandwidth(bandwidth)
-    D = z.shape[1]
-    h = math.sqrt(D) if bandwidth is None else bandwidth
-    scale = 1 / (h * math.sqrt(2 * math.pi))  # k(a, b) is then N(a; b, I / 2 pi), whose constant is 1
+    h = check_bandwidth(bandwidth)
+    h = math.sqrt(z.shape[1]) if h is None else h
+    scale = 1 / h / math.sqrt(2 * math.pi)  # k(a, b) is then N(a; b, I / 2 pi), whose constant is 1
+    if scale > torch.finfo(accumulation_dtype(torch.promote_types(z.dtype, y.dtype))).max:
+        raise ValueError(f"bandwidth: expected a number whose reciprocal {z.dtype} can hold, got {h}")
     z, y = (x.to(accumulation_dtype(x.dtype)) * scale for x in (z, y))
     return _mean_kernel(z, z) - 2 * _mean_kernel(z, y) + _mean_kernel(y, y)
 
@@ -59,8 +61,5 @@ def _mean_kernel(z: Tensor, y: Tensor) -> Tensor:
     return agg_log_prob(z, y, logvar, weights=weights).exp().mean()
 
 
-def check_bandwidth(bandwidth: Any) -> None:
-    if bandwidth is not None:
-        check_number("bandwidth", bandwidth)
-        if not 0 < bandwidth < math.inf:
-            raise ValueError(f"bandwidth: expected a finite number > 0, got {bandwidth}")
+def check_bandwidth(bandwidth: Any) -> float | None:
+    return None if bandwidth is None else check_number("bandwidth", bandwidth, above=0.0, finite=True)

@@ -29,7 +29,7 @@ from .ops.pairs import ColumnWeights
 
 CANCELLED = 1e-4  # a variance this much smaller than what it is the difference of is computed again
 MISPLACED = 1e-3  # widths: how far off rounding may put a mean
-CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}  # of points, at a time
+CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}  # of points, and of what is made of them, at a time
 
 
 class Mixture(NamedTuple):
@@ -50,9 +50,9 @@ class Moments(NamedTuple):
     log_likelihood: Tensor  # mean log p(x_i) of the mixture that made the shares, a scalar
 
 
-def chunks(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The points `[S, D]`, some rows at a time, in a dtype."""
-    row_bytes = max(1, x.shape[1]) * dtype.itemsize
+def chunks(x: Tensor, dtype: torch.dtype, columns: int = 1) -> Iterator[Tensor]:
+    """The points `[S, D]`, some rows `[R, D]` at a time, in a dtype: as few as are in bounds in `[R, columns]` too."""
+    row_bytes = max(columns, x.shape[1]) * dtype.itemsize
     for part in x.split(max(1, CHUNK_BYTES.get(x.device.type, 2**26) // row_bytes)):
         yield part.to(dtype)
 
@@ -77,7 +77,7 @@ def log_prob(x: Tensor, mixture: Mixture) -> Tensor:
 def log_joint(x: Tensor, mixture: Mixture) -> Iterator[Tensor]:
     """log w_k N(x_i; mu_k, var_k), `[R, K]` for some rows at a time."""
     mu, logvar, log_w = kernel_arguments(mixture, x.dtype)
-    for part in chunks(x, mu.dtype):
+    for part in chunks(x, mu.dtype, len(mu)):
         yield log_w + cross_log_prob(part, mu, logvar)
 
 
@@ -114,7 +114,7 @@ def _about(x: Tensor, mixture: Mixture, components: Tensor, centres: Tensor) -> 
     wide = kernel_arguments(mixture, torch.float64)
     mu, logvar, log_w = (argument[components] for argument in wide)
     n, first, second = torch.zeros_like(log_w), torch.zeros_like(centres), torch.zeros_like(centres)
-    for part in chunks(x, torch.float64):
+    for part in chunks(x, torch.float64, len(components)):
         joint = agg_log_prob(part, *wide[:2], weights=ColumnWeights(wide[2]))
         r = (log_w + cross_log_prob(part, mu, logvar) - joint[:, None]).exp()  # [R, C]
         n += r.sum(0)
@@ -126,14 +126,17 @@ def _about(x: Tensor, mixture: Mixture, components: Tensor, centres: Tensor) -> 
     return n, centres + first / share, second / share - (first / share) ** 2
 
 
-def spread(x: Tensor, centres: Tensor, of: Tensor | None = None) -> Tensor:
-    """mean_i (x_i − centres[of_i])² of each dimension, `[D]` in float64; `of` None where the one centre is `[1, D]`."""
+def spread(x: Tensor, centres: Tensor) -> Tensor:
+    """The mean of (x_i − the nearest of the centres `[K, D]`)² in each dimension, `[D]` in float64."""
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    first = 0
-    for part in chunks(x, torch.float64):
-        rows = slice(first, first := first + len(part))
-        total += (part - (centres if of is None else centres[of[rows]])).square().sum(0)
+    for part in chunks(x, torch.float64, len(centres)):
+        total += (part - centres[distances(part, centres).argmin(1)]).square().sum(0)
     return total / len(x)
+
+
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """`[S, K]`, from differences, which matrix products would lose in rounding."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def variance(x: Tensor) -> Tensor:
@@ -142,27 +145,39 @@ def variance(x: Tensor) -> Tensor:
     return spread(x, mean[None])
 
 
-def seed_components(x: Tensor, n_components: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def seeds_far_apart(x: Tensor, n_components: int, generator: torch.Generator | None) -> Tensor:
     """k-means++ (Arthur & Vassilvitskii 2007): each seed is a point drawn in proportion to its squared distance from
-    the nearest seed before it. In O(S·K·D) time and O(S) memory.
-
-    Returns (seeds `[K, D]`, the variance of the points about their nearest seeds `[D]`), in float64.
-    """
+    the nearest seed before it. `[K, D]` in float64, in O(S·K·D) time and O(S) memory; as long as there are other points
+    no seed comes twice."""
     S = len(x)
-    points = x.to(accumulation_dtype(x.dtype))
     draws = torch.rand(n_components, dtype=torch.float64, generator=generator, device="cpu").to(x.device)
     chosen = (draws[0] * S).long()
-    seeds = [points[chosen]]
-    squared = torch.full((S,), torch.inf, dtype=points.dtype, device=x.device)  # distance from the nearest seed
-    nearest = torch.zeros(S, dtype=torch.int64, device=x.device)
-    for k in range(n_components):
-        distance = torch.cdist(points, seeds[k][None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
-        distance = distance.square_()
-        nearest.masked_fill_(distance < squared, k)
-        squared = torch.minimum(squared, distance)
-        if k + 1 < n_components:
-            cumulative = squared.cumsum(0, dtype=torch.float64)
-            chosen = torch.searchsorted(cumulative, draws[k + 1] * cumulative[-1], right=True).clamp(max=S - 1)
-            seeds.append(points[chosen])
-    centres = torch.stack(seeds).double()
-    return centres, spread(x, centres, nearest)
+    seeds = [x[chosen].double()]
+    squared = torch.full((S,), torch.inf, dtype=torch.float64, device=x.device)  # distance from the nearest seed
+    for draw in draws[1:]:
+        distance = torch.cat([distances(part, seeds[-1][None])[:, 0] for part in chunks(x, torch.float64)])
+        squared = torch.minimum(squared, distance.square_())
+        cumulative = squared.cumsum(0)
+        chosen = torch.searchsorted(cumulative, draw * cumulative[-1], right=True).clamp(max=S - 1)
+        seeds.append(x[chosen].double())
+    return torch.stack(seeds)
+
+
+def seeds_anywhere(x: Tensor, n_components: int, generator: torch.Generator | None) -> Tensor:
+    """Any points, `[K, D]` in float64; as long as there are other points none comes twice."""
+    order = torch.randperm(len(x), generator=generator, device="cpu").to(x.device)
+    rows = distinct(x, n_components, order)
+    return x[rows.repeat(-(-n_components // len(rows)))[:n_components]].double()
+
+
+def distinct(x: Tensor, most: int, order: Tensor | None = None) -> Tensor:
+    """Row numbers of distinct points, as many as there are or `most` of them, the first in `order`."""
+    S, seen = len(x), 0
+    while True:
+        seen = min(S, max(most, 2 * seen))
+        rows = torch.arange(seen, device=x.device) if order is None else order[:seen]
+        points, which = x[rows].to(accumulation_dtype(x.dtype)).unique(dim=0, return_inverse=True)
+        if len(points) >= most or seen == S:
+            place = torch.arange(seen, device=x.device)
+            first = torch.full((len(points),), seen, device=x.device).scatter_reduce(0, which, place, "amin")
+            return rows[first.sort().values[:most]]

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from .ops._checks import check_choice, check_count
+from .ops._checks import check_choice, check_count, check_indices, check_tensor
 from .ops.aggregate import agg_log_prob
 from .ops.pairs import ColumnWeights, log
 
@@ -40,24 +40,26 @@ def estimator_weights(
         ColumnWeights for `agg_log_prob` and `agg_log_prob_marginals`.
 
     Raises:
-        TypeError: `own` is not an int64 tensor.
+        TypeError: `own` is not an int64 tensor, or a count not an integer.
         ValueError: an unknown estimator; `stratified`, `mss` or `mws` without `dataset_size`; a `dataset_size`
             below `n_columns`; one column with `loo`, or with `stratified` or `mss` and a larger data set, such as a
-            last batch of one example, which `DataLoader(drop_last=True)` leaves out; own columns missing, or −1
-            among them where the estimator needs them (on CPU tensors).
+            last batch of one example, which `DataLoader(drop_last=True)` leaves out; `own` of another shape; own
+            columns missing, or −1 among them, where the estimator needs them (values: on CPU tensors).
 
     Example:
         >>> weights = fastvae.estimator_weights("mss", len(mu), 60_000, own=torch.arange(len(mu)))
         >>> log_qz = fastvae.agg_log_prob(z, mu, logvar, weights=weights)
     """
     estimator = check_estimator(estimator, dataset_size)
-    check_count("n_columns", n_columns, least=1)
-    if dataset_size is not None and dataset_size < n_columns:
-        raise ValueError(f"dataset_size: expected at least the batch's {n_columns} posteriors, got {dataset_size}")
-    if own is not None and not (isinstance(own, Tensor) and own.dtype == torch.int64):
-        got = own.dtype if isinstance(own, Tensor) else type(own).__name__
-        raise TypeError(f"own: expected an int64 tensor, got {got}")
-    B, N, M = n_columns, dataset_size, n_columns - 1
+    B = check_count("n_columns", n_columns, least=1)
+    N = None if dataset_size is None else check_count("dataset_size", dataset_size)
+    if N is not None and N < B:
+        raise ValueError(f"dataset_size: expected at least the batch's {B} posteriors, got {N}")
+    if own is not None:
+        check_indices("own", own)
+        if own.ndim != 1:
+            raise ValueError(f"own: expected shape [S], one column for each sample, got {tuple(own.shape)}")
+    M = B - 1
     if estimator == "uniform":
         return ColumnWeights(-log(B), own)
     if estimator != "mws":
@@ -105,8 +107,8 @@ def agg_entropy(
         A scalar in float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: an input is not a floating-point tensor.
-        ValueError: as in `estimator_weights`, −1 in `own` among it, or shapes or devices do not match.
+        TypeError: an input is not a floating-point tensor, or as in `estimator_weights`.
+        ValueError: as in `estimator_weights`, −1 in `own` among it; no samples; or shapes or devices do not match.
 
     Source: Zheng, eq. 24, 25 and 29.
 
@@ -141,13 +143,15 @@ def check_drawn(own: Tensor | None, n_columns: int) -> None:
 
 def sample_weights(
     z: Tensor, mu: Tensor, dataset_size: int | None, estimator: str | None, own: Tensor | None
-) -> ColumnWeights | None:
+) -> ColumnWeights:
     """The estimator's weights, with the own columns that the shapes of z and mu imply."""
-    if not (isinstance(z, Tensor) and isinstance(mu, Tensor) and mu.ndim >= 2 and z.ndim >= 2):
-        return None  # agg_log_prob names what is wrong
+    check_tensor("mu", mu, min_ndim=2)
+    check_tensor("z", z, min_ndim=2)
     N = mu.shape[-2]
     if N == 0:
         raise ValueError(f"mu: expected at least one posterior, got shape {tuple(mu.shape)}")
+    if 0 in z.shape[:-1]:
+        raise ValueError(f"z: expected at least one sample, got shape {tuple(z.shape)}")
     if own is None and (z.ndim == mu.ndim + 1 or z.shape[-2] == N):
         n_samples = z.shape[0] if z.ndim == mu.ndim + 1 else 1
         own = torch.arange(n_samples * N, device=z.device) % N

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from .backends.contract import accumulation_dtype
 from .decomposition import KLDecomposition, decompose, log_conditional
-from .ops._checks import check_count, check_number, check_tensor
+from .ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
 from .ops.aggregate import agg_log_prob, agg_log_prob_marginals, check_method
 from .ops.pairs import ColumnWeights
 from .ops.panels import Columns
 from .ops.sampling import reparameterize
 from .ops.table import affordable, interpolate, tabulate
 from .priors import Prior, check_prior
-from .streams import Posteriors, check_rows, open_posteriors, shown
-from .vae import VAE
+from .streams import MOST_SAMPLES, Posteriors, check_rows, check_values, open_posteriors, seeded, shown
+from .vae import PROPOSALS, VAE
 
 
 class DecoderMI(NamedTuple):
@@ -85,8 +85,10 @@ def kl_decomposition_dataset(
         mi is that of the N examples, in [0, log N] up to Monte Carlo error.
 
     Raises:
-        TypeError: `posteriors` is neither a pair nor iterable, or something is not of floating point, or is a dict.
-        ValueError: shapes do not match, no posteriors, `rows` past their number, or a negative `seed`.
+        TypeError: `posteriors` is neither a pair nor iterable, or something is not of floating point, or is a dict or
+            a masked array; or another argument is not of its kind.
+        ValueError: shapes do not match, no posteriors or dimensions, `rows` past their number, a negative `seed`, a
+            `device` that is not here, or more samples than can be.
 
     Warns:
         UserWarning: mi is within log 2 of log N, N being 5 or more. It then says how many examples there are, and
@@ -98,14 +100,18 @@ def kl_decomposition_dataset(
         >>> terms = fastvae.kl_decomposition_dataset(DataLoader(data, 256), vae.eval().encode, rows=1000)
         >>> print(f"I(x; z) = {terms.mi:.2f}, TC = {terms.tc:.2f} nats")
     """
-    check_count("n_samples", n_samples, least=1)
-    check_count("chunk_size", chunk_size, least=1)
-    check_count("seed", seed)
-    check_rows(rows)
+    n_samples = check_count("n_samples", n_samples, least=1, most=MOST_SAMPLES)
+    chunk_size = check_count("chunk_size", chunk_size, least=1)
+    seed = check_count("seed", seed, most=2**64 - 1)
+    rows = check_rows(rows)
+    analytic_conditional = check_flag("analytic_conditional", analytic_conditional)
+    progress = check_flag("progress", progress)
+    check_method(method, tol, torch.float32)
     check_prior(prior)
     stream = open_posteriors(posteriors, encoder, chunk_size=chunk_size, device=device, progress=progress)
     N = len(stream.mu)
     mu, logvar = stream.read(stream.choose(rows, seed))  # [R, D]
+    check_count("n_samples", n_samples, most=MOST_SAMPLES // mu.numel())
     z = reparameterize(mu, logvar, n_samples, seed=seed)  # [L, R, D]
     conditional = log_conditional(z, mu, logvar, analytic_conditional)
     z = z.flatten(0, 1)  # [S, D]
@@ -192,7 +198,7 @@ def active_units(mu: Tensor, threshold: float = 0.01) -> Tensor:
 
     Raises:
         TypeError: `mu` is not a floating-point tensor, or `threshold` not a number.
-        ValueError: fewer than two posteriors, or a negative threshold.
+        ValueError: fewer than two posteriors, means that are not finite, or a negative threshold.
 
     Source: Burda et al. 2016, section 5.2.
 
@@ -201,9 +207,12 @@ def active_units(mu: Tensor, threshold: float = 0.01) -> Tensor:
         >>> print(f"{active.sum()} of {len(active)} units are active")
     """
     check_tensor("mu", mu)
-    check_number("threshold", threshold, least=0.0)
+    threshold = check_number("threshold", threshold, least=0.0)
     if mu.ndim != 2 or len(mu) < 2:
         raise ValueError(f"mu: expected [N, D] with at least 2 posteriors, got shape {tuple(mu.shape)}")
+    check_values("mu", mu)
+    if not mu.isfinite().all():
+        raise ValueError("mu: expected finite means, got NaN or infinity")
     return mu.detach().to(accumulation_dtype(mu.dtype)).var(0) > threshold
 
 
@@ -225,7 +234,7 @@ def decoder_mutual_information(
         seed: of all draws; torch's generators are left as they were.
 
     Raises:
-        TypeError: the likelihood has no `sample`, or a number is not an integer.
+        TypeError: `vae` is none, or its likelihood has no `sample`; or a number is not an integer.
         ValueError: `n` below 2, a negative seed, or as in `vae.log_likelihood`.
 
     Warns:
@@ -237,20 +246,23 @@ def decoder_mutual_information(
         >>> mi, error, _ = fastvae.decoder_mutual_information(vae.eval())
         >>> print(f"I_dec(x; z) = {mi:.2f} ± {error:.2f} nats")
     """
-    check_count("n", n, least=2)
-    check_count("seed", seed)
-    likelihood = getattr(vae, "likelihood", None)
-    if not hasattr(likelihood, "sample"):
-        raise TypeError(f"vae: expected a VAE whose likelihood has sample, got likelihood {type(likelihood).__name__}")
-    like = next((p for p in vae.parameters() if p.is_floating_point()), torch.empty(0))
-    with torch.random.fork_rng([like.device] if like.is_cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if like.is_cuda:
-            torch.cuda.default_generators[like.device.index].manual_seed(seed)
-        z = vae.prior.sample(n).to(like)
-        x = torch.cat([vae.likelihood.sample(vae.decoder(part)) for part in z.split(batch_size)])
+    n = check_count("n", n, least=2, most=MOST_SAMPLES)
+    n_samples = check_count("n_samples", n_samples, least=1)
+    batch_size = check_count("batch_size", batch_size, least=1)
+    seed = check_count("seed", seed, most=2**64 - 1)
+    check_choice("proposal", proposal, PROPOSALS)
+    if not isinstance(vae, VAE):
+        raise TypeError(f"vae: expected a VAE, got {type(vae).__name__}")
+    if not hasattr(vae.likelihood, "sample"):
+        got = type(vae.likelihood).__name__
+        raise TypeError(f"vae: expected a VAE whose likelihood has sample, got likelihood {got}")
+    device = next((p.device for p in vae.parameters()), torch.device("cpu"))
+    rows = min(batch_size, n)
+    with seeded(seed, device):
+        z = vae._sample_prior(n)
+        x = torch.cat([vae.likelihood.sample(vae.decoder(part)) for part in z.split(rows)])
         log_px, ess = vae.log_likelihood(x, n_samples, proposal=proposal, batch_size=batch_size)
-        parts = zip(x.split(batch_size), z.split(batch_size), strict=True)
+        parts = zip(x.split(rows), z.split(rows), strict=True)
         log_px_z = torch.cat([vae.log_px_z(*part) for part in parts])
     mi = (log_px_z - log_px).double()
     return DecoderMI(mi.mean(), mi.std() / math.sqrt(n), ess)

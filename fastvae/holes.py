@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .decomposition import KLDecomposition, decompose
 from .evaluate import column_chunks, log_q, warn_if_saturated
-from .ops._checks import check_count, check_number
+from .ops._checks import check_count, check_flag, check_number
 from .ops.aggregate import agg_log_prob
 from .ops.cross import log_prob_gauss
 from .ops.sampling import reparameterize
 from .priors import Prior, StandardNormal, check_prior
-from .streams import Posteriors, open_posteriors
+from .streams import MOST_SAMPLES, Posteriors, open_posteriors, seeded
 from .vae import VAE
 
 
@@ -85,7 +85,8 @@ def prior_hole(
         progress: show a progress bar on stderr.
 
     Raises:
-        TypeError, ValueError: as in `kl_decomposition_dataset`; a VAE without data; fewer than two posteriors.
+        TypeError, ValueError: as in `kl_decomposition_dataset`; a VAE without data; fewer than two posteriors, or such
+            as are not finite.
 
     Warns:
         UserWarning: as `kl_decomposition_dataset` does of `terms`.
@@ -98,10 +99,12 @@ def prior_hole(
         >>> after = fastvae.prior_hole(vae, data)
         >>> print(f"from holes: {before.share:.0%} of the samples, and now {after.share:.0%}")
     """
-    check_count("n_samples", n_samples, least=1)
-    check_count("n_dims", n_dims, least=1)
-    check_count("chunk_size", chunk_size, least=1)
-    check_number("quantile", quantile)
+    n_samples = check_count("n_samples", n_samples, least=1, most=MOST_SAMPLES)
+    n_dims = check_count("n_dims", n_dims, least=1)
+    chunk_size = check_count("chunk_size", chunk_size, least=1)
+    seed = check_count("seed", seed, most=2**64 - 1)
+    progress = check_flag("progress", progress)
+    quantile = check_number("quantile", quantile)
     if not 0 < quantile < 1:
         raise ValueError(f"quantile: expected a number between 0 and 1, got {quantile}")
     encoder = None
@@ -124,12 +127,14 @@ def prior_hole(
     mu, logvar = stream.read(rows)  # [S, D]
     z = reparameterize(mu, logvar, seed=seed)
     S, D = z.shape
-    prior = StandardNormal(D).to(z) if prior is None else prior
-    with torch.random.fork_rng([z.device] if z.is_cuda else []):
-        torch.manual_seed(seed)
+    check_count("n_samples", n_samples, most=MOST_SAMPLES // D)
+    with seeded(seed, z.device), z.device:
+        prior = StandardNormal(D) if prior is None else prior
         z_prior = prior.sample(n_samples).to(z)
-    own = torch.full((S + n_samples,), -1, device=z.device)
-    own[:S] = torch.as_tensor(rows)
+    if z_prior.shape != (n_samples, D):
+        raise ValueError(f"prior: expected samples {(n_samples, D)}, got {tuple(z_prior.shape)}")
+    own = torch.full((S + n_samples,), -1, dtype=torch.int64, device=z.device)
+    own[:S] = torch.as_tensor(rows, device="cpu")
     both = torch.cat((z, z_prior))
     joint, marginals = log_q(stream, both, own, chunk_size=chunk_size, progress=progress)
 
@@ -147,7 +152,9 @@ def prior_hole(
     subsets = _log_q_of_subsets(stream, both, own, [*map(list, pairs), *without], chunk_size, progress)
     densities = torch.cat((joint[None], marginals.T, subsets))  # [1 + D + P + n_dims, S + n_samples]
     densities[:, :S] += math.log(N / (N - 1))  # a mean over the N - 1 others
-    thresholds = densities[:, :S].quantile(quantile, dim=1)
+    if densities.isnan().any():
+        raise ValueError("source: expected posteriors and samples of the prior with log-densities, got NaN")
+    thresholds = _quantile(densities[:, :S], quantile)
     shares = (densities[:, S:] < thresholds[:, None]).double().mean(1)
     share, dim_share, pair_share, share_without = shares.split((1, D, len(pairs), len(without)))
     order, by_pair = share_without.argsort(), pair_share.argsort(descending=True)
@@ -159,12 +166,19 @@ def prior_hole(
         log_q_prior=densities[0, S:],
         z_prior=z_prior,
         dim_share=dim_share,
-        dims=torch.tensor(dims, device=z.device)[order] if D > 1 else torch.zeros_like(own[:1]),
+        dims=torch.tensor(dims, dtype=torch.int64, device=z.device)[order] if D > 1 else torch.zeros_like(own[:1]),
         share_without=share_without[order] if D > 1 else torch.zeros_like(share),
         pairs=torch.tensor(pairs, dtype=torch.int64, device=z.device).view(-1, 2)[by_pair],
         pair_share=pair_share[by_pair],
         pair_threshold=thresholds[1 + D : 1 + D + len(pairs)][by_pair],
     )
+
+
+def _quantile(x: Tensor, q: float) -> Tensor:
+    """Of each row, as torch.quantile has it, which takes no more than 2**24 numbers."""
+    rank = q * (x.shape[1] - 1)
+    low, high = x.sort(1).values[:, [math.floor(rank), math.ceil(rank)]].T
+    return low.lerp(high, rank % 1)
 
 
 def _log_q_of_subsets(

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .backends.contract import accumulation_dtype
+from .information import check_axis
 from .ops._checks import check_choice, check_device, check_same_shape, check_tensor
 
 GRADIENTS = ("iwae", "stl", "dreg")
@@ -139,7 +140,8 @@ def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
         zero.
 
     Raises:
-        TypeError: `log_w` is not a floating-point tensor.
+        TypeError: `log_w` is not a floating-point tensor, or `dim` not an integer.
+        ValueError: `log_w` has no axis `dim`.
 
     Source: Kong 1992.
 
@@ -147,6 +149,7 @@ def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
         >>> fastvae.effective_sample_size(log_px_z + log_pz - log_qz_x)  # [m, B] to [B]
     """
     check_tensor("log_w", log_w)
+    dim = check_axis(dim, log_w)
     log_w, dead = _alive(log_w.to(accumulation_dtype(log_w.dtype)), dim)
     return (1 / log_w.softmax(dim).square().sum(dim)).masked_fill(dead, 0.0)
 
@@ -175,6 +178,7 @@ def _log_mean_w(log_w: Tensor, z: Tensor | None, gradient: str) -> Tensor:
         if z is None:
             raise ValueError("z: expected the samples for gradient='dreg', got None")
         check_tensor("z", z)
+        check_device("z", z, "log_px_z", log_w)
         if z.shape[:-1] != log_w.shape:
             shape = ", ".join(map(str, log_w.shape))
             raise ValueError(f"z: expected [{shape}, D], the axes of log_px_z and D, got {tuple(z.shape)}")

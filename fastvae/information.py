@@ -8,6 +8,7 @@ add up to 1 is the caller's word.
 """
 
 import math
+import numbers
 import warnings
 from typing import Any
 
@@ -29,7 +30,8 @@ def entropy(p: Tensor, dim: int = -1) -> Tensor:
         The shape of `p` without that axis, in float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: `p` is not a floating-point tensor.
+        TypeError: `p` is not a floating-point tensor, or `dim` not an integer.
+        ValueError: `p` has no axis `dim`.
 
     Source: Basics VAE, eq. 46.
 
@@ -37,6 +39,7 @@ def entropy(p: Tensor, dim: int = -1) -> Tensor:
         >>> fastvae.entropy(mixture.weights_).exp()  # how many components as likely as each other would be as uncertain
     """
     check_tensor("p", p)
+    dim = check_axis(dim, p)
     p = p.to(accumulation_dtype(p.dtype))
     return -(p * _log(p, p == 0)).sum(dim)
 
@@ -53,8 +56,8 @@ def cross_entropy(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
         no probability and p does.
 
     Raises:
-        TypeError: an input is not a floating-point tensor.
-        ValueError: shapes or devices do not match.
+        TypeError: an input is not a floating-point tensor, or `dim` not an integer.
+        ValueError: shapes or devices do not match, or there is no axis `dim`.
 
     Source: Basics VAE, eq. 49.
 
@@ -62,7 +65,7 @@ def cross_entropy(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
         >>> loss = fastvae.cross_entropy(labels, logits.softmax(1)).mean()
     """
     p, q = _checked(p, q)
-    return -(p * _log(q, (p == 0) & (q == 0))).sum(dim)
+    return -(p * _log(q, (p == 0) & (q == 0))).sum(check_axis(dim, p))
 
 
 def kl_discrete(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
@@ -85,7 +88,7 @@ def kl_discrete(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
         >>> fastvae.kl_discrete(q, mixture.predict_proba(x))  # [S], how far each row of q is from the E-step's
     """
     p, q = _checked(p, q)
-    return (p * (_log(p, p == 0) - _log(q, (p == 0) & (q == 0)))).sum(dim)
+    return (p * (_log(p, p == 0) - _log(q, (p == 0) & (q == 0)))).sum(check_axis(dim, p))
 
 
 def mi_bounds(
@@ -121,16 +124,13 @@ def mi_bounds(
         >>> out = vae(x)
         >>> lower, upper = fastvae.mi_bounds(out.nell, out.kl, dataset_size=60_000, likelihood=vae.likelihood)
     """
-    for name, value in (("nell", nell), ("div", div), ("h_data", h_data)):
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise TypeError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
-        if value is not None or name != "h_data":
-            check_number(name, value.item() if isinstance(value, Tensor) else value)
+    nell, div = _checked_scalar("nell", nell), _checked_scalar("div", div)
+    h_data = None if h_data is None else _checked_scalar("h_data", h_data, finite=True)
     if isinstance(likelihood, str):
         check_choice("likelihood", likelihood, ("discrete", "density"))
     elif not isinstance(getattr(likelihood, "discrete", None), bool):
         raise TypeError(f"likelihood: expected 'discrete', 'density' or a likelihood, got {type(likelihood).__name__}")
-    discrete = likelihood == "discrete" or getattr(likelihood, "discrete", False)
+    discrete = likelihood == "discrete" if isinstance(likelihood, str) else likelihood.discrete
     if discrete and nell < 0:
         raise ValueError(
             f"nell: expected a number >= 0, as p(x|z) is a probability, got {float(nell):.4g}; where it is a density,"
@@ -143,20 +143,42 @@ def mi_bounds(
             raise ValueError(
                 "h_data: expected the entropy of the data, or dataset_size for distinct examples, got None"
             )
-        check_count("dataset_size", dataset_size, least=1)
-        h_data = math.log(dataset_size)
+        h_data = math.log(check_count("dataset_size", dataset_size, least=1))
     elif dataset_size is not None:
-        raise ValueError(f"dataset_size: expected None where h_data is given, got {dataset_size}")
-    elif math.isinf(h_data):
-        raise ValueError(f"h_data: expected a finite number, got {float(h_data)}")
+        raise ValueError(f"dataset_size: expected None where h_data is given, got {dataset_size!r}")
+    elif isinstance(h_data, Tensor) and isinstance(nell, Tensor):
+        h_data = h_data.to(nell.device)
     lower, upper = h_data - nell, div
-    if lower > upper:
+    if float(lower) > float(upper):
         warnings.warn(
             f"the bounds of I(x; z) cross: H_data - Nell = {float(lower):.4g} is above Div = {float(upper):.4g};"
             " but for Monte Carlo error, nell, div and h_data cannot be of the same data, in nats per example",
             stacklevel=2,
         )
     return lower, upper
+
+
+def check_axis(dim: int, x: Tensor) -> int:
+    """The number of an axis that x has."""
+    if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
+        raise TypeError(f"dim: expected an integer, got {type(dim).__name__}")
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim: expected an axis from {-x.ndim} to {x.ndim - 1} of shape {tuple(x.shape)}, got {dim}")
+    return int(dim)
+
+
+def _checked_scalar(name: str, value: Any, finite: bool = False) -> float | Tensor:
+    """A tensor of one element as it is, anything else as a Python float."""
+    if not isinstance(value, Tensor):
+        return check_number(name, value, finite=finite)
+    if value.is_nested or value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a number or a dense tensor of one element, got {value.layout}")
+    if value.numel() != 1:
+        raise TypeError(f"{name}: expected a number or a tensor of one element, got shape {tuple(value.shape)}")
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a tensor with a value, got one on the meta device")
+    check_number(name, value.item(), finite=finite)
+    return value
 
 
 def _log(x: Tensor, unused: Tensor) -> Tensor:

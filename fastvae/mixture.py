@@ -1,28 +1,22 @@
 """Gaussian mixtures with diagonal covariances, under the names that scikit-learn's users know."""
 
 import math
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import em
+from . import em, em_runs
 from .backends.contract import accumulation_dtype
 from .em import Mixture
 from .information import entropy
-from .ops._checks import check_choice, check_count, check_device, check_number, check_tensor
+from .ops._checks import check_choice, check_count, check_device, check_number, check_seed, check_tensor
 from .ops.sampling import reparameterize
+from .streams import MOST_SAMPLES
 
 INITS = ("kmeans++", "random")
-
-
-class _Run(NamedTuple):
-    """A fit from one start."""
-
-    mixture: Mixture
-    trace: list[float]
-    converged: bool
-    n_reseeded: int
 
 
 class GaussianMixture:
@@ -36,14 +30,16 @@ class GaussianMixture:
 
     Args:
         n_components: K.
-        tol: EM has converged when mean log p(x) changes by less, in nats.
+        tol: EM has converged when mean log p(x) changes by less, in nats; 0 takes all `max_iter` steps.
         max_iter: EM steps at most, from each start.
         n_init: how many starts; the fit with the largest `lower_bound_` is kept.
-        init: `"kmeans++"`: the means are points far apart (Arthur & Vassilvitskii 2007), the variances those of the
-            points about the nearest; `"random"`: they are any points, and the variances those of all points; or the
-            parameters to start from, (weights `[K]`, means `[K, D]`, variances `[K, D]`).
-        reg_covar: added to each variance.
+        init: `"kmeans++"`: the means are points far apart (Arthur & Vassilvitskii 2007); `"random"`: they are any
+            points; all of the variance of the points about the nearest. Or the parameters to start from, tensors
+            (weights `[K]`, means `[K, D]`, variances `[K, D]`).
+        reg_covar: added to each variance; what is left of it where a component has one point alone.
         seed: of the starts; None draws them from torch's generator.
+
+    Arguments are kept as they are given, and checked by `fit` and `partial_fit`.
 
     Attributes:
         weights_, means_, variances_: the parameters, `[K]`, `[K, D]` and `[K, D]`, in float64 on the points' device.
@@ -57,8 +53,15 @@ class GaussianMixture:
         n_batches_: batches seen by `partial_fit`.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; of `fit`: points that are not finite, or fewer than K; and
-            where `reg_covar` is 0, a component all of whose points have the same value in a dimension.
+        TypeError, ValueError: of `fit` and `partial_fit`: an argument is not as above; fewer points than K, or so far
+            apart that the squares overflow; where `reg_covar` is 0, a component all of whose points have the same
+            value in a dimension. Of every method: points that are not finite, or not `[S, D]`; no points, where the
+            result is a mean over them; a point so far out that log p(x) overflows, where the result rests on p(k|x).
+        RuntimeError: a method that needs parameters, before they were fitted.
+
+    Warns:
+        UserWarning: of `fit`, and of `partial_fit` when it starts: there are fewer distinct points than K. Of `fit`:
+            the run that is kept was ended by `max_iter` before its change fell below a `tol` above 0.
 
     Source: Basics VAE, section 1; Dempster et al. 1977.
 
@@ -88,28 +91,12 @@ class GaussianMixture:
         reg_covar: float = 1e-6,
         seed: int | None = None,
     ):
-        for name, count in (("n_components", n_components), ("max_iter", max_iter), ("n_init", n_init)):
-            check_count(name, count, least=1)
-        for name, number in (("tol", tol), ("reg_covar", reg_covar)):
-            check_number(name, number, least=0.0)
-        if seed is not None:
-            check_count("seed", seed)
-        if isinstance(init, tuple | list):
-            init = _checked_start(init, n_components)
-        else:
-            check_choice("init", init, INITS)
         self.n_components, self.tol, self.max_iter, self.n_init = n_components, tol, max_iter, n_init
         self.init, self.reg_covar, self.seed = init, reg_covar, seed
 
     def fit(self, x: Tensor) -> "GaussianMixture":
         """Fit to points `[S, D]`; returns itself."""
-        x = self._checked(x)
-        generator = self._generator()
-        starts = 1 if isinstance(self.init, Mixture) else self.n_init
-        best = max((self._run(x, generator) for _ in range(starts)), key=lambda run: run.trace[-1])
-        self._keep(best.mixture, best.trace, x.dtype)
-        self.converged_, self.n_reseeded_, self.n_batches_ = best.converged, best.n_reseeded, 0
-        return self
+        return self._fit(x)
 
     def partial_fit(self, x: Tensor) -> "GaussianMixture":
         """One step of stochastic EM on a batch `[B, D]`; returns itself. For data that do not fit into memory.
@@ -121,37 +108,41 @@ class GaussianMixture:
 
         Source: Cappé & Moulines 2009.
         """
-        started = hasattr(self, "weights_")
-        x = self._checked(x, least=1 if started else self.n_components)
-        mixture = self._fitted(x) if started else self._start(x, self._generator())
+        options, started = self._options(), hasattr(self, "weights_")
+        x = em_runs.points_to_fit(x, least=1 if started else options.n_components)
+        if not started:
+            em_runs.warn_if_few(x, options.n_components, stacklevel=2)
+        mixture = self._fitted(x) if started else em_runs.start(x, options, options.generator())
         t = self.n_batches_ + 1 if started else 1
         gamma = (t + 1) ** -0.6
-        n, means, variances, log_likelihood = em.moments(x, mixture)
+        n, means, variances, log_likelihood = em_runs.step(x, mixture)
         old, new = (1 - gamma) * mixture.weights, gamma * n / len(x)
         weights = old + new
         share = (new / weights.clamp(min=torch.finfo(weights.dtype).tiny))[:, None]
         # The moments of two parts together: the mean of the variances, and the variance of the means.
         moved = means - mixture.means
-        within = (1 - share) * (mixture.variances - self.reg_covar).clamp(min=0) + share * variances
+        within = (1 - share) * (mixture.variances - options.reg_covar).clamp(min=0) + share * variances
         variances = within + share * (1 - share) * moved**2
-        mixture = self._regularized(weights / weights.sum(), mixture.means + share * moved, variances, x.dtype)
-        self._keep(mixture, [*(self.lower_bounds_ if started else []), float(log_likelihood)], x.dtype)
+        mixture = em_runs.regularized(
+            weights / weights.sum(), mixture.means + share * moved, variances, x.dtype, options
+        )
+        self._keep(mixture, [*(self.lower_bounds_ if started else []), log_likelihood], x.dtype)
         self.converged_, self.n_batches_ = False, t
         self.n_reseeded_ = self.n_reseeded_ if started else 0
         return self
 
     def fit_predict(self, x: Tensor) -> Tensor:
         """`fit`, then `predict`."""
-        return self.fit(x).predict(x)
+        return self._fit(x).predict(x)
 
     def predict(self, x: Tensor) -> Tensor:
         """The component most likely to have made each point, `[S]` int64."""
-        return torch.cat([log_joint.argmax(1) for log_joint in em.log_joint(*self._points(x))])
+        return torch.cat([log_joint.argmax(1) for log_joint in _shared(*self._points(x))])
 
     def predict_proba(self, x: Tensor) -> Tensor:
         """The responsibilities r_ik = p(k|x_i), `[S, K]`: the one method that forms them, by `cross_log_prob`."""
         points, mixture = self._points(x)
-        parts = [log_joint.softmax(1) for log_joint in em.log_joint(points, mixture)]
+        parts = [log_joint.softmax(1) for log_joint in _shared(points, mixture)]
         return torch.cat(parts).to(accumulation_dtype(x.dtype))
 
     def score_samples(self, x: Tensor) -> Tensor:
@@ -160,7 +151,8 @@ class GaussianMixture:
 
     def score(self, x: Tensor) -> float:
         """mean log p(x_i) in nats, the incomplete-data log-likelihood (Basics VAE, eq. 4)."""
-        return self.score_samples(x).mean(dtype=torch.float64).item()
+        points, mixture = self._points(x, least=1)
+        return em.log_prob(points, mixture).mean(dtype=torch.float64).item()
 
     def complete_log_likelihood(self, x: Tensor, q: Tensor | None = None) -> float:
         """mean_i sum_k q_ik [log weights_k + log N(x_i; means_k, variances_k)] in nats: that of the complete data, the
@@ -169,18 +161,15 @@ class GaussianMixture:
         Args:
             x: points `[S, D]`.
             q: a distribution over components for each point, `[S, K]`; None for the E-step's, `predict_proba`.
+                That its rows add up to 1 is the caller's word.
 
         Source: Basics VAE, eq. 5, with its log w_k.
         """
-        points, mixture = self._points(x)
-        expected = (points.shape[0], len(mixture.weights))
+        points, mixture = self._points(x, least=1)
         if q is not None:
-            check_tensor("q", q)
-            check_device("q", q, "x", x)
-            if q.shape != expected:
-                raise ValueError(f"q: expected shape {expected}, a row for each point, got {tuple(q.shape)}")
+            q = _checked_shares(q, points, len(mixture.weights))
         total, first = 0.0, 0
-        for log_joint in em.log_joint(points, mixture):
+        for log_joint in _shared(points, mixture) if q is None else em.log_joint(points, mixture):
             rows = slice(first, first := first + len(log_joint))
             q_rows = log_joint.softmax(1) if q is None else q[rows].to(log_joint.dtype)
             possible = q_rows > 0  # a component that q gives nothing adds nothing, be its own weight 0
@@ -190,11 +179,14 @@ class GaussianMixture:
     def elbo(self, x: Tensor, q: Tensor) -> float:
         """mean log p(x) − KL(q ‖ p(k|x)) in nats, as `complete_log_likelihood` + H(q): a lower bound of `score` for any
         q `[S, K]`, which an E-step makes equal to it, and an M-step raises (Basics VAE, eq. 7)."""
+        points, mixture = self._points(x, least=1)
+        q = _checked_shares(q, points, len(mixture.weights))
         return self.complete_log_likelihood(x, q) + entropy(q).mean(dtype=torch.float64).item()
 
     def sample(self, n_samples: int = 1, *, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """(points `[n, D]`, in the dtype of those it was fitted to, the components they are from `[n]`)."""
-        check_count("n_samples", n_samples, least=1)
+        n_samples = check_count("n_samples", n_samples, least=1, most=MOST_SAMPLES)
+        seed = None if seed is None else check_seed("seed", seed)
         mixture = self._fitted()
         generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
         labels = torch.multinomial(mixture.weights.cpu(), n_samples, True, generator=generator)
@@ -213,58 +205,46 @@ class GaussianMixture:
     def _n_parameters(self) -> int:
         return 2 * self.means_.numel() + len(self.weights_) - 1
 
-    def _run(self, x: Tensor, generator: torch.Generator | None) -> _Run:
-        """EM from one start."""
-        mixture = self._start(x, generator)
-        trace: list[float] = []
-        n_reseeded = 0
-        for _ in range(self.max_iter):
-            n, means, variances, log_likelihood = em.moments(x, mixture)
-            empty = (n == 0).nonzero()[:, 0]
-            if len(empty):
-                worst = em.log_prob(x, mixture).topk(len(empty), largest=False).indices
-                n[empty], means[empty], variances[empty] = len(x) / len(n), x[worst].double(), em.variance(x)
-                n_reseeded += len(empty)
-            mixture = self._regularized(n / n.sum(), means, variances, x.dtype)
-            trace.append(float(log_likelihood))
-            if len(trace) > 1 and abs(trace[-1] - trace[-2]) < self.tol and not len(empty):
-                return _Run(mixture, trace, True, n_reseeded)
-        return _Run(mixture, trace, False, n_reseeded)
-
-    def _start(self, x: Tensor, generator: torch.Generator | None) -> Mixture:
-        K, D = self.n_components, x.shape[1]
-        if isinstance(self.init, Mixture):
-            if self.init.means.shape[1] != D:
-                raise ValueError(f"init: expected means [{K}, {D}], got shape {tuple(self.init.means.shape)}")
-            return Mixture(*(parameter.to(x.device) for parameter in self.init))
-        overall = em.variance(x)
-        if self.init == "kmeans++":
-            means, pooled = em.seed_components(x, K, generator)
-            pooled = pooled.where(pooled > 0, overall)  # 0 where every point is a seed
+    def _options(self) -> em_runs.Options:
+        K = check_count("n_components", self.n_components, least=1)
+        init = self.init
+        if isinstance(init, tuple | list):
+            init = em_runs.checked_start(init, K)
         else:
-            rows = torch.randperm(len(x), generator=generator, device="cpu")[:K]
-            means, pooled = x[rows.to(x.device)].double(), overall
-        return self._regularized(torch.full_like(pooled[:1], 1 / K).expand(K), means, pooled.expand(K, D), x.dtype)
+            check_choice("init", init, INITS)
+        return em_runs.Options(
+            n_components=K,
+            tol=check_number("tol", self.tol, least=0.0, finite=True),
+            max_iter=check_count("max_iter", self.max_iter, least=1),
+            n_init=check_count("n_init", self.n_init, least=1),
+            init=init,
+            reg_covar=check_number("reg_covar", self.reg_covar, least=0.0, finite=True),
+            seed=None if self.seed is None else check_seed("seed", self.seed),
+        )
 
-    def _regularized(self, weights: Tensor, means: Tensor, variances: Tensor, dtype: torch.dtype) -> Mixture:
-        """The mixture with `reg_covar` in it; without, a variance that points of a dtype cannot have is an error."""
-        variances = variances + self.reg_covar
-        alike = variances <= (torch.finfo(dtype).eps * means) ** 2
-        if self.reg_covar == 0 and alike.any():
-            k, d = alike.nonzero()[0].tolist()
-            raise ValueError(
-                f"reg_covar: expected more than 0, or fewer components, as the points of component {k} are all the same"
-                f" in dimension {d}, got {self.reg_covar}"
+    def _fit(self, x: Tensor) -> "GaussianMixture":
+        """`fit`, for the methods that users call: its warnings are about the line that called them."""
+        options = self._options()
+        x = em_runs.points_to_fit(x, least=options.n_components)
+        em_runs.warn_if_few(x, options.n_components, stacklevel=3)
+        generator = options.generator()
+        starts = 1 if isinstance(options.init, Mixture) else options.n_init
+        best = max((em_runs.run(x, options, generator) for _ in range(starts)), key=lambda fitted: fitted.trace[-1])
+        if not best.converged and options.tol > 0:
+            change = f"{abs(best.trace[-1] - best.trace[-2]):.3g} nats" if len(best.trace) > 1 else "not known yet"
+            warnings.warn(
+                f"max_iter: EM has not converged, as the change of mean log p(x) at step {options.max_iter}, the last,"
+                f" is {change}, and tol {options.tol:g}; take more steps, a larger tol, or other starts",
+                stacklevel=3,
             )
-        return Mixture(weights, means, variances)
+        self._keep(best.mixture, best.trace, x.dtype)
+        self.converged_, self.n_reseeded_, self.n_batches_ = best.converged, best.n_reseeded, 0
+        return self
 
     def _keep(self, mixture: Mixture, trace: list[float], dtype: torch.dtype) -> None:
         self.weights_, self.means_, self.variances_ = mixture
         self.lower_bounds_, self.lower_bound_, self.n_iter_ = trace, trace[-1], len(trace)
         self._dtype = dtype
-
-    def _generator(self) -> torch.Generator | None:
-        return None if self.seed is None else torch.Generator("cpu").manual_seed(self.seed)
 
     def _fitted(self, x: Tensor | None = None) -> Mixture:
         if not hasattr(self, "weights_"):
@@ -275,35 +255,27 @@ class GaussianMixture:
                 raise ValueError(f"x: expected points [S, {self.means_.shape[1]}], got shape {tuple(x.shape)}")
         return Mixture(self.weights_, self.means_, self.variances_)
 
-    def _points(self, x: Tensor) -> tuple[Tensor, Mixture]:
+    def _points(self, x: Tensor, least: int = 0) -> tuple[Tensor, Mixture]:
+        """The points that a fitted mixture is asked about."""
         check_tensor("x", x)
-        return x.detach(), self._fitted(x)
-
-    def _checked(self, x: Tensor, least: int | None = None) -> Tensor:
-        """The points to fit to."""
-        check_tensor("x", x)
-        if x.ndim != 2 or x.shape[1] == 0:
-            raise ValueError(f"x: expected points [S, D], got shape {tuple(x.shape)}")
-        least = self.n_components if least is None else least
-        if len(x) < least:
-            raise ValueError(f"x: expected at least {least} points, got {len(x)}")
-        x = x.detach()
-        low, high = x.aminmax(dim=0)
-        if not (low.isfinite() & high.isfinite()).all():
-            raise ValueError("x: expected finite points, got NaN or infinity")
-        return x
+        mixture = self._fitted(x)
+        return em_runs.finite_points(x, least), mixture
 
 
-def _checked_start(init: Any, n_components: int) -> Mixture:
-    if len(init) != 3 or not all(isinstance(parameter, Tensor) for parameter in init):
-        raise TypeError("init: expected a name, or the tensors (weights [K], means [K, D], variances [K, D])")
-    weights, means, variances = (parameter.detach().double() for parameter in init)
-    K = n_components
-    if weights.shape != (K,) or means.ndim != 2 or len(means) != K or variances.shape != means.shape:
-        shapes = ", ".join(str(tuple(parameter.shape)) for parameter in init)
-        raise ValueError(f"init: expected shapes ({K},), ({K}, D) and ({K}, D), got {shapes}")
-    if not (variances > 0).all():
-        raise ValueError(f"init: expected variances above 0, got {variances.min().item():.3g}")
-    if not (weights >= 0).all() or abs(weights.sum().item() - 1) > 1e-3:
-        raise ValueError(f"init: expected weights >= 0 that add up to 1, got {weights.tolist()}")
-    return Mixture(weights / weights.sum(), means, variances)
+def _shared(x: Tensor, mixture: Mixture) -> Iterator[Tensor]:
+    """`em.log_joint` of points that some component has a density at, so that p(k|x) is known."""
+    for log_joint in em.log_joint(x, mixture):
+        if (log_joint.amax(1) == -math.inf).any():
+            raise ValueError(em_runs.overflow(x, -math.inf))
+        yield log_joint
+
+
+def _checked_shares(q: Any, x: Tensor, n_components: int) -> Tensor:
+    """A distribution over components for each point, but for its rows' sums."""
+    check_tensor("q", q)
+    check_device("q", q, "x", x)
+    if q.shape != (len(x), n_components):
+        raise ValueError(f"q: expected shape {(len(x), n_components)}, a row for each point, got {tuple(q.shape)}")
+    if not ((q >= 0) & q.isfinite()).all():
+        raise ValueError("q: expected probabilities, got negative ones, NaN or infinity")
+    return q.detach()

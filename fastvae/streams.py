@@ -1,5 +1,6 @@
 """Posteriors of more examples than fit into memory, read a few rows at a time; and a bar that shows how far it is."""
 
+import contextlib
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sized
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .backends.contract import accumulation_dtype
-from .ops._checks import check_count, check_posterior
+from .ops._checks import check_count, check_posterior, check_tensor
 
+MOST_SAMPLES = 2**40  # more than fit into any memory, few enough for their bytes to be counted in 64 bits
 Array = Tensor | np.ndarray
 Rows = slice | np.ndarray
 
@@ -32,7 +34,7 @@ class Posteriors(NamedTuple):
         N = len(self.mu)
         if rows is None:
             return slice(None)
-        check_rows(rows)
+        rows = check_rows(rows)
         if not isinstance(rows, Tensor):
             if rows > N:
                 raise ValueError(f"rows: expected at most the {N} posteriors, got {rows}")
@@ -42,16 +44,41 @@ class Posteriors(NamedTuple):
         return rows.cpu().numpy()
 
 
-def check_rows(rows: int | Tensor | None) -> None:
-    """What can be known of them before the posteriors are counted."""
+def check_values(name: str, x: Tensor) -> None:
+    """There are some to look at."""
+    if x.is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
+
+
+def check_rows(rows: Any) -> Any:
+    """What can be known of them before the posteriors are counted: None, an int, or an int64 tensor."""
     if rows is None:
-        return
+        return None
     if not isinstance(rows, Tensor):
-        check_count("rows", rows, least=1)
-    elif rows.dtype != torch.int64:
-        raise TypeError(f"rows: expected an int or an int64 tensor, got {rows.dtype}")
-    elif rows.ndim != 1 or len(rows) == 0 or rows.min() < 0:
-        raise ValueError(f"rows: expected row numbers from 0 in a tensor [R], got {rows}")
+        return check_count("rows", rows, least=1)
+    if rows.dtype != torch.int64 or rows.layout != torch.strided:
+        raise TypeError(f"rows: expected an int or a dense int64 tensor, got {rows.dtype}, {rows.layout}")
+    check_values("rows", rows)
+    if rows.ndim != 1 or len(rows) == 0:
+        raise ValueError(f"rows: expected row numbers in a tensor [R], got shape {tuple(rows.shape)}")
+    if rows.min() < 0:
+        raise ValueError(f"rows: expected row numbers from 0, got {int(rows.min())}")
+    return rows
+
+
+def check_place(device: Any) -> torch.device | None:
+    """Somewhere to compute; None for where the posteriors are."""
+    if device is None:
+        return None
+    try:
+        place = torch.empty(0, dtype=torch.float32, device=device).device
+    except (TypeError, AttributeError):
+        raise TypeError(f"device: expected a torch.device or its name, got {type(device).__name__}") from None
+    except (RuntimeError, AssertionError, ValueError, OverflowError) as error:
+        raise ValueError(f"device: expected one that is here, got {device!r}: {error}") from None
+    if place.type == "meta":
+        raise ValueError("device: expected one that holds values, got 'meta'")
+    return place
 
 
 def open_posteriors(
@@ -59,18 +86,29 @@ def open_posteriors(
 ) -> Posteriors:
     """The posteriors of `kl_decomposition_dataset`: a pair of tensors or arrays as it is; batches gone through once,
     and an array of inputs `chunk_size` rows at a time."""
+    device = check_place(device)
     if encoder is not None and not callable(encoder):
         raise TypeError(f"encoder: expected a function or module from x to (mu, logvar), got {type(encoder).__name__}")
     pair = encoder is None and isinstance(source, tuple | list) and len(source) == 2
     if pair and all(isinstance(x, Array) for x in source):
         mu, logvar = source
-        if mu.ndim != 2 or mu.shape != logvar.shape or len(mu) == 0:
+        for name, x in (("mu", mu), ("logvar", logvar)):
+            if isinstance(x, Tensor):
+                check_tensor(name, x, min_ndim=0)
+                check_values(name, x)
+        if mu.ndim != 2 or mu.shape != logvar.shape or 0 in mu.shape:
             shapes = f"{tuple(mu.shape)} and {tuple(logvar.shape)}"
-            raise ValueError(f"posteriors: expected mu and logvar of one shape [N, D], got {shapes}")
+            raise ValueError(f"posteriors: expected mu and logvar of one shape [N, D], not empty, got {shapes}")
         home = device or (mu.device if isinstance(mu, Tensor) else "cpu")
         posteriors = Posteriors(mu, logvar, torch.device(home))
     elif isinstance(source, Iterable) and (encoder is not None or not isinstance(source, Array)):
         if isinstance(source, Array):
+            if isinstance(source, Tensor):
+                if source.layout != torch.strided or source.is_nested:
+                    raise TypeError(f"posteriors: expected a dense tensor of inputs, got {source.layout} or nested")
+                check_values("posteriors", source)
+            if source.ndim == 0:
+                raise ValueError("posteriors: expected inputs [N, ...], got shape ()")
             source = [source[first : first + chunk_size] for first in range(0, len(source), chunk_size)]  # views
         posteriors = _spool(shown(source, "encoding", progress), encoder, device)
     else:
@@ -92,16 +130,18 @@ def _spool(batches: Iterable[Any], encoder: Any, device: torch.device | str | No
                     expected = "batches x, or (x, labels), of tensors or arrays"
                     raise TypeError(f"posteriors: expected {expected}, got {type(x).__name__}")
                 x = _tensor(x)
+                check_values("posteriors", x)
                 batch = encoder(x if device is None else x.to(device))
             if not (isinstance(batch, tuple | list) and len(batch) == 2):
                 raise TypeError(f"posteriors: expected batches of pairs (mu, logvar), got {type(batch).__name__}")
             mu, logvar = (_tensor(x) for x in batch)
             check_posterior(mu, logvar, min_ndim=2)
             first = mu if first is None else first
-            if mu.ndim != 2 or mu.shape[1] != first.shape[1]:
-                raise ValueError(f"posteriors: expected batches [B, {first.shape[-1]}], got {tuple(mu.shape)}")
-            for file, x in ((mu_file, mu), (logvar_file, logvar)):
-                file.write(x.to("cpu", accumulation_dtype(first.dtype)).contiguous().numpy().data)
+            if mu.ndim != 2 or mu.shape[1] != first.shape[1] or mu.shape[1] == 0:
+                raise ValueError(f"posteriors: expected batches [B, {first.shape[-1] or 'D'}], got {tuple(mu.shape)}")
+            for name, file, x in (("mu", mu_file, mu), ("logvar", logvar_file, logvar)):
+                check_values(name, x)
+                x.to("cpu", accumulation_dtype(first.dtype)).contiguous().numpy(force=True).tofile(file)
             N += len(mu)
         if first is None or N == 0:
             raise ValueError("posteriors: expected at least one, got none")
@@ -116,13 +156,27 @@ def _read(x: Array, rows: Rows, device: torch.device) -> Tensor:
 
 
 def _tensor(x: Any) -> Any:
-    """An array as a tensor: copied, as it may be mapped and not be written to. Anything else as it is."""
+    """An array as a tensor: copied, as it may be mapped and not be written to, or have its bytes in the other order.
+    Anything else as it is."""
     if not isinstance(x, np.ndarray):
         return x
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError("posteriors: expected arrays without a mask, which would be lost, got a masked array")
     try:
-        return torch.from_numpy(np.array(x))
+        return torch.from_numpy(np.array(x, dtype=x.dtype.newbyteorder("="), order="C"))
     except TypeError:
         raise TypeError(f"posteriors: expected arrays of a dtype that torch knows, got {x.dtype}") from None
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's generators of the CPU and of a device start from a seed, and are afterwards as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
 
 
 def shown(steps: Iterable[Any], name: str, progress: bool) -> Iterable[Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from conftest import TARGETS, Target
@@ -14,7 +15,7 @@ from helpers import assert_accurate, op_named
 
 import fastvae
 from fastvae import backends
-from fastvae.backends import native_library, reference
+from fastvae.backends import native_library, reference, settings
 
 CPU = torch.device("cpu")
 
@@ -61,12 +62,26 @@ def test_restored_after_an_exception() -> None:
     assert used() is default
 
 
-@pytest.mark.parametrize("name", ["fast", "", "Reference", 1])
+@pytest.mark.parametrize("name", ["fast", "", "Reference", 1, ["native"], np.array(["native", "cuda"])])
 def test_unknown_name(name: object) -> None:
     before = used()
     with pytest.raises(ValueError, match="backend: expected one of"):
         fastvae.use_backend(name)
     assert used() is before
+
+
+@pytest.mark.parametrize("exact_skip", ["yes", 1, 0.0, np.array([True]), torch.tensor(True)])
+def test_an_exact_skip_that_is_neither_yes_nor_no(exact_skip: object) -> None:
+    before = used(), backends.exact_skip()
+    with pytest.raises(TypeError, match="exact_skip: expected True, False or None, got"):
+        fastvae.use_backend("reference", exact_skip=exact_skip)
+    assert (used(), backends.exact_skip()) == before
+
+
+def test_an_exact_skip_of_numpy() -> None:
+    with fastvae.use_backend(None, exact_skip=np.bool_(False)):
+        assert backends.exact_skip() is False
+        fastvae.agg_log_prob(*torch.zeros(3, 4, 2))  # which hands it to C
 
 
 def test_every_backend_has_a_status() -> None:
@@ -96,9 +111,47 @@ def test_environment_variable() -> None:
     assert run(name, FASTVAE_BACKEND="reference").stdout.strip().endswith("reference")
     best = next(b for b in backends.CANDIDATES["cpu"] if backends.status(b).available)
     assert run(name, FASTVAE_BACKEND="").stdout.strip().endswith(best)
-    unknown = run("fastvae.kl_gauss(torch.zeros(1, 1), torch.zeros(1, 1))", FASTVAE_BACKEND="fast")
-    assert unknown.returncode == 1
-    assert "expected one of" in unknown.stderr.splitlines()[-1]
+
+
+KL = "fastvae.kl_gauss(torch.zeros(1, 1), torch.zeros(1, 1))"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("FASTVAE_BACKEND", "fast", "expected one of native, triton, cuda, reference"),
+        ("FASTVAE_BACKEND", "cuda", "it is not available: "),  # FASTVAE_CUDA_LIBRARY being none
+        ("FASTVAE_EXACT_SKIP", "yes", "expected 0 or 1"),
+        ("FASTVAE_LIBRARY", "/dev/null", ""),
+        ("FASTVAE_CPU_ISA", "mmx", ""),
+    ],
+)
+def test_a_variable_that_cannot_be_followed_is_an_error_that_names_it(variable: str, value: str, reason: str) -> None:
+    """At the first call, which no other backend computes in silence."""
+    unset = dict.fromkeys(("FASTVAE_BACKEND", "FASTVAE_LIBRARY", "FASTVAE_CUDA_LIBRARY", "FASTVAE_CPU_ISA"), "")
+    ran = run(KL, **unset | {variable: value})
+    assert ran.returncode == 1
+    error = ran.stderr.splitlines()[-1]
+    assert f"WrongSetting: {variable}={value}: {reason}" in error
+    assert issubclass(settings.WrongSetting, RuntimeError)
+
+
+def test_a_wrong_choice_is_overridden_by_a_right_one() -> None:
+    assert run(f"fastvae.use_backend('reference'); print({KL}.item())", FASTVAE_BACKEND="fast").stdout == "0.0\n"
+
+
+def test_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in (("0", False), ("1", True), ("", None)):
+        monkeypatch.setenv("FASTVAE_EXACT_SKIP", value)
+        assert settings.switch("FASTVAE_EXACT_SKIP") is expected
+    monkeypatch.delenv("FASTVAE_EXACT_SKIP")
+    assert settings.switch("FASTVAE_EXACT_SKIP") is None
+
+
+def test_a_wrong_switch_of_the_kernels_is_named_too() -> None:
+    pytest.importorskip("triton")
+    ran = run("print(backends.status('triton').detail)", FASTVAE_AUTOTUNE="often")
+    assert ran.stdout == "FASTVAE_AUTOTUNE=often: expected 0 or 1\n"
 
 
 @pytest.mark.parametrize("name", ["cross_log_prob", "agg_log_prob", "agg_log_prob_marginals"])

@@ -4,6 +4,8 @@ prints no ratio that means nothing, and the figures in the README are those that
 import itertools
 import json
 import math
+import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ pytest.importorskip("matplotlib")
 
 import fastvae
 from bench import cases, contest, harness, machine, peers, pictures, report
+from bench import conftest as bench_conftest
 from bench.accuracy import ROWS, Error, Truth
 from bench.cases import BOTH, FORWARD, HEADLINES, MEMORY_TARGETS, OPS, TARGETS, Case
 from bench.inputs import posteriors, samples_and_posteriors
+from fastvae import backends
 
 MEBIBYTE = 2**20
 REPORTS = sorted(report.HERE.glob("results/*/results.json"))
@@ -206,6 +210,8 @@ def test_every_contestant_is_the_reference_in_float64(name: str, who: str, mode:
 
 # A whole case.
 
+SMALL = Case("kl_gauss", (256, 32), FORWARD)
+
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -229,10 +235,92 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "missing": missing,
         "absent": "has none",
     }
-    monkeypatch.setattr(contest, "PATIENCE", 3.0)
+    monkeypatch.setattr(contest, "PATIENCE", 1.0)
     monkeypatch.setitem(OPS, "kl_gauss", OPS["kl_gauss"]._replace(contestants=lambda B, D: dict(contestants)))
-    ceilings = machine.Ceilings(1e11, 1e10, 1e10)
-    return contest.measure(Case("kl_gauss", (256, 32), FORWARD), ceilings)
+    return contest.measure(SMALL, machine.Ceilings(1e11, 1e10, 1e10))  # of which a third of the bandwidth
+
+
+def left_out(monkeypatch: pytest.MonkeyPatch, **contestants: Callable[..., Any]) -> dict[str, Any]:
+    """A case for which fastvae has no time."""
+
+    def slow(mu: Tensor, logvar: Tensor) -> Tensor:
+        for_ever()
+        return mu
+
+    monkeypatch.setattr(contest, "PATIENCE", 0.5)
+    contestants = {"fastvae": slow, **contestants}
+    op = OPS["kl_gauss"]._replace(contestants=lambda B, D: dict(contestants), exact=peers.kl_formula)
+    monkeypatch.setitem(OPS, "kl_gauss", op)
+
+    def clock(*_: object) -> list[float]:
+        raise AssertionError("whose times are fastvae's")
+
+    return contest.measure(SMALL, clock=clock)
+
+
+def test_where_fastvae_is_left_out_the_report_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = left_out(monkeypatch, eager=peers.kl_formula)
+    ours, eager = measured["results"]["fastvae"], measured["results"]["eager"]
+    assert ours == {"why_not": "too slow: over 0 s to try"}
+    assert eager["verdict"] == "accurate"
+    assert eager["median"] > 0
+    with pytest.raises(pytest.skip.Exception, match="fastvae is left out, too slow: over"):
+        bench_conftest.check(ours)
+    with pytest.raises(AssertionError):
+        bench_conftest.check({"why_not": "out of memory"})
+    raw = json.loads(written(tmp_path / "1.json", made_up(KL, fastvae=1.0)).read_text())
+    config = types.SimpleNamespace(stash={bench_conftest._measured: [made_up(KL, fastvae=1.0), measured]})
+    bench_conftest.pytest_benchmark_update_json(config, raw)  # type: ignore[arg-type]
+    (tmp_path / "2.json").write_text(json.dumps(raw))
+    results = report.load([tmp_path / "2.json"])
+    assert list(results.cases) == [KL, SMALL]
+    assert "| [256, 32] | **fastvae** | too slow: over 0 s to try |" in report.document(results)
+    everywhere = dict.fromkeys((*HEADLINES, *TARGETS), measured)
+    assert "| too slow: over 0 s to try | " in report.section(results._replace(cases=everywhere))
+    assert "| too slow: over 0 s to try | " in "\n".join(report.target_lines(results._replace(cases=everywhere)))
+    pictures.draw(everywhere, tmp_path)
+
+
+def test_nobody_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [*left_out(monkeypatch)["results"]] == ["fastvae"]
+
+
+def test_patience_is_for_the_contestants_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for what float64 takes to say what is right. Nor is fastvae left out for what it took at other sizes."""
+
+    def exact(mu: Tensor, logvar: Tensor) -> Tensor:
+        time.sleep(0.2)  # of three
+        return peers.kl_formula(mu, logvar)
+
+    contestants = {"fastvae": peers.kl_formula, "eager": peers.kl_formula}
+    op = OPS["kl_gauss"]._replace(contestants=lambda B, D: dict(contestants), exact=exact)
+    monkeypatch.setattr(contest, "PATIENCE", 0.5)
+    monkeypatch.setattr(contest, "_pace", {("kl_gauss", FORWARD, who): 1.0 for who in contestants})
+    monkeypatch.setitem(OPS, "kl_gauss", op)
+    results = contest.measure(SMALL)["results"]
+    assert results["fastvae"]["verdict"] == "accurate"
+    assert results["eager"] == {"why_not": "not run: about 8192 s a call"}
+
+
+def test_patience_grows_with_slowness() -> None:
+    known = machine.OF_THE_LIMITS
+    assert known.slowness == known._replace(fma=1e15).slowness == 1
+    assert known._replace(exponentials=known.exponentials / 3).slowness == pytest.approx(3)
+
+
+def test_no_other_backend_is_called_fastvae() -> None:
+    if not backends.status("native").available:
+        pytest.skip(backends.status("native").detail)
+    with fastvae.use_backend(None):
+        assert machine.why_not("native") == ""
+    items = [types.SimpleNamespace(path=report.HERE / "bench_kl_gauss.py")]
+    option = types.SimpleNamespace(collectonly=False)
+    session: Any = types.SimpleNamespace(items=items, config=types.SimpleNamespace(option=option))
+    with fastvae.use_backend("reference"):
+        with pytest.raises(pytest.UsageError, match="measured on its backend native, but reference would compute"):
+            bench_conftest.pytest_runtestloop(session)
+        option.collectonly = True
+        assert bench_conftest.pytest_runtestloop(session) is None
 
 
 def test_a_case_shows_what_cannot_run_and_marks_what_is_wrong(measured: dict[str, Any]) -> None:

@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import random
 import subprocess
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import pytest
@@ -44,8 +42,7 @@ def test_a_base_unlike_itself_is_noise() -> None:
 def this_revision() -> Revision:
     if not native_library.status()[0]:
         pytest.skip("no native library")
-    with as_file(files("fastvae") / native_library.LIBRARY) as path:
-        return Revision(compare.ROOT, Path(os.environ.get("FASTVAE_LIBRARY") or path).resolve())
+    return Revision(compare.ROOT, Path(native_library.library()._name).resolve())
 
 
 def test_a_worker_runs_the_revision_it_is_given(this_revision: Revision, tmp_path: Path) -> None:

@@ -229,6 +229,27 @@ def test_a_sample_of_no_column_is_for_estimators_that_weigh_all_alike(estimator:
             fastvae.estimator_weights(estimator, B, 60, own)
 
 
+@pytest.mark.parametrize("name", ["agg_entropy", "kl_decomposition"])
+def test_means_of_no_samples(name: str) -> None:
+    check(ValueError, "z", name, z=torch.zeros(0, B, D))
+    check(ValueError, "z", name, z=torch.zeros(0, D), own=torch.arange(0))
+
+
+def test_shapes_and_layouts_of_own() -> None:
+    for own, error in ((torch.arange(B)[None], ValueError), (torch.arange(B).to_sparse(), TypeError)):
+        with pytest.raises(error, match=r"^own: expected"):
+            fastvae.estimator_weights("mss", B, 60, own)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, 1e-39, 10**400])
+def test_bandwidth(bad: float) -> None:
+    x = torch.zeros(B, D)
+    with pytest.raises(ValueError, match=r"^bandwidth: expected"):
+        fastvae.mmd(x, x, bad)
+    with pytest.raises(ValueError, match=r"^z: expected"):
+        fastvae.mmd(x[:, :0], x[:, :0])
+
+
 def test_entropy_of_no_posteriors() -> None:
     empty = torch.zeros(0, D)
     check(ValueError, "mu", "agg_entropy", z=empty, mu=empty, logvar=empty)

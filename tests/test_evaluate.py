@@ -104,6 +104,16 @@ def test_memory_mapped_arrays(
     assert_equal(streamed, kl_decomposition_dataset(tensors, rows=50), tolerance)
 
 
+def test_arrays_of_another_byte_order_and_of_odd_strides() -> None:
+    mu, logvar = draw(N, D, seed=1).numpy(force=True), draw(N, D, seed=2).numpy(force=True)
+    expected = kl_decomposition_dataset((mu, logvar), rows=20)
+    for odd in (lambda x: x.astype(">f8"), lambda x: x[::-1, ::-1].copy()[::-1, ::-1], np.asfortranarray):
+        assert_equal(kl_decomposition_dataset((odd(mu), odd(logvar)), rows=20), expected, 0.0)
+        batches = [(odd(mu)[:50], odd(logvar)[:50]), (odd(mu)[50:], odd(logvar)[50:])]
+        assert_equal(kl_decomposition_dataset(batches, rows=20), expected, 0.0)
+    assert_equal(kl_decomposition_dataset((mu, logvar), rows=20, chunk_size=2**63 - 1), expected, 0.0)
+
+
 def test_batches_of_an_encoder(posteriors: tuple[Tensor, Tensor]) -> None:
     x = torch.cat(posteriors, 1)
     calls = []
@@ -258,6 +268,27 @@ def broken(batch: Any) -> Iterator[Any]:
         (TypeError, "prior", None, {"prior": 1.0}),
         (TypeError, "seed", None, {"seed": 1.5}),
         (ValueError, "seed", None, {"seed": -1}),
+        (ValueError, "seed", None, {"seed": 2**64}),
+        (ValueError, "n_samples", None, {"n_samples": 2**62}),
+        (ValueError, "n_samples", None, {"n_samples": 2**39}),
+        (ValueError, "rows", None, {"rows": 2**62}),
+        (ValueError, "rows", None, {"rows": torch.arange(3, device="meta")}),
+        (TypeError, "rows", None, {"rows": torch.arange(3).to_sparse()}),
+        (TypeError, "analytic_conditional", None, {"analytic_conditional": "no"}),
+        (TypeError, "progress", None, {"progress": 1}),
+        (ValueError, "method", None, {"method": np.array(["auto", "table"])}),
+        (ValueError, "device", None, {"device": "gpu"}),
+        (ValueError, "device", None, {"device": "meta"}),
+        (ValueError, "device", None, {"device": 2**70}),
+        (TypeError, "device", None, {"device": 1.5}),
+        (ValueError, "mu", (torch.zeros(4, 3, device="meta"), torch.zeros(4, 3)), {}),
+        (TypeError, "logvar", (torch.zeros(4, 3), torch.zeros(4, 3).to_sparse()), {}),
+        (ValueError, "posteriors", (torch.zeros(4, 0), torch.zeros(4, 0)), {}),
+        (ValueError, "posteriors", [(torch.zeros(4, 0), torch.zeros(4, 0))], {}),
+        (TypeError, "posteriors", (np.ma.masked_array(np.zeros((4, 3)), True), np.zeros((4, 3))), {}),
+        (ValueError, "posteriors", torch.zeros(()), {"encoder": lambda x: (x, x)}),
+        (ValueError, "posteriors", torch.zeros(4, 3, device="meta"), {"encoder": lambda x: (x, x)}),
+        (TypeError, "posteriors", torch.zeros(4, 3).to_sparse(), {"encoder": lambda x: (x, x)}),
     ],
 )
 def test_errors_of_the_data_set(error: type[Exception], named: str, source: Any, options: dict[str, Any]) -> None:
@@ -299,6 +330,9 @@ def test_active_units(dtype: torch.dtype) -> None:
         (ValueError, "mu", (torch.zeros(4),)),
         (ValueError, "threshold", (torch.zeros(4, 3), -1.0)),
         (TypeError, "threshold", (torch.zeros(4, 3), "1")),
+        (ValueError, "threshold", (torch.zeros(4, 3), 10**400)),
+        (ValueError, "mu", (torch.full((4, 3), math.nan),)),
+        (ValueError, "mu", (torch.zeros(4, 3, device="meta"),)),
     ],
 )
 def test_errors_of_active_units(error: type[Exception], named: str, arguments: tuple) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 import fastvae
 from fastvae import VAE, MixturePrior, StandardNormal, kl_decomposition_dataset, prior_hole
+from fastvae.holes import _quantile
 
 
 def posteriors(N=60, D=4, seed=0, logvar=-0.5):
@@ -152,6 +153,12 @@ def test_generators_are_left_as_they_were_and_the_seed_decides():
     assert not torch.equal(shares[0], shares[2])
 
 
+@pytest.mark.parametrize("q", [0.001, 0.25, 0.5, 0.999])
+def test_quantiles_are_torchs(q):
+    x = posteriors(N=7, D=101)[0]
+    torch.testing.assert_close(_quantile(x, q), x.quantile(q, dim=1))
+
+
 def test_errors_name_the_argument_and_saturation_warns():
     pair = posteriors()
     vae = VAE(lambda x: x.chunk(2, 1), nn.Linear(4, 8), likelihood="gaussian")
@@ -164,6 +171,12 @@ def test_errors_name_the_argument_and_saturation_warns():
         (lambda: prior_hole(pair, n_dims=0), ValueError, "n_dims"),
         (lambda: prior_hole(pair, quantile=1.0), ValueError, "quantile"),
         (lambda: prior_hole((pair[0][:1], pair[1][:1])), ValueError, "source"),
+        (lambda: prior_hole((pair[0] * math.nan, pair[1])), ValueError, "source"),
+        (lambda: prior_hole(pair, prior=StandardNormal(3)), ValueError, "prior"),
+        (lambda: prior_hole(pair, n_samples=2**62), ValueError, "n_samples"),
+        (lambda: prior_hole(pair, seed=-1), ValueError, "seed"),
+        (lambda: prior_hole(pair, progress="no"), TypeError, "progress"),
+        (lambda: prior_hole(pair, device="gpu"), ValueError, "device"),
     ):
         with pytest.raises(error, match=f"^{name}: "):
             call()

@@ -4,6 +4,7 @@ bounds of I(x; z)."""
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Target
@@ -13,7 +14,7 @@ from scipy import special
 from torch import nn
 
 import fastvae
-from fastvae import cross_entropy, entropy, kl_decomposition, kl_discrete, mi_bounds
+from fastvae import cross_entropy, effective_sample_size, entropy, kl_decomposition, kl_discrete, mi_bounds
 from fastvae.likelihoods import Bernoulli, Gaussian
 
 
@@ -83,6 +84,22 @@ def test_shapes_broadcast_and_halves_accumulate_in_float32():
         (lambda: entropy([0.5, 0.5]), TypeError, "p"),
         (lambda: kl_discrete(torch.ones(2) / 2, torch.tensor([0, 1])), TypeError, "q"),
         (lambda: cross_entropy(torch.ones(2) / 2, torch.ones(3) / 3), ValueError, "p, q"),
+        *(
+            (lambda function=function, dim=dim: function(dim), error, "dim")
+            for function in (
+                lambda dim: entropy(torch.ones(2, 2) / 2, dim),
+                lambda dim: cross_entropy(torch.ones(2, 2) / 2, torch.ones(2) / 2, dim),
+                lambda dim: kl_discrete(torch.ones(2, 2) / 2, torch.ones(2) / 2, dim),
+                lambda dim: effective_sample_size(torch.ones(2, 2), dim),
+            )
+            for dim, error in (
+                (2, ValueError),
+                (-3, ValueError),
+                (2**70, ValueError),
+                (None, TypeError),
+                (0.0, TypeError),
+            )
+        ),
     ],
 )
 def test_errors_name_the_argument(call, error, name):
@@ -127,6 +144,10 @@ def test_bounds() -> None:
         (ValueError, "h_data", {"h_data": math.nan, "dataset_size": None}),
         (ValueError, "dataset_size", {"h_data": 3.0}),
         (TypeError, "h_data", {"h_data": "9"}),
+        (ValueError, "nell", {"nell": torch.zeros((), device="meta")}),
+        (ValueError, "div", {"div": 10**400}),
+        (TypeError, "div", {"div": torch.zeros(1).to_sparse()}),
+        (TypeError, "likelihood", {"likelihood": np.array(["discrete", "density"])}),
         (ValueError, "likelihood", {"likelihood": "gaussian"}),
         (TypeError, "likelihood", {"likelihood": nn.Identity()}),
     ],

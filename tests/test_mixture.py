@@ -1,7 +1,9 @@
 """GaussianMixture: step for step against scikit-learn, where float32 cancels, and on data that degenerate."""
 
+import itertools
 import math
 import warnings
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -231,10 +233,23 @@ def test_a_hard_assignment_to_a_component_without_weight():
 def test_kmeans_plus_plus_finds_clusters_that_are_far_apart():
     x = far_apart(5)
     for seed in range(5):
-        seeds, variances = em.seed_components(x, 5, torch.Generator().manual_seed(seed))
+        seeds = em.seeds_far_apart(x, 5, torch.Generator().manual_seed(seed))
         assert sorted(((seeds[:, 0] + 5e3) / 1e4).round().tolist()) == [0, 1, 2, 3, 4]
         assert all((x == one).all(1).any() for one in seeds)
+        variances = em.spread(x, seeds)
         assert ((variances > 1e-4 / 2) & (variances < 1e-3)).all()  # 1e-4, and the seeds' squared distances
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e30])
+@pytest.mark.parametrize("seeds", [em.seeds_far_apart, em.seeds_anywhere])
+def test_no_seed_comes_twice_as_long_as_there_are_other_points(seeds, scale):
+    """At scales too whose squares are no float32."""
+    values = scale * torch.arange(1.0, 6.0)[:, None]
+    x = values[[0] * 40 + [1, 2, 3, 4] + [0] * 40]
+    for K in (5, 7):
+        got = seeds(x, K, torch.Generator().manual_seed(0))
+        assert got.shape == (K, 1)
+        assert sorted(set(got[:, 0].tolist())) == values[:, 0].double().tolist()
 
 
 @pytest.mark.parametrize("init", ["kmeans++", "random"])
@@ -260,6 +275,7 @@ def test_one_component_is_the_moments_of_the_points():
     assert mixture.predict(x).unique().tolist() == [0]
 
 
+@pytest.mark.filterwarnings("ignore:n_components")
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("value", [0.0, 1e4])
 def test_one_point_repeated(K, value):
@@ -270,6 +286,73 @@ def test_one_point_repeated(K, value):
     torch.testing.assert_close(mixture.weights_.sum(), torch.ones((), dtype=torch.float64))
     with pytest.raises(ValueError, match=r"^reg_covar: .* all the same in dimension 0, got 0"):
         GaussianMixture(K, reg_covar=0).fit(x)
+
+
+def distinct_values(U, S, D, seed):
+    """S points of U values, each at least 1 from the next, all of which come."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.stack([torch.randperm(U, generator=generator) for _ in range(D)], 1).double()
+    return values[torch.cat((torch.arange(U), torch.randint(U, (S - U,), generator=generator)))]
+
+
+@pytest.mark.filterwarnings("ignore:n_components", "ignore:max_iter")
+@pytest.mark.parametrize("init", ["kmeans++", "random"])
+@given(st.integers(0, 10_000), st.integers(1, 7), st.integers(1, 3), st.sampled_from((torch.float64, torch.float32)))
+def test_a_component_for_each_distinct_point_fits_best(init, seed, U, D, dtype):
+    """With variances of reg_covar and up, the likelihood has its maximum where each point has a component of that
+    width, with the share of all that are there as its weight."""
+    x = distinct_values(U, U + 8, D, seed).to(dtype)
+    shares = x.unique(dim=0, return_counts=True)[1].double() / len(x)
+    best = (shares * shares.log()).sum().item() - D / 2 * math.log(2 * math.pi * 1e-6)
+    fits = [GaussianMixture(K, init=init, seed=seed, tol=1e-6).fit(x) for K in range(1, U + 4)]
+    for fitted in fits[U - 1 :]:
+        assert fitted.lower_bound_ == pytest.approx(best, abs=1e-4)
+        assert fitted.score(x) == pytest.approx(best, abs=1e-4)
+    assert all(fitted.lower_bound_ <= best + 1e-4 for fitted in fits)
+    assert all(fitted.lower_bound_ >= fits[0].lower_bound_ - 1e-4 for fitted in fits)
+
+
+@pytest.mark.filterwarnings("ignore:n_components", "ignore:Number of distinct clusters")
+@pytest.mark.parametrize("init", ["kmeans++", "random"])
+def test_more_components_never_fit_worse_than_fewer(init):
+    """Up to as many as there are distinct points and beyond, where scikit-learn is followed."""
+    x = distinct_values(9, 17, 2, seed=0)
+    ours = [GaussianMixture(K, init=init, seed=0, n_init=20).fit(x).lower_bound_ for K in range(1, 13)]
+    assert all(more >= fewer - 1e-3 for fewer, more in itertools.pairwise(ours))
+    theirs = [Peer(K, covariance_type="diag", random_state=0, n_init=20).fit(x.numpy()).lower_bound_ for K in (9, 10)]
+    assert ours[8:10] == pytest.approx(theirs, abs=1e-3)
+
+
+def test_fewer_distinct_points_than_components_are_warned_of():
+    x = distinct_values(9, 17, 2, seed=0)
+    start = global_start(torch.arange(20.0)[:, None].expand(20, 2), 10)
+    for call in (
+        lambda: GaussianMixture(10, n_init=3).fit(x),
+        lambda: GaussianMixture(10, init="random").fit_predict(x),
+        lambda: GaussianMixture(10, init=tuple(start)).fit(x),
+        lambda: GaussianMixture(10).partial_fit(x),
+    ):
+        with pytest.warns(UserWarning, match=r"^n_components: 10 components have only 9 distinct points") as caught:
+            call()
+        assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GaussianMixture(9).fit(x).partial_fit(x[:1])
+
+
+def test_a_fit_that_max_iter_ends_is_warned_of():
+    x = clusters(K=6)
+    for call in (
+        lambda: GaussianMixture(6, max_iter=3, tol=1e-9, n_init=3).fit(x),
+        lambda: GaussianMixture(6, max_iter=1).fit_predict(x),
+    ):
+        with pytest.warns(UserWarning, match=r"^max_iter: EM has not converged") as caught:
+            call()
+        assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not GaussianMixture(6, max_iter=3, tol=0).fit(x).converged_  # nothing else could have ended it
+        assert GaussianMixture(6, max_iter=300).fit(x).converged_
 
 
 def test_as_many_components_as_points():
@@ -292,34 +375,182 @@ def test_a_component_without_points_is_started_again(dtype):
     assert mixture.means_.abs().max() <= x.abs().max()
 
 
+def test_arguments_are_kept_as_given_and_used_as_python_numbers():
+    x = clusters(S=50)
+    start = [s.float() for s in global_start(x, 3)]
+    given = {
+        "n_components": np.int64(3),
+        "tol": np.float32(0.5),
+        "max_iter": np.int32(7),
+        "n_init": np.uint8(2),
+        "reg_covar": Fraction(1, 1024),
+        "seed": np.int64(3),
+        "init": start,
+    }
+    plain = {"n_components": 3, "tol": 0.5, "max_iter": 7, "n_init": 2, "reg_covar": 2**-10, "seed": 3, "init": start}
+    assert all(getattr(GaussianMixture(**given), name) is value for name, value in given.items())
+    for init, method in itertools.product((start, "kmeans++", "random"), ("fit", "partial_fit")):
+        left, right = (getattr(GaussianMixture(**{**o, "init": init}), method)(x) for o in (given, plain))
+        assert torch.equal(left.means_, right.means_)
+        assert torch.equal(left.variances_, right.variances_)
+    assert torch.equal(left.sample(np.int64(5), seed=np.int64(3))[0], left.sample(5, seed=3)[0])
+
+
+BAD_OPTIONS = (
+    ("n_components", 0, ValueError),
+    ("n_components", 2.0, TypeError),
+    ("n_components", None, TypeError),
+    ("n_components", 2**70, ValueError),
+    ("tol", -1, ValueError),
+    ("tol", math.nan, ValueError),
+    ("tol", math.inf, ValueError),
+    ("tol", 10**400, ValueError),
+    ("tol", "1", TypeError),
+    ("reg_covar", -1, ValueError),
+    ("reg_covar", math.inf, ValueError),
+    ("reg_covar", math.nan, ValueError),
+    ("reg_covar", 1j, TypeError),
+    ("max_iter", 0, ValueError),
+    ("max_iter", True, TypeError),
+    ("n_init", 0, ValueError),
+    ("seed", 2**64, ValueError),
+    ("seed", 1.5, TypeError),
+    ("init", "kmeans", ValueError),
+    ("init", np.array(["kmeans++", "random"]), ValueError),
+    ("init", None, ValueError),
+)
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit", "fit_predict"])
+@pytest.mark.parametrize(("name", "value", "error"), BAD_OPTIONS, ids=str)
+def test_options_are_checked_when_they_are_used(name, value, error, method):
+    mixture = GaussianMixture(**{"n_components": 2, name: value})
+    with pytest.raises(error, match=rf"^{name}: expected"):
+        getattr(mixture, method)(clusters(S=10))
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (lambda s: s.masked_fill(s == s.flatten()[0], math.nan), ValueError),
+        (lambda s: s.masked_fill(s == s.flatten()[0], math.inf), ValueError),
+        (lambda s: s.masked_fill(s == s.flatten()[0], -math.inf), ValueError),
+        (lambda s: s[:1], ValueError),
+        (lambda s: s[None], ValueError),
+        (lambda s: s.to(torch.complex128), TypeError),
+        (lambda s: s.long(), TypeError),
+        (lambda s: s.to_sparse(), TypeError),
+        (lambda s: s.to("meta"), ValueError),
+        (lambda s: s.numpy(), TypeError),
+        (lambda s: None, TypeError),
+    ],
+)
+def test_parameters_to_start_from_are_checked(part, spoil, error):
+    x = clusters(S=10)
+    start = list(global_start(x, 2))
+    start[part] = spoil(start[part])
+    with pytest.raises(error, match=r"^init: expected"):
+        GaussianMixture(2, init=start).fit(x)
+
+
 def test_errors_name_the_argument():
     x = clusters(S=10).float()
     start = global_start(x, 2)
+    fitted = GaussianMixture(2).fit(x)
     for call, error, name in (
-        (lambda: GaussianMixture(0), ValueError, "n_components"),
-        (lambda: GaussianMixture(2.0), TypeError, "n_components"),
-        (lambda: GaussianMixture(2, tol=-1), ValueError, "tol"),
-        (lambda: GaussianMixture(2, reg_covar=-1), ValueError, "reg_covar"),
-        (lambda: GaussianMixture(2, max_iter=0), ValueError, "max_iter"),
-        (lambda: GaussianMixture(2, init="kmeans"), ValueError, "init"),
-        (lambda: GaussianMixture(3, init=tuple(start)), ValueError, "init"),
-        (lambda: GaussianMixture(2, init=(start.weights, start.means)), TypeError, "init"),
-        (lambda: GaussianMixture(2, init=(start.weights, start.means, -start.variances)), ValueError, "init"),
-        (lambda: GaussianMixture(2, init=(2 * start.weights, *start[1:])), ValueError, "init"),
-        (lambda: GaussianMixture(2, init=tuple(start)).fit(x[:, :2]), ValueError, "init"),
+        (lambda: fit(x, start._replace(variances=-start.variances)), ValueError, "init"),
+        (lambda: fit(x, start._replace(weights=2 * start.weights)), ValueError, "init"),
+        (lambda: GaussianMixture(2, init=start[:2]).fit(x), TypeError, "init"),
+        (lambda: GaussianMixture(3, init=tuple(start)).fit(x), ValueError, "init"),
+        (lambda: fit(x[:, :2], start), ValueError, "init"),
         (lambda: GaussianMixture(11).fit(x), ValueError, "x: expected at least 11 points"),
-        (lambda: GaussianMixture(2).fit(x[0]), ValueError, "x"),
-        (lambda: GaussianMixture(2).fit(x.numpy()), TypeError, "x"),
-        (lambda: GaussianMixture(2).fit(x.where(x < x.max(), math.nan)), ValueError, "x: expected finite"),
-        (lambda: GaussianMixture(2).fit(x.where(x < x.max(), math.inf)), ValueError, "x: expected finite"),
-        (lambda: GaussianMixture(2).partial_fit(x.where(x < x.max(), math.nan)), ValueError, "x: expected finite"),
-        (lambda: GaussianMixture(2).fit(x).score(x[:, :2]), ValueError, "x"),
-        (lambda: GaussianMixture(2).fit(x).complete_log_likelihood(x, torch.ones(10, 3) / 3), ValueError, "q"),
-        (lambda: GaussianMixture(2).fit(x).sample(0), ValueError, "n_samples"),
-        (lambda: GaussianMixture(2).predict(x), RuntimeError, "fit"),
+        (lambda: fitted.complete_log_likelihood(x, torch.ones(10, 3) / 3), ValueError, "q"),
+        (lambda: fitted.complete_log_likelihood(x, torch.full((10, 2), math.nan)), ValueError, "q"),
+        (lambda: fitted.elbo(x, torch.tensor([1.5, -0.5]).expand(10, 2)), ValueError, "q"),
+        (lambda: fitted.elbo(x, None), TypeError, "q"),
+        (lambda: fitted.sample(0), ValueError, "n_samples"),
+        (lambda: fitted.sample(2**62), ValueError, "n_samples"),
+        (lambda: fitted.sample(5, seed="1"), TypeError, "seed"),
+        (lambda: GaussianMixture(2).sample(), RuntimeError, "fit"),
+        (lambda: GaussianMixture(2).bic(x), RuntimeError, "fit"),
     ):
         with pytest.raises(error, match=f"^{name}"):
             call()
+
+
+ASKED = ("predict", "predict_proba", "score_samples", "score", "complete_log_likelihood", "bic", "aic")
+BAD_POINTS = (
+    (lambda x: x.where(x < x.max(), math.nan), ValueError),
+    (lambda x: x.where(x < x.max(), math.inf), ValueError),
+    (lambda x: x.where(x < x.max(), -math.inf), ValueError),
+    (lambda x: x[0], ValueError),
+    (lambda x: x[None], ValueError),
+    (lambda x: x.to("meta"), ValueError),
+    (lambda x: x.to(torch.complex64), TypeError),
+    (lambda x: x.long(), TypeError),
+    (lambda x: x.to_sparse(), TypeError),
+    (lambda x: x.numpy(), TypeError),
+    (lambda x: None, TypeError),
+)
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit", "fit_predict", *ASKED, "elbo"])
+@pytest.mark.parametrize(("spoil", "error"), BAD_POINTS)
+def test_points_that_are_not_finite_or_none_at_all(method, spoil, error):
+    """No method says which component NaN is from, or how likely it is."""
+    x = clusters(S=10).float()
+    mixture = GaussianMixture(2, seed=0)
+    if "fit" not in method:
+        mixture.fit(x)
+    arguments = (torch.ones(10, 2) / 2,) if method == "elbo" else ()
+    with pytest.raises(error, match=r"^x: expected"):
+        getattr(mixture, method)(spoil(x), *arguments)
+
+
+@pytest.mark.parametrize("method", ASKED)
+def test_no_points(method):
+    x = clusters(S=10).float()
+    ask = getattr(GaussianMixture(2).fit(x), method)
+    if method in ("predict", "predict_proba", "score_samples"):
+        assert ask(x[:0]).shape == (0, *ask(x).shape[1:])
+    else:
+        with pytest.raises(ValueError, match=r"^x: expected at least 1 point, got 0"):
+            ask(x[:0])
+
+
+def test_points_that_are_too_far_out():
+    """Where log p(x) overflows its dtype no component can be said to have made them."""
+    x = clusters(S=10).float()
+    mixture, far = GaussianMixture(2).fit(x), 1e30 * x
+    assert mixture.score_samples(far).tolist() == [-math.inf] * 10
+    for ask in (mixture.predict, mixture.predict_proba, mixture.complete_log_likelihood, mixture.partial_fit):
+        with pytest.raises(ValueError, match=r"^x: expected points near enough"):
+            ask(far)
+    assert mixture.predict(far.double()).shape == (10,)
+    with pytest.raises(ValueError, match=r"^x: expected points near enough"):
+        fit(far, global_start(x, 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 1e-25), (torch.float32, 1e20), (torch.float32, 1e37), (torch.float64, 1e140)]
+)
+def test_points_of_any_scale(dtype, scale):
+    """A fit is the fit of the points at scale 1, scaled, though their squares overflow or underflow."""
+    x = clusters(K=3, distance=6.0).to(dtype)
+    ours = GaussianMixture(3, seed=0, reg_covar=0).fit(x * scale)
+    plain = GaussianMixture(3, seed=0, reg_covar=0).fit(x)
+    torch.testing.assert_close(ours.means_ / scale, plain.means_, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.variances_ / scale / scale, plain.variances_, rtol=1e-3, atol=1e-4)
+    assert ours.predict(x * scale).tolist() == plain.predict(x).tolist()
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+@pytest.mark.parametrize("init", ["kmeans++", "random"])
+def test_points_whose_squares_overflow(method, init):
+    for scale in (1e160, 1e308):
+        with pytest.raises(ValueError, match=r"^x: expected points whose squared distances float64 can hold"):
+            getattr(GaussianMixture(2, init=init), method)(scale * clusters(S=10).clamp(-1, 1))
 
 
 # Batches, samples, and the rest of torch

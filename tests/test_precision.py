@@ -3,6 +3,7 @@ elsewhere."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import TRITON, Target, computing_on
@@ -131,5 +132,7 @@ def test_the_choice() -> None:
             assert current() == "exact"
         assert current() == "tf32x3"
     assert current() == "exact"
-    with pytest.raises(ValueError, match="precision: expected one of exact, tf32x3, got 'tf32'"):
-        fastvae.precision("tf32")
+    for wrong in ("tf32", 3, None, ["exact"], np.array(["exact", "tf32x3"])):
+        with pytest.raises(ValueError, match="precision: expected one of exact, tf32x3, got"):
+            fastvae.precision(wrong)
+        assert current() == "exact"

@@ -2,11 +2,16 @@
 
 import functools
 import importlib
-import os
+import sys
+import warnings
+from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+from .settings import WrongSetting, setting, switch
 
 # Best first, by device type. `reference` runs everywhere, so what stands after it is used only by name: on the CPU
 # Triton's interpreter and CUDA kernels run on the host; on GPUs the CUDA library, until a committed measurement shows
@@ -14,8 +19,8 @@ import torch
 CANDIDATES = {"cpu": ("native", "reference", "triton", "cuda"), "cuda": ("triton", "reference", "cuda")}
 NAMES = ("native", "triton", "cuda", "reference")
 
-_forced: str | None = os.environ.get("FASTVAE_BACKEND") or None
-_exact_skip = {"0": False, "1": True}.get(os.environ.get("FASTVAE_EXACT_SKIP", ""))  # None: each backend's own choice
+_forced: str | None = setting("FASTVAE_BACKEND")  # of NAMES, if use_backend has set it
+_exact_skip: bool | None = None  # as use_backend has set it
 
 
 class BackendStatus(NamedTuple):
@@ -26,6 +31,14 @@ class BackendStatus(NamedTuple):
 
 def status(name: str) -> BackendStatus:
     """Whether a backend can be used here, and what it runs on or why it cannot."""
+    try:
+        return _status(name)
+    except RuntimeError as error:
+        return BackendStatus(name, False, str(error))
+
+
+def _status(name: str) -> BackendStatus:
+    """The same, but for an environment variable that cannot be followed, which is a WrongSetting."""
     if name == "reference":
         return BackendStatus(name, True, "plain PyTorch, any device")
     return BackendStatus(name, *importlib.import_module(f".{name}", __name__).status())
@@ -33,27 +46,78 @@ def status(name: str) -> BackendStatus:
 
 def backend_for(device: torch.device) -> ModuleType:
     """The backend that computes for tensors on this device."""
+    return _backend(_forced, device.type)
+
+
+def name_for(device: torch.device) -> str:
+    """The name of the backend that would compute for tensors on this device.
+
+    Raises:
+        RuntimeError: the one that was asked for cannot.
+    """
     return _choose(_forced, device.type)
 
 
 @functools.cache
-def _choose(forced: str | None, device_type: str) -> ModuleType:
-    candidates = CANDIDATES.get(device_type, ("reference",))
-    if forced is not None:
-        _check_name(forced)
-        if forced not in (*candidates, "reference"):
-            raise RuntimeError(f"backend {forced!r} was asked for, but does not compute on {device_type} tensors")
-        if not status(forced).available:
-            raise RuntimeError(f"backend {forced!r} was asked for, but is not available: {status(forced).detail}")
-        candidates = (forced,)
-    name = next(name for name in candidates if status(name).available)
+def _backend(forced: str | None, device_type: str) -> ModuleType:
+    name = _choose(forced, device_type)
+    if name == "reference" and forced is None and device_type == "cpu":
+        _warn_of_a_missing_library()
     return importlib.import_module(f".{name}", __name__)
+
+
+@functools.cache
+def _choose(forced: str | None, device_type: str) -> str:
+    switch("FASTVAE_EXACT_SKIP")  # a wrong one is said at the first call, not at the first that looks at it
+    candidates = CANDIDATES.get(device_type, ("reference",))
+    if forced is None:
+        return next(name for name in candidates if _status(name).available)
+    if forced not in NAMES:
+        raise WrongSetting(f"FASTVAE_BACKEND={forced}: expected one of {', '.join(NAMES)}")
+    if forced not in (*candidates, "reference"):
+        raise RuntimeError(f"backend {forced!r} was asked for, but does not compute on {device_type} tensors")
+    if not _status(forced).available:
+        raise WrongSetting(f"FASTVAE_BACKEND={forced}: it is not available: {_status(forced).detail}")
+    return forced
+
+
+def _warn_of_a_missing_library() -> None:
+    """Unless this is a system that it is not made for. Ops are opaque to the compiler, so it never sees this."""
+    from . import native_library
+
+    if native_library.missing() and sys.platform == "linux":
+        warnings.warn(
+            "fastvae computes on CPU tensors by its reference, which is slow, because its native library is missing:"
+            f" {native_library.missing()}; use_backend('reference') chooses that without a warning",
+            stacklevel=2,
+        )
+
+
+def wrong_settings() -> list[str]:
+    """What environment variables ask for that cannot be, with the reason."""
+    asked: list[Callable[[], object]] = [functools.partial(_choose, _forced, device) for device in ("cpu", "cuda")]
+    asked += [functools.partial(_status, name) for name in NAMES]
+    found: list[str] = []
+    for ask in asked:
+        try:
+            ask()
+        except WrongSetting as wrong:
+            found.append(str(wrong))
+        except RuntimeError:
+            pass  # something else is wrong
+    return list(dict.fromkeys(found))
 
 
 def exact_skip(otherwise: bool = True) -> bool:
     """Whether kernels may leave out pairs that are too far apart to change a result by as much as its rounding;
     `otherwise` where nobody has said."""
-    return otherwise if _exact_skip is None else _exact_skip
+    said = _exact_skip if _exact_skip is not None else _exact_skip_from_outside()
+    return otherwise if said is None else said
+
+
+@functools.cache
+def _exact_skip_from_outside() -> bool | None:
+    return switch("FASTVAE_EXACT_SKIP")
 
 
 class use_backend:
@@ -70,7 +134,8 @@ class use_backend:
 
     Raises:
         ValueError: `name` is not a backend's.
-        RuntimeError: the backend is not available here; the message says why.
+        TypeError: `exact_skip` is not True, False or None.
+        RuntimeError: the backend is not available here; the message says why. Nothing is changed then.
 
     Example:
         >>> with fastvae.use_backend("reference"):
@@ -84,10 +149,12 @@ class use_backend:
             found = status(name)
             if not found.available:
                 raise RuntimeError(f"backend {name!r} is not available: {found.detail}")
+        if not (exact_skip is None or isinstance(exact_skip, (bool, np.bool_))):
+            raise TypeError(f"exact_skip: expected True, False or None, got {exact_skip!r}")
         self._before = _forced, _exact_skip
         _forced = name
         if exact_skip is not None:
-            _exact_skip = exact_skip
+            _exact_skip = bool(exact_skip)
 
     def __enter__(self) -> None:
         pass
@@ -102,6 +169,6 @@ class use_backend:
         _forced, _exact_skip = self._before
 
 
-def _check_name(name: str | None) -> None:
-    if name not in NAMES:
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")

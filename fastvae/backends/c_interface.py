@@ -1,15 +1,16 @@
 """How a plain C interface is called by ctypes: what the backends `native` and `cuda` have in common."""
 
 import ctypes
-import os
 from ctypes import c_double, c_int64, c_void_p
-from importlib.resources import as_file, files
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import installed
 from .contract import LogWeights
+from .settings import WrongSetting, setting
 
 INTERFACE = 3  # FASTVAE_INTERFACE of kernels/include/fastvae.h, which the backends mirror
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
@@ -30,17 +31,30 @@ def load(library: str, variable: str, interface: str, build: str) -> ctypes.CDLL
         build: the command that builds it.
 
     Raises:
-        OSError: it does not load, or its interface is not the one that this package calls.
+        OSError: there is none, it does not load, or its interface is not the one that this package calls.
+        WrongSetting: so is the one that the environment variable names.
     """
-    named = os.environ.get(variable)
-    with as_file(files("fastvae") / library) as path:
-        lib = ctypes.CDLL(named or str(path))
+    named = setting(variable)
+    if named:
+        try:
+            return _load(named, interface, build)
+        except OSError as error:
+            raise WrongSetting(f"{variable}={named}: {error}; correct it, or unset {variable}") from error
+    path = installed.find(library)
+    if path is None:
+        raise OSError(
+            f"neither in the imported package, {installed.PACKAGE}, nor in an installed one; `{build}` builds it"
+        )
+    return _load(path, interface, build)
+
+
+def _load(path: str | Path, interface: str, build: str) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(path))
     number = getattr(lib, interface)() if hasattr(lib, interface) else "none"
     if number != INTERFACE:
-        otherwise = f", or unset {variable}" if named else ""
         raise OSError(
-            f"its interface number is {number} and this package's is {INTERFACE}, so it is of another revision;"
-            f" build it again, by `{build}`{otherwise}"
+            f"the interface number of {path} is {number} and that of the imported package, {installed.PACKAGE}, is"
+            f" {INTERFACE}, so they are of different revisions; build it again, by `{build}`"
         )
     return lib
 

@@ -6,17 +6,15 @@ one thread at a time, is for tests; it computes on CPU tensors.
 
 import ctypes
 import functools
-import os
 from collections.abc import Sequence
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
-from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import c_interface as c
-from . import exact_skip
+from . import exact_skip, installed
 from .contract import LogWeights, accumulation_dtype, kl_scale, kl_shape
 
 LIBRARY = "libfastvae_cuda.so"
@@ -88,11 +86,10 @@ def status() -> tuple[bool, str]:
 
 def _why_not_built() -> str:
     """What the build left to say, or that there was none; nothing where there is a library."""
-    package = files("fastvae")
-    if os.environ.get("FASTVAE_CUDA_LIBRARY") or (package / LIBRARY).is_file():
+    if installed.find(LIBRARY):
         return ""
-    reason = package / WHY_NOT
-    return reason.read_text().strip() if reason.is_file() else f"{LIBRARY} was not built; `make cuda` builds it"
+    reason = installed.find(WHY_NOT)
+    return reason.read_text().strip() if reason else f"{LIBRARY} was not built; `make cuda` builds it"
 
 
 def _run(name: str, dtype: torch.dtype, device: torch.device, sizes: Sequence[int], *arguments: Any) -> None:

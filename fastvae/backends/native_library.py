@@ -5,13 +5,13 @@ It mirrors kernels/include/fastvae.h, as `c_interface` does.
 
 import ctypes
 import functools
-import os
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch  # first, because the library takes its OpenMP runtime from torch
 
 from . import c_interface as c
+from .settings import WrongSetting, setting
 
 LIBRARY = "libfastvae_cpu.so"
 
@@ -70,28 +70,48 @@ def use_instruction_set(name: str | None) -> None:
     global _instruction_set
     available = instruction_sets()
     if name is not None and name not in available:
-        raise ValueError(f"FASTVAE_CPU_ISA: expected one of {', '.join(available)}, got {name!r}")
+        raise ValueError(f"instruction set: expected one of {', '.join(available)}, got {name!r}")
     _instruction_set = name or available[0]
     kernels.cache_clear()
 
 
+def instruction_set() -> str:
+    """The one in use."""
+    if _instruction_set is None:
+        asked = setting("FASTVAE_CPU_ISA")
+        if asked is not None and asked not in instruction_sets():
+            offered = ", ".join(instruction_sets()) or "none of its own"
+            raise WrongSetting(f"FASTVAE_CPU_ISA={asked}: of this library the CPU can run {offered}")
+        use_instruction_set(asked)
+    return str(_instruction_set)
+
+
 @functools.cache
 def kernels(dtype: torch.dtype) -> Any:
-    if _instruction_set is None:
-        use_instruction_set(os.environ.get("FASTVAE_CPU_ISA") or None)
-    return kernels_for(str(_instruction_set), dtype)
+    return kernels_for(instruction_set(), dtype)
+
+
+@functools.cache
+def missing() -> str:
+    """Why there is no library to call; nothing where there is one."""
+    try:
+        library()
+    except (OSError, AttributeError) as error:
+        return f"{LIBRARY}: {error}"
+    return ""
 
 
 @functools.cache
 def status() -> tuple[bool, str]:
     """Whether the library loads and this CPU can run it; what it runs on, or why not."""
-    try:
-        if not instruction_sets():
-            return False, "this CPU has none of the instruction sets that the library was built for"
-        kernels(torch.float32)
-    except (OSError, ValueError, AttributeError) as error:
-        return False, f"{LIBRARY}: {error}"
-    return True, f"{LIBRARY} {library().fastvae_version().decode()}, {_instruction_set}"
+    asked = setting("FASTVAE_CPU_ISA")
+    if missing():
+        if asked:
+            raise WrongSetting(f"FASTVAE_CPU_ISA={asked}: there is no library that has it: {missing()}")
+        return False, missing()
+    if not (asked or instruction_sets()):
+        return False, "this CPU has none of the instruction sets that the library was built for"
+    return True, f"{LIBRARY} {library().fastvae_version().decode()}, {instruction_set()}"
 
 
 def take_visits() -> tuple[int, int]:

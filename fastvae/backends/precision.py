@@ -45,10 +45,10 @@ class precision:
 
     def __init__(self, name: str):
         global _current
-        if name not in NAMES:
+        if not isinstance(name, str) or name not in NAMES:
             raise ValueError(f"precision: expected one of {', '.join(NAMES)}, got {name!r}")
         self._before = _current
-        _current = name
+        _current = str(name)
 
     def __enter__(self) -> None:
         pass

@@ -29,6 +29,11 @@ def _standardize(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]
     return ((z - mu) * inv_sigma).clamp(-finite, finite), inv_sigma
 
 
+def _times(g: Tensor, x: Tensor) -> Tensor:
+    """g x, but 0 where g is 0 even if x overflowed: no gradient in, none out."""
+    return (g * x).where(g != 0, 0)
+
+
 def _gradients(
     candidates: Sequence[Callable[[], Tensor]], inputs: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor]:
@@ -74,16 +79,16 @@ def kl_gauss_backward(
     t, inv_sigma = _standardize(mu, m, v)
 
     def d_mu() -> Tensor:
-        return g * t * inv_sigma
+        return _times(mu - m, g * inv_sigma * inv_sigma)  # so that what overflows is the product alone
 
     def d_logvar() -> Tensor:
-        return g * 0.5 * torch.expm1(logvar - v)
+        return _times(g, 0.5 * torch.expm1(logvar - v))
 
     def d_prior_mu() -> Tensor:
         return (-d_mu()).sum_to_size(inputs[2].shape)
 
     def d_prior_logvar() -> Tensor:
-        return (-d_logvar() - 0.5 * g * t * t).sum_to_size(inputs[3].shape)
+        return (-d_logvar() - _times(g, 0.5 * t) * t).sum_to_size(inputs[3].shape)
 
     return _gradients((d_mu, d_logvar, d_prior_mu, d_prior_logvar), inputs, wanted)
 
@@ -125,14 +130,16 @@ def sample_gauss_backward(
     inputs = (mu, logvar)
     mu, logvar, d_z, d_log_q, d_log_p, d_kl = _accumulate(mu, logvar, d_z, d_log_q, d_log_p, d_kl)
     scaled_eps = torch.exp(0.5 * logvar) * _noise(mu, seed, n_samples)  # [L, B, D]
-    d_z = d_z - d_log_p[..., None] * (mu + scaled_eps)  # d log_p / d z = −z
+    d_z = d_z - _times(d_log_p[..., None], mu + scaled_eps)  # d log_p / d z = −z
 
     def d_mu() -> Tensor:
-        return d_z.sum(0) + d_kl[..., None] * mu
+        return d_z.sum(0) + _times(d_kl[..., None], mu)
 
     def d_logvar() -> Tensor:
         from_log_q = d_log_q.expand(n_samples, mu.shape[0]).sum(0)[:, None]
-        return 0.5 * ((d_z * scaled_eps).sum(0) - from_log_q + d_kl[..., None] * torch.expm1(logvar))
+        return (
+            _times(0.5 * d_z, scaled_eps).sum(0) - 0.5 * from_log_q + _times(0.5 * d_kl[..., None], torch.expm1(logvar))
+        )
 
     return _gradients((d_mu, d_logvar), inputs, wanted)
 

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import installed
+from .settings import WrongSetting
+
 OPS = ("kl_gauss", "sample_gauss", "cross_log_prob", "agg_log_prob", "agg_log_prob_marginals")
 
 
@@ -23,9 +26,16 @@ def status() -> tuple[bool, str]:
     """Whether Triton can launch here; what it runs on, or why not."""
     try:
         import triton
-    except ImportError as error:
+    except Exception as error:  # in whatever way it is broken
         return False, f"Triton cannot be imported: {error}"
-    if _interpreting():
+    try:
+        interpreting = _interpreting()
+    except WrongSetting:
+        raise
+    except Exception as error:  # another version of Triton, or no kernels
+        why = f"{type(error).__name__}: {error}"
+        return False, f"the kernels of {installed.PACKAGE} cannot be imported with Triton {triton.__version__}: {why}"
+    if interpreting:
         return True, f"Triton {triton.__version__}, in its interpreter (TRITON_INTERPRET=1), CPU tensors too"
     if not torch.cuda.is_available():
         return False, f"Triton {triton.__version__} is here, but no GPU that torch can use"

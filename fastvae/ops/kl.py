@@ -31,9 +31,19 @@ def _fake_backward(
     return empty_gradients((mu, logvar, prior_mu, prior_logvar), wanted)
 
 
+def _compute(
+    backend: Any, mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
+) -> Tensor:
+    inputs = (mu, logvar, prior_mu, prior_logvar)
+    if mu.shape[1] == 0 and reduction not in ("none", "sample"):
+        inputs = tuple(None if x is None else x[:1] for x in inputs)  # one row without dimensions says what all say
+    return backend.kl_gauss(*inputs, reduction)
+
+
 _kl_gauss = declare(
     "kl_gauss(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, str reduction) -> Tensor",
     _fake,
+    _compute,
 )
 _kl_gauss_backward = declare_backward(
     "kl_gauss_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar,"

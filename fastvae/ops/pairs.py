@@ -40,6 +40,8 @@ def log(x: float) -> float:
 
 @torch.compiler.allow_in_graph
 def _symbolic_log(x: float) -> float:
+    if not isinstance(x, torch.SymFloat):
+        return math.log(x)
     symbolic_log2: Any = torch._sym_log2  # type: ignore[attr-defined]
     return symbolic_log2(x) * math.log(2)  # they have no other
 

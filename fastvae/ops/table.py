@@ -37,6 +37,7 @@ from .panels import LEVELS, Columns, blocks, first_cells, halved, levels_of, pla
 NODES = 16  # points of a panel
 WIDTH = 4.0  # of a panel, in units of sigma
 DEPTH = 64.0  # nats
+ROUGHEST = 100.0  # times the tolerance: the rounding of values so large that the interpolant's slope would be noise
 LOOSEST = 1e-6  # nats: of a larger error the last coefficients tell too little, and it would save few points
 
 
@@ -121,7 +122,7 @@ def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Table | No
         error = (coefficients.abs() * decay).amax(1)
         rounding = 8 * torch.finfo(torch.float64).eps * values.abs().amax(1)
         high = values.amin(1) > tree.top[dim] - DEPTH
-        good = high & (error < rounding.clamp(min=tol / 4))
+        good = high & (error < rounding.clamp(min=tol / 4)) & (rounding < ROUGHEST * tol)
         found.append(
             (
                 *(x[good] for x in (first_cells(dim, node), dim, left, width, coefficients, points, values)),

@@ -1,8 +1,9 @@
 // joint_i = log sum_j w_ij prod_d q(z_id | x_j) and marginal_id = log sum_j w_ij q(z_id | x_j), one pass for both,
 // never forming [S, N].
 //
-// No term of a marginal's sum passes 1 by much (marginals.h), and those below 2^kMinExponent are lost. A sum that
-// comes out so small that this could matter (its sample 10 sigma away from every column) is taken again, exactly.
+// The terms of a marginal's sum are moderate (marginals.h), and those below 2^kMinExponent are lost. A sum that comes
+// out so small that this could matter (its sample 10 sigma away from every column) is taken again with its maximum; so
+// is any where a term could be too large for exp2_term.
 
 #include "kernels.h"
 #include "marginals.h"
@@ -14,6 +15,7 @@ namespace {
 template <class T> struct Forward {
     static constexpr int W = kPanelWidth<T>, L = kLanes<T>, R = kTileRows;
     static constexpr double kLost = sizeof(T) == 4 ? 0x1p-96 : 0x1p-960, kHuge = 0x1p100;
+    static constexpr double kHighest = 100;
 
     const T *z;  // [S, D]
     int64_t S;
@@ -36,10 +38,10 @@ template <class T> struct Forward {
             });
             for (int64_t d = 0; d < D; ++d) {
                 const double sum = sums.marginals[d * R + r];
-                const bool lost = sum <= kLost * double(columns.panels.N) || sum >= kHuge;
+                const bool lost = sum <= kLost * double(columns.panels.N) || sum >= kHuge || !(columns.highest[d] <= kHighest);
                 double log = double(out[d]);
                 if (lost) log = exact_marginal<kDirect>(columns, overrides, r, d, rows[d * R + r]).total().log();
-                out[d] = T(log + (columns.top[d] + columns.reference) * kLn2);
+                out[d] = T(log + (columns.normal[d] + columns.reference) * kLn2);
             }
         }
     }
@@ -58,7 +60,7 @@ int agg_log_prob_marginals(const void *z, const void *mu, const void *logvar, FA
     Buffer<double> totals(row_size * threads);
     if (!columns.allocated() || !memory || !totals) return FASTVAE_OUT_OF_MEMORY;
 
-    columns.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads);
+    columns.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), S, threads);
     const Forward<T> forward{static_cast<const T *>(z), S, columns, static_cast<T *>(joint),
                              static_cast<T *>(marginals)};
     parallel_for((S + kTileRows - 1) / kTileRows, threads, [&](int64_t tile, int worker) {

@@ -86,6 +86,7 @@ template <class T> class Backward {
 public:
     static constexpr int W = kPanelWidth<T>, L = kLanes<T>, R = kTileRows;
     static constexpr double kScale = kInvKappa2;
+    static constexpr T kExact = T(1) / Elementary<T>::kEpsilon;  // a marginal below it is within a nat of what it was
 
     Backward(const MarginalColumns<T> &columns, const T *z, int64_t S, bool has_joint, bool wants_log_w, int threads)
         : columns(columns), panels(columns.panels), z(z), S(S), D(panels.D), has_joint(has_joint),
@@ -155,8 +156,8 @@ private:
             for (int64_t d = 0; d < D; ++d) {
                 const int64_t k = d * R + r, i = (first + r) * D + d;
                 const bool any = d_marginals && first + r < S && marginals[i] != -kInf<T>;
-                offset[k] = any ? T(columns.top[d] + columns.reference - double(marginals[i]) * kLog2e) : T(0);
-                grad[k] = T(0);
+                offset[k] = any ? T(columns.normal[d] + columns.reference - double(marginals[i]) * kLog2e) : -kInf<T>;
+                grad[k] = T(0);  // as is 2^offset, where 0 * 2^(log_p) may be 0 * infinity
                 wanted[d] |= any;
                 any_wanted |= any;
             }
@@ -172,7 +173,7 @@ private:
                 if (!wanted[d]) continue;
                 const int64_t k = d * R + r;
                 double sum = sums.marginals[k];
-                if (!(sum > 0.5 && sum < 2)) {
+                if (!(sum > 0.5 && sum < 2) || !(std::fabs(marginals[(first + r) * D + d]) < kExact)) {
                     const LogSumExp<T> exact = exact_marginal<kDirect>(columns, overrides, r, d, z_rows[at + k]);
                     offset[k] = -exact.shift();
                     sum = double(sum_lanes<T>(exact.sum));
@@ -297,7 +298,7 @@ int agg_log_prob_marginals_backward(const void *d_joint, const void *d_marginals
     Backward<T> backward(columns, static_cast<const T *>(z), S, d_joint, d_log_w, threads);
     if (!columns.allocated() || !backward.allocated()) return FASTVAE_OUT_OF_MEMORY;
 
-    columns.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads,
+    columns.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), S, threads,
                  !all_moderate(static_cast<const T *>(z), S * D));
     backward.pack(static_cast<const T *>(d_joint), static_cast<const T *>(d_marginals),
                   static_cast<const T *>(marginals));

@@ -66,15 +66,17 @@ template <class T> FASTVAE_INLINE Vec<T> finite(Vec<T> x) {
     return min_<T>(splat(kMax), max_<T>(splat(-kMax), x));
 }
 
-// The halves keep differences of finite numbers finite.
+// The halves keep differences of finite numbers finite, and a gradient that comes in meets what may be large factor by
+// factor, so that what overflows is the product alone.
 template <class T, bool kPrior> struct Terms {
-    Vec<T> half_x, half_u, inverse_sigma;
+    Vec<T> half_x, half_difference, half_u, inverse_sigma;
 
     FASTVAE_INLINE Terms(const Inputs<T> &row, int64_t i, int64_t n) {
         half_x = T(0.5) * load_some(row.logvar + i, n);
         half_u = T(0.5) * load_some(row.mu + i, n);
         inverse_sigma = splat(T(1));
         if (kPrior && row.prior_mu) half_u -= T(0.5) * load_some(row.prior_mu + i, n);
+        half_difference = half_u;
         if (kPrior && row.prior_logvar) {
             const Vec<T> half_prior = T(0.5) * load_some(row.prior_logvar + i, n);
             half_x -= half_prior;
@@ -85,10 +87,15 @@ template <class T, bool kPrior> struct Terms {
     FASTVAE_INLINE Vec<T> kl() const {
         return T(0.5) * e_x().minus_1_minus_x(half_x) + T(2) * half_u * half_u;
     }
-    FASTVAE_INLINE Vec<T> d_mu() const { return T(2) * half_u * inverse_sigma; }
-    FASTVAE_INLINE Vec<T> d_logvar() const { return T(0.5) * e_x().minus_1(); }
+    FASTVAE_INLINE Vec<T> d_mu(Vec<T> g) const {
+        if (!kPrior) return times<T>(g, T(2) * half_difference);
+        return times<T>(half_difference, T(2) * (g * inverse_sigma) * inverse_sigma);
+    }
+    FASTVAE_INLINE Vec<T> d_logvar(Vec<T> g) const { return times<T>(g, T(0.5) * e_x().minus_1()); }
     FASTVAE_INLINE Exponential<T> e_x() const { return Exponential<T>(half_x + half_x); }
-    FASTVAE_INLINE Vec<T> d_prior_logvar() const { return -(d_logvar() + T(2) * half_u * half_u); }
+    FASTVAE_INLINE Vec<T> d_prior_logvar(Vec<T> g) const {
+        return -(d_logvar(g) + times<T>(g, T(2) * half_u) * half_u);
+    }
 };
 
 // One row of sums over rows: in T over kSpanRows rows, then in double.
@@ -213,15 +220,15 @@ int backward(const T *grad, int64_t grad_row, int64_t grad_col, double scale, co
             for_each_vector<T>(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
                 const Vec<T> g = grad_col ? T(scale) * load_some(grad_at + i, m) : row_g;
                 const Terms<T, kPrior> terms(row, i, m);
-                const Vec<T> d_mu = times<T>(g, terms.d_mu());
+                const Vec<T> d_mu = terms.d_mu(g);
                 if (out.d_mu) store_some(out.d_mu + at + i, d_mu, m);
-                if (out.d_logvar) store_some(out.d_logvar + at + i, times<T>(g, terms.d_logvar()), m);
+                if (out.d_logvar) store_some(out.d_logvar + at + i, terms.d_logvar(g), m);
                 if (!kPrior) return;
                 if (sum_mu)
                     mu_sums.add(i, -d_mu, m);
                 else if (out.d_prior_mu)
                     store_some(out.d_prior_mu + at + i, -d_mu, m);
-                const Vec<T> d_prior_logvar = times<T>(g, terms.d_prior_logvar());
+                const Vec<T> d_prior_logvar = terms.d_prior_logvar(g);
                 if (sum_logvar)
                     logvar_sums.add(i, d_prior_logvar, m);
                 else if (out.d_prior_logvar)

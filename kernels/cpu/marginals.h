@@ -1,8 +1,8 @@
 // The columns as the marginals see them, densities per dimension and weights per pair, and the sums over all of them
 // for a tile of rows. Everything in bits.
 //
-// Columns enter relative to the largest density that any has in that dimension, and to the largest weight, so that
-// 2^(c + log_w - t^2) does not pass 1 by much: no pass for the maximum is needed.
+// Columns enter relative to one density of that dimension and one weight, those nearest 0 in bits: then no column loses
+// digits to another, however much larger, and one row's terms are moderate, so that no pass for the maximum is needed.
 #pragma once
 
 #include "log_sum_exp.h"
@@ -14,60 +14,94 @@ template <class T> struct MarginalColumns {
     static constexpr int W = kPanelWidth<T>;
     Panels<T> panels;
     const Weights<T> &weights;
-    Buffer<T> c;         // [panel][D][W] log normalizer less its maximum over columns, `top`; padding: -inf
-    Buffer<double> top;  // [D]
-    Buffer<T> least;     // [D] the smallest logvar, whose column has it
-    Buffer<T> log_w;     // [count W] log weight less `reference`; padding: 0
+    Buffer<T> c;             // [panel][D][W] log normalizer less that of logvar `base`; padding: -inf
+    Buffer<T> base;          // [D]
+    Buffer<double> normal;   // [D] the log normalizer of `base`
+    Buffer<double> highest;  // [D] of c + log_w
+    Buffer<T> log_w;         // [count W] log weight less `reference`; padding: 0
     double reference;
-    bool weighted;       // whether any of log_w is other than 0
+    bool weighted;           // whether any of log_w is other than 0
 
     MarginalColumns(const Weights<T> &weights, int64_t N, int64_t D)
-        : panels(N, D), weights(weights), c(panels.count * D * W), top(D), least(D), log_w(panels.count * W) {}
-    bool allocated() const { return panels.allocated() && c && top && least && log_w; }
+        : panels(N, D), weights(weights), c(panels.count * D * W), base(D), normal(D), highest(D),
+          log_w(panels.count * W), least_(D) {}
+    bool allocated() const { return panels.allocated() && c && base && normal && highest && log_w && least_; }
 
-    void pack(const T *mu, const T *logvar, int threads, bool force_direct = false) {
+    // S: how many rows may have weights of their own
+    void pack(const T *mu, const T *logvar, int64_t S, int threads, bool force_direct = false) {
         const int64_t N = panels.N, D = panels.D;
         panels.pack(mu, logvar, threads, [&](int64_t j) { return weights.log2_w(j); }, force_direct);
-        pack_weights();
+        const double heaviest = pack_weights(S);
 
-        find_least(logvar);
-        for (int64_t d = 0; d < D; ++d) top[d] = -0.5 * kLog2e * (double(least[d]) + kLog2Pi);
+        find_range(logvar);
+        for (int64_t d = 0; d < D; ++d) {
+            const double least = least_[d], most = base[d];
+            base[d] = T(nearest_0(least, most));
+            normal[d] = -0.5 * kLog2e * (double(base[d]) + kLog2Pi);
+            highest[d] = 0.5 * kLog2e * (double(base[d]) - least) + heaviest;
+        }
         panels.for_each(threads, [&](int64_t p) {
             for (int64_t l = 0; l < W; ++l)
-                for (int64_t d = 0; d < D; ++d)
-                    c[(p * D + d) * W + l] =
-                        p * W + l < N ? (least[d] - logvar[(p * W + l) * D + d]) * T(0.5 * kLog2e) : -kInf<T>;
+                for (int64_t d = 0; d < D; ++d) {
+                    const double less = double(base[d]) - double(logvar[(p * W + l < N ? p * W + l : 0) * D + d]);
+                    c[(p * D + d) * W + l] = p * W + l < N ? T(0.5 * kLog2e * less) : -kInf<T>;
+                }
         });
     }
 
 private:
-    void find_least(const T *logvar) {
+    static double nearest_0(double low, double high) {
+        constexpr double kMost = double(kLargest<T>);
+        return low > 0 ? (low < kMost ? low : kMost) : high < 0 ? (high > -kMost ? high : -kMost) : 0;
+    }
+
+    // The smallest logvar of each dimension, and the largest, in base
+    void find_range(const T *logvar) {
         const int64_t N = panels.N, D = panels.D;
-        for (int64_t d = 0; d < D; ++d) least[d] = kInf<T>;
+        for (int64_t d = 0; d < D; ++d) least_[d] = kInf<T>, base[d] = -kInf<T>;
         if (D == 1) {
-            Vec<T> low = splat(kInf<T>);
+            Vec<T> low = splat(kInf<T>), high = -low;
             for_each_vector<T>(N, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
                 low = min_<T>(load_some(logvar + j, n, kInf<T>), low);
+                high = max_<T>(load_some(logvar + j, n, -kInf<T>), high);
             });
-            least[0] = -max_lanes<T>(-low);
+            least_[0] = -max_lanes<T>(-low), base[0] = max_lanes<T>(high);
         } else {
             for (int64_t j = 0; j < N; ++j)
-                for (int64_t d = 0; d < D; ++d) least[d] = logvar[j * D + d] < least[d] ? logvar[j * D + d] : least[d];
+                for (int64_t d = 0; d < D; ++d) {
+                    const T x = logvar[j * D + d];
+                    least_[d] = x < least_[d] ? x : least_[d];
+                    base[d] = x > base[d] ? x : base[d];
+                }
         }
     }
-    void pack_weights() {
+
+    // Gives the largest log_w that a pair may have.
+    double pack_weights(int64_t S) {
         const int64_t N = panels.N;
-        double largest = -kInf<double>;
-        const auto see = [&](double log2_w) { largest = log2_w > largest && log2_w < kInf<double> ? log2_w : largest; };
-        for (int64_t j = 0; j < (weights.log_w ? N : 1); ++j) see(weights.log2_w(j));
         const double common = N ? weights.log2_w(0) : 0;
-        if (weights.own) see(weights.log2_w_own), see(weights.log2_w_next);
-        // One weight for all but the overrides is divided out, unless far below those.
-        weighted = weights.log_w || !(largest - common < 60);
-        reference = !weighted ? common : largest > -kInf<double> ? largest : 0;
+        double low = kInf<double>, high = -low;
+        bool even = !weights.log_w && common - common == 0;  // whether the common weight can stand for all
+        const auto see = [&](double log2_w) {
+            if (!(log2_w - log2_w == 0)) return;
+            const double less = __builtin_fabs(log2_w - common);
+            even &= less <= kEven || less <= __builtin_fabs(log2_w);
+            low = log2_w < low ? log2_w : low, high = log2_w > high ? log2_w : high;
+        };
+        for (int64_t j = 0; j < (weights.log_w ? N : 1); ++j) see(weights.log2_w(j));
+        bool drawn = false;
+        for (int64_t i = 0; i < S && weights.any_overrides() && !drawn; ++i)
+            weights.overrides(i, [&](int64_t, T) { drawn = true; });
+        if (drawn) see(weights.log2_w_own), see(weights.log2_w_next);
+        weighted = !even;
+        reference = even ? common : low <= high ? nearest_0(low, high) : 0;
         for (int64_t j = 0; j < panels.count * W; ++j)
             log_w[j] = weighted && j < N ? T(weights.log2_w(j) - reference) : T(0);
+        return high - reference;
     }
+
+    static constexpr double kEven = 16;  // bits that cost a float no digits worth mentioning
+    Buffer<T> least_;                    // [D] the smallest logvar
 };
 
 // The pairs of a tile's rows whose weight is not the common one.

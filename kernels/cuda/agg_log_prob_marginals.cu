@@ -14,7 +14,7 @@ template <class T> __global__ void combine_marginals(Packed<T> p, RangeSums<T> s
     const int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (k >= sums.size) return;
     LogSum total = sums.total(k);
-    total.shift += double(p.marginal_top[k / p.S]);
+    total.shift += double(p.marginal_base[k / p.S]);
     marginals[k % p.S * p.D + k / p.S] = T(total.log());
 }
 
@@ -84,9 +84,9 @@ __global__ __launch_bounds__(kThreads, kBlocks<T>) void pull_on_marginal_columns
     parts.common[to_common + lane] = c;
 }
 
-template <class In> int pack_with_tops(const Inputs<In> &in, const Packed<Accumulator<In>> &p, Stream stream) {
+template <class In> int pack_with_bases(const Inputs<In> &in, const Packed<Accumulator<In>> &p, Stream stream) {
     FASTVAE_TRY(pack(in, p, stream));
-    return launch(find_tops<Accumulator<In>>, p.D, 1, kThreads, stream, p);
+    return launch(find_bases<Accumulator<In>>, p.D, 1, kThreads, stream, p);
 }
 
 // How the marginals' work is divided: dimensions are blocks of their own.
@@ -156,7 +156,7 @@ int fastvae_cuda_agg_log_prob_marginals(int dtype, FASTVAE_CUDA_PAIRS, FASTVAE_W
         const MarginalsForward<In> forward(arena, S, N, D, {log_w, log_w_all, own, log_w_own, log_w_next, N});
         if (arena.used() > workspace_size) return FASTVAE_CUDA_WORKSPACE_TOO_SMALL;
         const auto &[p, joint_op, ranges, sums] = forward;
-        FASTVAE_TRY(pack_with_tops(Inputs<In>(z, z_stride, mu, mu_stride, logvar, logvar_stride), p, stream));
+        FASTVAE_TRY(pack_with_bases(Inputs<In>(z, z_stride, mu, mu_stride, logvar, logvar_stride), p, stream));
         FASTVAE_TRY(joint_op.run(p, static_cast<T *>(joint), static_cast<const T *>(nullptr), stream));
         FASTVAE_TRY(launch(marginal_sums<T, false>, p.row_panels * D, ranges.columns.count, kThreads, stream, p,
                            ranges.columns.size, sums, static_cast<T *>(nullptr)));
@@ -179,7 +179,7 @@ int fastvae_cuda_agg_log_prob_marginals_backward(int dtype, const void *d_joint,
         const Gradients<In> out{static_cast<In *>(d_z), static_cast<In *>(d_mu), static_cast<In *>(d_logvar),
                                 static_cast<T *>(d_log_w)};
         const auto &p = backward.packed;
-        FASTVAE_TRY(pack_with_tops(Inputs<In>(z, z_stride, mu, mu_stride, logvar, logvar_stride), p, stream));
+        FASTVAE_TRY(pack_with_bases(Inputs<In>(z, z_stride, mu, mu_stride, logvar, logvar_stride), p, stream));
         if (d_joint) {
             FASTVAE_TRY(backward.joint.run(p, static_cast<T *>(nullptr), static_cast<const T *>(d_joint), stream));
             FASTVAE_TRY(backward.pull.run(p, OfShares<T, false>{backward.joint.shares}, out, stream));

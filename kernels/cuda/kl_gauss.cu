@@ -18,7 +18,7 @@ template <class In> struct KlInputs {
 };
 
 template <class T> struct Terms {
-    T x, half_u, inverse_sigma;  // halves keep differences of finite numbers finite
+    T x, half_difference, half_u, inverse_sigma;  // halves keep differences of finite numbers finite
     FASTVAE_DEVICE T kl() const { return fma_(T(2) * half_u, half_u, T(0.5) * exp_tail(x)); }
 };
 
@@ -36,7 +36,8 @@ FASTVAE_DEVICE void terms_of(const KlInputs<In> &in, int64_t b, int64_t d, Terms
     FASTVAE_UNROLL
     for (int e = 0; e < n; ++e) {
         const T half_x = T(0.5) * logvar[e] - T(0.5) * prior_logvar[e];
-        terms[e] = {half_x + half_x, T(0.5) * mu[e] - T(0.5) * prior_mu[e], T(1)};
+        const T half_difference = T(0.5) * mu[e] - T(0.5) * prior_mu[e];
+        terms[e] = {half_x + half_x, half_difference, half_difference, T(1)};
     }
     if (!in.prior_logvar.data) return;
     FASTVAE_UNROLL
@@ -183,10 +184,11 @@ __global__ void kl_backward(KlInputs<In> in, Spread spread, const Accumulator<In
         for (int e = 0; e < n; ++e) {
             const T u = T(2) * terms[e].half_u, half_growth = T(0.5) * expm1_(terms[e].x);
             g[e] *= T(scale);
-            by_mu[e] = times(g[e], u * terms[e].inverse_sigma);
+            // Factor by factor, so that what overflows is the product alone
+            by_mu[e] = times(terms[e].half_difference, T(2) * (g[e] * terms[e].inverse_sigma) * terms[e].inverse_sigma);
             by_logvar[e] = times(g[e], half_growth);
             by_prior_mu[e] = -by_mu[e];
-            by_prior_logvar[e] = -times(g[e], fma_(u, terms[e].half_u, half_growth));
+            by_prior_logvar[e] = -fma_(times(g[e], u), terms[e].half_u, by_logvar[e]);
             of_prior_mu[e] += by_prior_mu[e];
             of_prior_logvar[e] += by_prior_logvar[e];
         }

@@ -1,9 +1,11 @@
 // The sums of marginals over columns: a block takes a panel of samples in one dimension and walks over columns. Bound
 // by exponentials, so that operands come straight from the cache.
 //
-// No running maximum: everything is relative to the largest term that any column can have in that dimension, known
-// before (marginal_top), so that 2^s does not pass 1. A sum that comes out so small that lost terms could matter (its
-// sample 10 sigma away from every column), or that is not finite, is taken again by its block, with its own maximum.
+// No running maximum: everything is relative to the term nearest 0 of those that columns can have at most in that
+// dimension, known before (marginal_base). So no column loses digits to another, however much larger, and terms are
+// moderate. A sum that comes out so small that lost terms could matter (its sample 10 sigma away from every column), or
+// that is not finite, is taken again by its block, with its own maximum; in a dimension where terms may be too large for
+// exp2_by_polynomial (marginal_known) all are taken so.
 #pragma once
 
 #include "exponentials.h"
@@ -19,16 +21,16 @@ template <class T, bool kPull> FASTVAE_DEVICE T exp2_of_pair(int pair, T s) {
     return (pair + 1) * n / 64 > pair * n / 64 ? exp2_by_polynomial(s) : exp2_(s);
 }
 
-// One dimension d of a tile: t, and the terms s_ij = log2 w_ij q(z_id | x_j) less the dimension's top.
+// One dimension d of a tile: t, and the terms s_ij = log2 w_ij q(z_id | x_j) less the dimension's base.
 template <class T, bool kOwnsRows> struct OneDimension {
     static constexpr int R = kSide<T>, W = kPanel<T>;
     const Packed<T> &p;
     const int64_t d;
     const Lanes<kOwnsRows> lanes;
-    const T top;
+    const T base;
     T z[R], a[R], b[R], cw[R];
 
-    FASTVAE_DEVICE OneDimension(const Packed<T> &p, int64_t d) : p(p), d(d), top(p.marginal_top[d]) {}
+    FASTVAE_DEVICE OneDimension(const Packed<T> &p, int64_t d) : p(p), d(d), base(p.marginal_base[d]) {}
     FASTVAE_DEVICE void load_row(int64_t panel) { load_side(p.samples + (panel * p.D + d) * W, lanes.row, z); }
     FASTVAE_DEVICE void load_column(int64_t panel) {
         const int64_t at = (panel * p.D + d) * W;
@@ -36,7 +38,7 @@ template <class T, bool kOwnsRows> struct OneDimension {
         load_side(p.columns + 2 * at + W, lanes.column, b);
         load_side(p.marginal_cw + at, lanes.column, cw);
         FASTVAE_UNROLL
-        for (int k = 0; k < R; ++k) cw[k] -= top;
+        for (int k = 0; k < R; ++k) cw[k] -= base;
     }
     // t of row r
     FASTVAE_DEVICE void standardize(int r, bool far_column, T (&t)[R]) const {
@@ -63,7 +65,7 @@ template <class T, bool kOwnsRows> struct OneDimension {
             const int at = place<T>(lanes.column, k);
             if (!special.has(at)) continue;
             const T c = p.marginal_c[(column_panel * p.D + d) * W + at];
-            s[k] = minus_square(c + special.log2_w(at) - top, t[k]);
+            s[k] = minus_square(c + special.log2_w(at) - base, t[k]);
         }
     }
 
@@ -71,25 +73,33 @@ private:
     static FASTVAE_DEVICE T minus_square(T c, T t) { return sizeof(T) == 4 ? fma_(-t, t, c) : minus_squares(c, t * t); }
 };
 
-// marginal_top [D]: the largest cw, or c with an override's weight. A block takes a dimension.
-template <class T> __global__ void find_tops(Packed<T> p) {
-    constexpr int W = kPanel<T>;
-    T(&tops)[kThreads / 32] = shared_memory<T[kThreads / 32]>();
+// marginal_base and marginal_known [D], of cw, and of c with the weights that stand instead. A block takes a dimension.
+template <class T> __global__ void find_bases(Packed<T> p) {
+    constexpr int W = kPanel<T>, kWarps = kThreads / 32;
+    constexpr T kHighest = 100;
+    T(&extremes)[2][kWarps] = shared_memory<T[2][kWarps]>();
     const int64_t d = blockIdx.x;
-    const T override_w = p.weights.largest_override();
-    T top = -largest<T>();
+    const Weights<T> &w = p.weights;
+    T high = -largest<T>(), minus_low = -largest<T>();
+    const auto see = [&](T cw) {
+        if (abs_(cw) < infinity<T>()) high = max_(high, cw), minus_low = max_(minus_low, -cw);
+    };
     for (int64_t k = threadIdx.x; k < p.column_panels * W; k += kThreads) {
         const int64_t at = (k / W * p.D + d) * W + k % W;
-        const T cw = p.marginal_cw[at], replaced = p.marginal_c[at] + override_w;
-        if (cw < infinity<T>()) top = max_(top, cw);
-        if (k < p.N && replaced < infinity<T>()) top = max_(top, replaced);
+        see(p.marginal_cw[at]);
+        if (k < p.N && w.own) see(p.marginal_c[at] + w.log2_w_own), see(p.marginal_c[at] + w.log2_w_next);
     }
-    for (int offset = 16; offset; offset /= 2) top = max_(top, __shfl_xor_sync(~0u, top, offset));
-    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+    for (int offset = 16; offset; offset /= 2) {
+        high = max_(high, __shfl_xor_sync(~0u, high, offset));
+        minus_low = max_(minus_low, __shfl_xor_sync(~0u, minus_low, offset));
+    }
+    if (threadIdx.x % 32 == 0) extremes[0][threadIdx.x / 32] = high, extremes[1][threadIdx.x / 32] = minus_low;
     __syncthreads();
     if (threadIdx.x) return;
-    for (int k = 1; k < kThreads / 32; ++k) top = max_(top, tops[k]);
-    p.marginal_top[d] = top > -largest<T>() ? top : T(0);
+    for (int k = 1; k < kWarps; ++k) high = max_(high, extremes[0][k]), minus_low = max_(minus_low, extremes[1][k]);
+    const T base = high < -minus_low ? T(0) : high < T(0) ? high : -minus_low > T(0) ? -minus_low : T(0);
+    p.marginal_base[d] = base;
+    p.marginal_known[d] = high - base <= kHighest;
 }
 
 // A panel of samples in one dimension against panels of columns.
@@ -104,7 +114,7 @@ template <class T, bool kPull> struct MarginalRows {
         const Packed<T> &p = tile.p;
         const OwnPanels<T> own(p, panel);
         FASTVAE_NO_UNROLL
-        for (bool known = true;; known = false) {
+        for (bool known = p.marginal_known[tile.d];; known = false) {
             const int plain_until = known && !p.far_rows[panel] ? last : first;
             FASTVAE_UNROLL
             for (int r = 0; r < R; ++r) rows[r] = {known ? T(0) : -largest<T>()}, pull[r] = T(0);
@@ -157,7 +167,7 @@ private:
     }
 };
 
-// m and sum of each range, [ranges][D][S], m less the dimension's top; with kPull also sum_j 2^(s - m) t a.
+// m and sum of each range, [ranges][D][S], m less the dimension's base; with kPull also sum_j 2^(s - m) t a.
 template <class T, bool kPull>
 __global__ __launch_bounds__(kThreads, kBlocks<T>) void marginal_sums(Packed<T> p, int64_t tiles, RangeSums<T> sums,
                                                                       T *pulls) {

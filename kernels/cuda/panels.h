@@ -59,7 +59,8 @@ template <class T> struct Packed {
     int *far_rows, *far_columns;  // [panels]
     T *c, *cw;                 // [N up to panels]: log2 normalizer, and with log2 w; cw is -inf where there is no column
     T *marginal_c, *marginal_cw;  // [column panels][D][kPanel], the same of each dimension alone; or null
-    T *marginal_top;           // [D], no marginal's term is larger by much; or null
+    T *marginal_base;          // [D], what the marginals' terms are relative to; or null
+    bool *marginal_known;      // [D], whether terms are moderate then; or null
     int64_t *own_low, *own_high;  // [row panels]: the range of the own columns of a panel's samples
     Weights<T> weights;
     Exit<T> exit;
@@ -79,7 +80,8 @@ template <class T> struct Packed {
         cw = arena.take<T>(column_panels * W);
         marginal_c = marginals ? arena.take<T>(column_panels * D * W) : nullptr;
         marginal_cw = marginals ? arena.take<T>(column_panels * D * W) : nullptr;
-        marginal_top = marginals ? arena.take<T>(D) : nullptr;
+        marginal_base = marginals ? arena.take<T>(D) : nullptr;
+        marginal_known = marginals ? arena.take<bool>(D) : nullptr;
         own_low = arena.take<int64_t>(row_panels);
         own_high = arena.take<int64_t>(row_panels);
     }

@@ -23,14 +23,6 @@ template <class T> struct Weights {
 
     FASTVAE_SHARED bool any_overrides() const { return own && (log2_w_own == log2_w_own || log2_w_next == log2_w_next); }
 
-    // The larger of the weights that stand instead of a common one; -inf where there is none.
-    FASTVAE_SHARED T largest_override() const {
-        T largest = T(-__builtin_inf());
-        if (own && log2_w_own > largest) largest = log2_w_own;
-        if (own && log2_w_next > largest) largest = log2_w_next;
-        return largest;
-    }
-
     // f(j, log2_w) for the columns, at most two, whose weight for sample i is not the common one.
     template <class F> FASTVAE_SHARED void overrides(int64_t i, const F &f) const {
         if (!own || own[i] < 0 || own[i] >= N) return;

@@ -3,7 +3,6 @@ configuration, and the kernel that adds up what several programs left."""
 
 import functools
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae.backends.contract import accumulation_dtype
+from fastvae.backends.settings import switch
 
 # Whether kernels run in Triton's interpreter, on tensors of any device: decided when Triton is first imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
-AUTOTUNE = os.environ.get("FASTVAE_AUTOTUNE") == "1" and not INTERPRETED
+AUTOTUNE = bool(switch("FASTVAE_AUTOTUNE")) and not INTERPRETED
 
 Config = dict[str, Any]  # keyword arguments of a kernel: block sizes, what depends on them, and launch options
 Result = TypeVar("Result")

@@ -36,21 +36,20 @@ def _terms(
     mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
     row, column, inside, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x, e^x, u / 2 and 1 / prior_sigma of a tile; the halves keep differences of finite numbers finite. Outside of
-    the tensors all inputs are 0, and so is the KL."""
+    """x, e^x, u / 2 before and after the division by prior_sigma, and 1 / prior_sigma of a tile; the halves keep
+    differences of finite numbers finite. Outside of the tensors all inputs are 0, and so is the KL."""
     half_x = 0.5 * _load(logvar, logvar_stride, row, column, inside, ACC)
-    half_u = 0.5 * _load(mu, mu_stride, row, column, inside, ACC)
-    inverse_sigma = tl.full(half_u.shape, 1.0, ACC)
+    half_difference = 0.5 * _load(mu, mu_stride, row, column, inside, ACC)
+    inverse_sigma = tl.full(half_difference.shape, 1.0, ACC)
     if prior_mu is not None:
-        half_u -= 0.5 * _load(prior_mu, prior_mu_stride, row, column, inside, ACC)
+        half_difference -= 0.5 * _load(prior_mu, prior_mu_stride, row, column, inside, ACC)
     if prior_logvar is not None:
         half_prior = 0.5 * _load(prior_logvar, prior_logvar_stride, row, column, inside, ACC)
         half_x -= half_prior
         LARGEST: tl.constexpr = 1.7976931348623157e308 if ACC.is_fp64() else 3.4028234663852886e38
         inverse_sigma = tl.clamp(exp(-half_prior, ACC), 0.0, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-        half_u *= inverse_sigma
     x = half_x + half_x
-    return x, exp(x, ACC), half_u, inverse_sigma
+    return x, exp(x, ACC), half_difference, half_difference * inverse_sigma, inverse_sigma
 
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["column_blocks"])
@@ -71,7 +70,7 @@ def _kl_gauss(
         row = (i // column_blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
         column = (i % column_blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = (row < B)[:, None] & (column < D)[None, :]
-        x, e_x, half_u, _ = _terms(
+        x, e_x, _, half_u, _ = _terms(
             mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
             row, column, inside, ACC,
         )  # fmt: skip
@@ -118,22 +117,23 @@ def _kl_gauss_backward(
         else:
             g = tl.load(grad)
         g = g.to(ACC) * factor
-        x, e_x, half_u, inverse_sigma = _terms(
+        x, e_x, half_difference, half_u, inverse_sigma = _terms(
             mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
             row, column, inside, ACC,
         )  # fmt: skip
         out = row[:, None] * D + column[None, :]
-        by_mu = times(g, 2 * half_u * inverse_sigma)
-        by_logvar = 0.5 * expm1(x, e_x, ACC)
+        # Factor by factor, so that what overflows is the product alone
+        by_mu = times(half_difference, 2 * (g * inverse_sigma) * inverse_sigma)
+        by_logvar = times(g, 0.5 * expm1(x, e_x, ACC))
         if d_mu is not None:
             tl.store(d_mu + out, by_mu, inside)
         if d_logvar is not None:
-            tl.store(d_logvar + out, times(g, by_logvar), inside)
+            tl.store(d_logvar + out, by_logvar, inside)
         if d_prior_mu is not None:
             tl.store(d_prior_mu + out, -by_mu, inside)
         if mu_partials is not None:
             d_mu_total -= tl.where(inside, by_mu, 0.0)
-        by_prior = times(g, -tl.fma(2 * half_u, half_u, by_logvar))
+        by_prior = -tl.fma(times(g, 2 * half_u), half_u, by_logvar)
         if d_prior_logvar is not None:
             tl.store(d_prior_logvar + out, by_prior, inside)
         if logvar_partials is not None:
