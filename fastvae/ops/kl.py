@@ -34,7 +34,7 @@ def _fake_backward(
 def _compute(
     backend: Any, mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
 ) -> Tensor:
-    inputs = (mu, logvar, prior_mu, prior_logvar)
+    inputs: tuple[Tensor | None, ...] = (mu, logvar, prior_mu, prior_logvar)
     if mu.shape[1] == 0 and reduction not in ("none", "sample"):
         inputs = tuple(None if x is None else x[:1] for x in inputs)  # one row without dimensions says what all say
     return backend.kl_gauss(*inputs, reduction)
