@@ -29,7 +29,7 @@ demo: $(BUILT)
 	$(BIN)/python -m fastvae demo
 
 test: $(BUILT)
-	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n auto
+	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 test-long: $(BUILT)
 	FASTVAE_REQUIRE_NATIVE=1 FASTVAE_HYPOTHESIS=long $(BIN)/python -m pytest
