@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import re
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -93,9 +94,33 @@ def _leaves_out(item: pytest.Item) -> bool:
     return "[cuda-host" in item.name and not kept
 
 
+# Files in which many tests look at what was made once, at some cost: they are run by one worker.
+OF_ONE_WORKER = ("test_triton_compile", "test_cuda_kernels", "test_importance", "test_examples")
+
+
+def _group(item: pytest.Item) -> str:
+    """Of tests that share what is expensive: a file's, or the same test's on all backends, which are held to the same
+    values (`helpers.remembered`)."""
+    file = item.path.stem
+    if file in OF_ONE_WORKER:
+        return file
+    return f"{file}::{re.sub(rf'(?<=[[-])({BACKENDS})(?=[]-])', '', item.name, count=1)}"
+
+
+BACKENDS = "|".join(map(re.escape, TARGETS))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    config.hook.pytest_deselected(items=[item for item in items if _leaves_out(item)])
-    items[:] = [item for item in items if not _leaves_out(item)]
+    left_out = [item for item in items if _leaves_out(item)]
+    config.hook.pytest_deselected(items=left_out)
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item not in left_out:
+            groups.setdefault(_group(item), []).append(item)
+    for name, members in groups.items():
+        for item in members:
+            item.add_marker(pytest.mark.xdist_group(name))
+    items[:] = [item for members in groups.values() for item in members]
 
 
 @contextlib.contextmanager
