@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .backends.contract import accumulation_dtype
 from .estimators import check_drawn, check_estimator, sample_weights
-from .ops._checks import check_flag, promote
+from .ops._checks import accumulated, check_flag, check_posterior
 from .ops.aggregate import agg_log_prob_marginals
 from .ops.cross import log_prob_gauss
 from .priors import Prior, check_log_prob, check_prior
@@ -102,9 +101,10 @@ def kl_decomposition(
     estimator = check_estimator(estimator, dataset_size)
     weights = sample_weights(z, mu, dataset_size, estimator, own)
     check_drawn(weights.own, mu.shape[-2])
+    check_posterior(mu, logvar)
+    z, mu, logvar = accumulated(z, mu, logvar)
     joint, marginals = agg_log_prob_marginals(z, mu, logvar, weights=weights, method=method, tol=tol)
     n_columns = mu.shape[-2]  # joint: [*batch, S], marginals: [*batch, S, D]
-    z, mu, logvar = promote(z, mu, logvar)  # type: ignore[assignment]
     if z.ndim > mu.ndim:
         z = z.movedim(0, -3).flatten(-3, -2)  # [*batch, S, D]
     if own is not None:
@@ -120,7 +120,7 @@ def kl_decomposition(
 def log_conditional(z: Tensor, mu: Tensor, logvar: Tensor, analytic: bool) -> Tensor:
     """log q(z_i|x_i) of samples `[..., D]` under their own posteriors, flat; or its mean from the closed form."""
     if analytic:
-        return -0.5 * (logvar.to(accumulation_dtype(logvar.dtype)) + (math.log(2 * math.pi) + 1)).sum(-1).mean()
+        return -0.5 * (logvar + (math.log(2 * math.pi) + 1)).sum(-1).mean()
     return log_prob_gauss(z, mu, logvar).flatten()
 
 
@@ -148,7 +148,7 @@ def decompose(
         tc=(joint - marginals.sum(-1)).mean(),
         dim_kl=(marginals - prior_marginals).mean(0),
         prior_factorization=(prior_joint - prior_marginals.sum(-1)).mean(),
-        kl=mi + agg_kl,
+        kl=(conditional - prior_joint).mean(),  # not mi + agg_kl, which may be infinite both
         entropy=-joint.mean(),
         saturation=mi.detach().exp() / n_columns,
         estimator=estimator,

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.contract import accumulation_dtype
 from .estimators import estimator_weights
-from .ops._checks import check_device, check_number, check_tensor
+from .ops._checks import accumulated, check_device, check_number, check_tensor
 from .ops.aggregate import agg_log_prob
 
 
@@ -46,9 +45,10 @@ def mmd(z: Tensor, y: Tensor, bandwidth: float | None = None) -> Tensor:
     h = check_bandwidth(bandwidth)
     h = math.sqrt(z.shape[1]) if h is None else h
     scale = 1 / h / math.sqrt(2 * math.pi)  # k(a, b) is then N(a; b, I / 2 pi), whose constant is 1
-    if scale > torch.finfo(accumulation_dtype(torch.promote_types(z.dtype, y.dtype))).max:
+    z, y = accumulated(z, y)
+    if scale > torch.finfo(z.dtype).max:
         raise ValueError(f"bandwidth: expected a number whose reciprocal {z.dtype} can hold, got {h}")
-    z, y = (x.to(accumulation_dtype(x.dtype)) * scale for x in (z, y))
+    z, y = z * scale, y * scale
     return _mean_kernel(z, z) - 2 * _mean_kernel(z, y) + _mean_kernel(y, y)
 
 

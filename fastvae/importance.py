@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .backends.contract import accumulation_dtype
 from .information import check_axis
-from .ops._checks import check_choice, check_device, check_same_shape, check_tensor
+from .ops._checks import accumulated, check_choice, check_device, check_same_shape, check_tensor
 
 GRADIENTS = ("iwae", "stl", "dreg")
 
@@ -166,7 +166,7 @@ def _log_w(log_px_z: Tensor, log_pz: Tensor, log_qz_x: Tensor, *axes: str) -> Te
         raise ValueError(f"log_px_z: expected axes {expected}, got shape {shape}")
     if 0 in shape[:-1]:
         raise ValueError(f"log_px_z: expected at least one sample, got shape {shape}")
-    log_px_z, log_pz, log_qz_x = (x.to(accumulation_dtype(x.dtype)) for x in (log_px_z, log_pz, log_qz_x))
+    log_px_z, log_pz, log_qz_x = accumulated(log_px_z, log_pz, log_qz_x)
     return log_px_z + log_pz - log_qz_x
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backends.contract import accumulation_dtype
-from .ops._checks import check_choice, check_count, check_device, check_number, check_tensor
+from .ops._checks import accumulated, check_choice, check_count, check_device, check_number, check_tensor
 
 
 def entropy(p: Tensor, dim: int = -1) -> Tensor:
@@ -191,9 +191,8 @@ def _checked(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     for name, x in (("p", p), ("q", q)):
         check_tensor(name, x)
         check_device(name, x, "p", p)
-    dtype = accumulation_dtype(torch.promote_types(p.dtype, q.dtype))
     try:
-        p, q = torch.broadcast_tensors(p.to(dtype), q.to(dtype))
+        p, q = torch.broadcast_tensors(*accumulated(p, q))
     except RuntimeError:
         shapes = f"{tuple(p.shape)} and {tuple(q.shape)}"
         raise ValueError(f"p, q: expected shapes that broadcast, got {shapes}") from None

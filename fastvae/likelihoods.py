@@ -227,5 +227,6 @@ def _check_dense(name: str, x: Any) -> None:
     """A dense tensor of real numbers: counts may be integers."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.layout != torch.strided or x.is_complex():
-        raise TypeError(f"{name}: expected a dense tensor of real numbers, got {x.dtype}, {x.layout}")
+    if x.is_nested or x.layout != torch.strided or x.is_complex() or x.is_quantized:
+        kind = "a nested one" if x.is_nested else f"{x.dtype}, {x.layout}"
+        raise TypeError(f"{name}: expected a dense tensor of real numbers, got {kind}")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.contract import accumulation_dtype
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -143,6 +145,12 @@ def promote(*tensors: Tensor | None) -> list[Tensor | None]:
     for dtype in dtypes:
         common = torch.promote_types(common, dtype)
     return [None if x is None else x.to(common) for x in tensors]
+
+
+def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in the dtype that sums of them are done in, once: what is rounded before it is promoted stays rounded, and a
+    gradient that comes back in parts is rounded for each."""
+    return tuple(x.to(accumulation_dtype(x.dtype)) for x in promote(*tensors) if x is not None)
 
 
 def as_rows(x: Tensor) -> Tensor:

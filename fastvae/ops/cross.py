@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backends.contract import accumulation_dtype
-from ._checks import check_device, check_tensor, promote
+from ._checks import accumulated, check_device, check_tensor
 from ._library import declare, declare_backward, empty_gradients, spread
 from .pairs import POSTERIORS, checked, over_batches, result
 
@@ -64,9 +63,9 @@ def log_prob_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     except RuntimeError:
         shapes = ", ".join(str(tuple(x.shape)) for x in (z, mu, logvar))
         raise ValueError(f"z, mu, logvar: expected shapes that broadcast, got {shapes}") from None
-    z, mu, logvar = (x.to(accumulation_dtype(x.dtype)) for x in promote(z, mu, logvar) if x is not None)
+    z, mu, logvar = accumulated(z, mu, logvar)
     finite = torch.finfo(logvar.dtype).max  # which keeps 0 times it 0, also in gradients that are masked
-    inv_sigma = torch.exp(-0.5 * logvar).clamp(max=finite)
+    inv_sigma = torch.exp((-0.5 * logvar).clamp(max=(1 - 1e-7) * math.log(finite)))
     t = ((z - mu) * inv_sigma).clamp(-finite, finite)
     return -0.5 * (t * t + logvar + math.log(2 * math.pi)).sum(-1)
 

@@ -127,7 +127,8 @@ def kl_gauss(
         if n_rows == 0:
             nothing = _kl_gauss(*arguments, "sum")
             return nothing.expand(D) if reduction == "dim" else nothing
-        dims = _kl_gauss(*arguments, "dim").clamp(min=free_bits)
+        dims = _kl_gauss(*arguments, "dim")
+        dims = dims.clamp(min=min(free_bits, torch.finfo(dims.dtype).max))
         if reduction == "dim":
             return dims
         return dims.sum() * {"sum": n_rows, "mean": 1 / max(D, 1), "batchmean": 1}[reduction]
