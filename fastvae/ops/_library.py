@@ -104,14 +104,12 @@ def declare(schema: str, fake: Callable[..., Any], compute: Callable[..., Any] |
     name = schema.partition("(")[0]
 
     def run(*arguments: Any) -> Any:
-        for first in arguments:
-            if first is not None:  # a tensor, by the schemas
-                break
-        if first.numel() == 0:  # perhaps 2^40 rows of it
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if not all(x.numel() for x in tensors):  # perhaps 2^40 rows of no dimension
             nothing = fake(*arguments)
-            if all(x.numel() == 0 for x in ([nothing] if isinstance(nothing, Tensor) else nothing)):
+            if not any(x.numel() for x in ([nothing] if isinstance(nothing, Tensor) else nothing)):
                 return nothing
-        backend = backend_for(first.device)
+        backend = backend_for(tensors[0].device)
         return compute(backend, *arguments) if compute else getattr(backend, name)(*arguments)
 
     return kind(schema, fake, run)

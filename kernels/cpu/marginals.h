@@ -44,7 +44,8 @@ template <class T> struct MarginalColumns {
             for (int64_t l = 0; l < W; ++l)
                 for (int64_t d = 0; d < D; ++d) {
                     const double less = double(base[d]) - double(logvar[(p * W + l < N ? p * W + l : 0) * D + d]);
-                    c[(p * D + d) * W + l] = p * W + l < N ? T(0.5 * kLog2e * less) : -kInf<T>;
+                    // NaN of logvar -inf: inf - t^2 is none where FMA keeps t^2 finite
+                    c[(p * D + d) * W + l] = p * W + l >= N ? -kInf<T> : less < kInf<T> ? T(0.5 * kLog2e * less) : kNaN<T>;
                 }
         });
     }
