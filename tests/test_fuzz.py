@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 FUZZ = Path(__file__).parent / "fuzz"
-SEED, COUNT = 0, 600  # a number of calls, and not of seconds, so that every machine makes the same
+SEED, COUNT = 0, 3000  # a number of calls, and not of seconds, so that every machine makes the same
 
 
 def test_generated_calls() -> None:

@@ -36,7 +36,7 @@ def importance(draw: Draw, name: str, n_axes: int) -> Call:
         return [bound.mean(0) if n_axes == 3 else bound]
 
     arguments = log_densities | {"z": z, "gradient": gradient}
-    return Call(getattr(fastvae, name), arguments, formula, differentiable=gradient != "dreg")
+    return Call(getattr(fastvae, name), arguments, formula, differentiable=gradient != "dreg", roundings=100)
 
 
 @surface
