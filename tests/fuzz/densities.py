@@ -34,7 +34,8 @@ def mixture(draw: Draw, K: int, D: int) -> dict[str, Tensor]:
 def gaussian_mixture_from_a_start(draw: Draw) -> Call:
     K, D = draw.sizes(2, least=1, most=30)
     S = K + draw.choice((1, 16, 97))
-    given = {"x": draw.normal(S, D, scale=1.5), "q": draw.probabilities(S, K), **mixture(draw, K, D)}
+    x = draw.normal(S, D, scale=1.5).clamp(-1e4, 1e4)  # near enough for every log p(x) to be finite
+    given = {"x": x, "q": draw.probabilities(S, K), **mixture(draw, K, D)}
     if given["x"].dtype != torch.float64:  # a result is as exact as the points
         given = {name: value.float() if value.dtype == torch.float64 else value for name, value in given.items()}
     arguments = {
@@ -61,7 +62,7 @@ def gaussian_mixture_from_a_start(draw: Draw) -> Call:
             fitted.score_samples(x),
             fitted.predict_proba(x),
         ]
-        return [*parameters, torch.tensor(scores, dtype=torch.float64)]
+        return [*parameters, torch.tensor(scores, dtype=torch.float64, device="cpu")]
 
     def formula(
         x: Tensor,
