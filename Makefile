@@ -1,6 +1,7 @@
 # Every target makes its own environment in .venv when it is missing.
 #   make demo        train a VAE on real digits and draw it (a minute)
-#   make test        the test suite, quick profile;  make test-long: hypothesis searches for an hour
+#   make test        the test suite, quick profile;  make test-quick: without what takes long, in under two minutes;
+#                    make test-long: hypothesis searches for an hour
 #   make fuzz        generated calls of everything public, for SECONDS=60 or COUNT=n of them, from SEED=0 on
 #   make bench       the benchmarks and their report, in under ten minutes;  make bench-cpu: those with a target, and the
 #                    table of targets (ONLY=kl_gauss: of one op);  make bench-smoke: a trial that measures nothing
@@ -23,13 +24,16 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/* kernels/cp
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-long fuzz bench bench-cpu bench-smoke bench-compare check sanitize neon clean
+.PHONY: demo test test-quick test-long fuzz bench bench-cpu bench-smoke bench-compare check sanitize neon clean
 
 demo: $(BUILT)
 	$(BIN)/python -m fastvae demo
 
 test: $(BUILT)
 	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+
+test-quick: $(BUILT)
+	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n auto --dist loadgroup --quick
 
 test-long: $(BUILT)
 	FASTVAE_REQUIRE_NATIVE=1 FASTVAE_HYPOTHESIS=long $(BIN)/python -m pytest

@@ -330,7 +330,9 @@ def innermost_loops(listing: str) -> list[list[str]]:
     loops = []
     for end, line in enumerate(lines):
         branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if branch and opcodes(lines[labels[branch[1]] : end]):  # unlike the branch to itself that ends a kernel
+        if branch and any(
+            opcodes([line]) for line in lines[labels[branch[1]] : end]
+        ):  # unlike the branch to itself that ends a kernel
             loops.append((labels[branch[1]], end + 1))
     return [lines[a:b] for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
 

@@ -94,8 +94,31 @@ def _leaves_out(item: pytest.Item) -> bool:
     return "[cuda-host" in item.name and not kept
 
 
+# `pytest --quick` leaves out what takes long and seldom tells anything new: all instruction sets but the best, kernels
+# for GPUs, which are slow on a CPU, what the compiler compiles, and what starts programs or trains.
+QUICK = {"reference", next(iter(NATIVE))}
+LONG_FILES = ("bench", "bench_compare", "c_interface", "cuda", "cuda_kernels", "demo", "examples", "fuzz", "importance")
+LONG_FILES += ("main", "native_library", "triton", "triton_compile", "triton_early_exit")
+LONG_TESTS = ("anchors_of_the_whole", "budget", "compile", "environment", "inductor", "it_learns", "little_terms")
+LONG_TESTS += ("many_rows", "opcheck", "trains", "triton")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out what takes long: a minute or two instead of eight")
+
+
+def _takes_long(item: pytest.Item) -> bool:
+    backend = BACKEND.search(item.name)
+    function = item.name.partition("[")[0]
+    return (
+        (backend is not None and backend[1] not in QUICK)
+        or item.path.stem.removeprefix("test_") in LONG_FILES
+        or any(what in function for what in LONG_TESTS)
+    )
+
+
 # Files in which many tests look at what was made once, at some cost: they are run by one worker.
-OF_ONE_WORKER = ("test_triton_compile", "test_cuda_kernels", "test_importance", "test_examples")
+OF_ONE_WORKER = ("test_triton_compile", "test_cuda_kernels", "test_importance")
 
 
 def _group(item: pytest.Item) -> str:
@@ -104,15 +127,16 @@ def _group(item: pytest.Item) -> str:
     file = item.path.stem
     if file in OF_ONE_WORKER:
         return file
-    return f"{file}::{re.sub(rf'(?<=[[-])({BACKENDS})(?=[]-])', '', item.name, count=1)}"
+    return f"{file}::{BACKEND.sub('', item.name, count=1)}"
 
 
-BACKENDS = "|".join(map(re.escape, TARGETS))
+BACKEND = re.compile(rf"(?<=[\[-])({'|'.join(map(re.escape, TARGETS))})(?=[\]-])")  # in the name of a test
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [item for item in items if _leaves_out(item)]
-    config.hook.pytest_deselected(items=left_out)
+    quick = config.getoption("--quick")
+    left_out = {item for item in items if _leaves_out(item) or (quick and _takes_long(item))}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item not in left_out:

@@ -186,7 +186,8 @@ def fingerprint(x: Any) -> Any:
     """Equal for what computes the same: tensors by their numbers, functions by their code and what they close over. A
     TypeError for anything else that has insides."""
     if isinstance(x, Tensor):
-        numbers = x.detach().cpu().resolve_neg().contiguous().flatten().view(torch.uint8).numpy()
+        plain = x.detach().cpu().resolve_neg().clone(memory_format=torch.contiguous_format)
+        numbers = plain.flatten().view(torch.uint8).numpy()
         return x.dtype, x.device, x.shape, x.requires_grad, hashlib.sha256(numbers).digest()
     if isinstance(x, types.FunctionType):
         inside = (cell.cell_contents for cell in x.__closure__ or ())

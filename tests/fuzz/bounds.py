@@ -28,15 +28,16 @@ def elbo(draw: Draw) -> Call:
 def importance(draw: Draw, name: str, n_axes: int) -> Call:
     shape = draw.sizes(n_axes, least=1, most=2000)
     gradient = draw.choice(GRADIENTS)
-    z = draw.normal(*shape, 3) if gradient == "dreg" else None
     log_densities = {name: draw.normal(*shape, scale=9) for name in ("log_px_z", "log_pz", "log_qz_x")}
+
+    z = draw.normal(*shape, 3).to(log_densities["log_px_z"]) if gradient == "dreg" else None
 
     def formula(log_px_z: Tensor, log_pz: Tensor, log_qz_x: Tensor, **_: Any) -> list[Tensor]:
         bound = torch.logsumexp(log_px_z + log_pz - log_qz_x, -2) - math.log(shape[-2])
         return [bound.mean(0) if n_axes == 3 else bound]
 
     arguments = log_densities | {"z": z, "gradient": gradient}
-    return Call(getattr(fastvae, name), arguments, formula, differentiable=gradient != "dreg")
+    return Call(getattr(fastvae, name), arguments, formula, differentiable=gradient != "dreg", roundings=100)
 
 
 @surface
@@ -111,7 +112,7 @@ def mmd(draw: Draw) -> Call:
 
         return [mean(z, z, True) - 2 * mean(z, y, False) + mean(y, y, True)]
 
-    return Call(fastvae.mmd, arguments, formula, centred=())
+    return Call(fastvae.mmd, arguments, formula, roundings=8)
 
 
 @surface

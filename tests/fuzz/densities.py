@@ -34,10 +34,12 @@ def mixture(draw: Draw, K: int, D: int) -> dict[str, Tensor]:
 def gaussian_mixture_from_a_start(draw: Draw) -> Call:
     K, D = draw.sizes(2, least=1, most=30)
     S = K + draw.choice((1, 16, 97))
+    x = draw.normal(S, D, scale=1.5).clamp(-1e4, 1e4)  # near enough for every log p(x) to be finite
+    given = {"x": x, "q": draw.probabilities(S, K), **mixture(draw, K, D)}
+    if given["x"].dtype != torch.float64:  # a result is as exact as the points
+        given = {name: value.float() if value.dtype == torch.float64 else value for name, value in given.items()}
     arguments = {
-        "x": draw.normal(S, D, scale=1.5),
-        "q": draw.probabilities(S, K),
-        **mixture(draw, K, D),
+        **given,
         "n_components": K,
         "max_iter": draw.choice((1, 2)),
         "reg_covar": draw.choice((1e-6, 0.1)),
@@ -60,7 +62,7 @@ def gaussian_mixture_from_a_start(draw: Draw) -> Call:
             fitted.score_samples(x),
             fitted.predict_proba(x),
         ]
-        return [*parameters, torch.tensor(scores, dtype=torch.float64)]
+        return [*parameters, torch.tensor(scores, dtype=torch.float64, device="cpu")]
 
     def formula(
         x: Tensor,
@@ -174,7 +176,9 @@ def diagonal_gaussian(draw: Draw) -> Call:
 
     def make(dim: Any) -> fastvae.DiagonalGaussian:
         prior = fastvae.DiagonalGaussian(dim)
-        prior.mu.data, prior.logvar.data = mu, logvar
+        with torch.no_grad():
+            prior.mu.copy_(mu)
+            prior.logvar.copy_(logvar)
         return prior
 
     def formula(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +197,9 @@ def kl_of_a_prior(draw: Draw) -> Call:
         prior: Any = fastvae.StandardNormal(D)
         if own is not None:
             prior = fastvae.DiagonalGaussian(D)
-            prior.mu.data, prior.logvar.data = own["mu"], own["logvar"]
+            with torch.no_grad():
+                prior.mu.copy_(own["mu"])
+                prior.logvar.copy_(own["logvar"])
         return prior.kl(mu, logvar, reduction=reduction, free_bits=free_bits)
 
     def formula(mu: Tensor, logvar: Tensor, reduction: str, free_bits: float) -> list[Tensor]:
@@ -280,5 +286,7 @@ def likelihood(draw: Draw) -> Call:
     def formula(x: Tensor, output: Tensor, **options: Any) -> list[Tensor]:
         return [log_likelihood(kind, x, output, **options)]
 
-    arguments = {"x": x, "output": draw.normal(*shape), **options}
+    output = draw.normal(*shape)
+    output = output.float() if options.get("learned") else output  # as the parameter is
+    arguments = {"x": x, "output": output, **options}
     return Call(function, arguments, formula, differentiable=False, draws=True, own_device=True)

@@ -208,9 +208,8 @@ def frozen(value: Any) -> Any:
     if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested:
         bits = None
         if value.device.type == "cpu" and not value.is_quantized and value.numel() < 10**7:
-            bits = (
-                value.detach().resolve_neg().resolve_conj().flatten().contiguous().view(torch.uint8).numpy().tobytes()
-            )
+            plain = value.detach().resolve_neg().resolve_conj().clone(memory_format=torch.contiguous_format)
+            bits = plain.flatten().view(torch.uint8).numpy().tobytes()
         return value.shape, value.stride(), value.storage_offset(), value.requires_grad, bits
     if isinstance(value, np.ndarray):
         return value.tobytes()

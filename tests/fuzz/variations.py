@@ -13,10 +13,9 @@ from calls import Draw
 from helpers import LAYOUTS
 from torch import Tensor, nn
 
-# Forms of a tensor, with the same values. Those of the complex numbers carry the negative bit.
+# Forms of a tensor, with the same values.
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: form for name, form in LAYOUTS.items() if "expanded" not in name},
-    "negative": lambda x: torch.complex(torch.zeros_like(x), -x).conj().imag,
     "parameter": lambda x: nn.Parameter(x.clone(), requires_grad=False),
     "row of a stack": lambda x: torch.stack((x, x, x))[1],
     "strided": lambda x: torch.stack((x, x), 0).movedim(0, -1)[..., 1],
@@ -30,7 +29,7 @@ def formed(draw: Draw, x: Tensor) -> tuple[str, Tensor]:
     name = draw.choice(list(FORMS))
     if x.ndim < 2 and name in ("transposed", "chunked", "every third"):
         name = "contiguous"
-    if name == "negative" and x.dtype not in (torch.float32, torch.float64):
+    if name == "negated" and x.dtype not in (torch.float32, torch.float64):
         name = "unaligned"
     return name, FORMS[name](x)
 
