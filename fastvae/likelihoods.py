@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends.contract import accumulation_dtype
-from .ops._checks import check_choice, check_count, check_device, check_flag, check_number
+from .ops._checks import FLOATING, check_choice, check_count, check_dense, check_device, check_flag, check_number
+from .ops._library import has_values
 from .saved import SavedNumbers
 
+REAL = (*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 TABULATED = 2**16  # values of log C(n, x) at most: beyond, one of each x is had for less
 
 
@@ -53,15 +55,15 @@ class Bernoulli(nn.Module):
         return -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
 
     def mean(self, output: Tensor) -> Tensor:
-        _check_dense("output", output)
+        _check_real("output", output)
         return torch.sigmoid(output)
 
     def sample(self, output: Tensor) -> Tensor:
         return torch.bernoulli(torch.sigmoid(_wide(output)))
 
     def check(self, x: Tensor) -> None:
-        _check_dense("x", x)
-        if not ((x == 0) | (x == 1)).all():
+        _check_real("x", x)
+        if has_values(x) and not ((x == 0) | (x == 1)).all():
             low, high = x.aminmax()
             raise ValueError(
                 "x: expected only 0 and 1 for the Bernoulli likelihood, got values"
@@ -104,7 +106,7 @@ class Binomial(nn.Module):
         return log_choose.where(x == count, -math.inf)
 
     def mean(self, output: Tensor) -> Tensor:
-        _check_dense("output", output)
+        _check_real("output", output)
         return self.total_count * torch.sigmoid(output)
 
     def sample(self, output: Tensor) -> Tensor:
@@ -112,9 +114,9 @@ class Binomial(nn.Module):
         return torch.binomial(torch.full_like(p, self.total_count), p)
 
     def check(self, x: Tensor) -> None:
-        _check_dense("x", x)
+        _check_real("x", x)
         n = self.total_count
-        if not ((x >= 0) & (x <= n) & (x == x.round())).all():
+        if has_values(x) and not ((x >= 0) & (x <= n) & (x == x.round())).all():
             low, high = x.aminmax()
             raise ValueError(
                 f"x: expected whole numbers from 0 to {n} for the binomial likelihood with total_count={n},"
@@ -166,7 +168,7 @@ class Gaussian(SavedNumbers):
         return -0.5 * (t * t + log_variance + math.log(2 * math.pi))
 
     def mean(self, output: Tensor) -> Tensor:
-        _check_dense("output", output)
+        _check_real("output", output)
         return output
 
     def sample(self, output: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ class Gaussian(SavedNumbers):
 
     def check(self, x: Tensor) -> None:
         """Any real number will do."""
-        _check_dense("x", x)
+        _check_real("x", x)
 
     def extra_repr(self) -> str:
         log_variance, learned = self.log_variance, isinstance(self.log_variance, Tensor)
@@ -209,7 +211,7 @@ def make_likelihood(likelihood: Any, **options: Any) -> Any:
 
 def _accumulate(x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype that sums are done in: never in half precision."""
-    _check_dense("x", x)
+    _check_real("x", x)
     output = _wide(output)
     check_device("x", x, "output", output)
     pairs = zip(reversed(x.shape), reversed(output.shape), strict=False)
@@ -219,14 +221,14 @@ def _accumulate(x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _wide(output: Tensor) -> Tensor:
-    _check_dense("output", output)
+    _check_real("output", output)
     return output.to(accumulation_dtype(output.dtype))
 
 
-def _check_dense(name: str, x: Any) -> None:
+def _check_real(name: str, x: Any) -> None:
     """A dense tensor of real numbers: counts may be integers."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.is_nested or x.layout != torch.strided or x.is_complex() or x.is_quantized:
-        kind = "a nested one" if x.is_nested else f"{x.dtype}, {x.layout}"
-        raise TypeError(f"{name}: expected a dense tensor of real numbers, got {kind}")
+    check_dense(name, x)
+    if x.dtype not in REAL:
+        raise TypeError(f"{name}: expected a tensor of real numbers, got {x.dtype}")

@@ -181,7 +181,7 @@ class GaussianMixture:
         q `[S, K]`, which an E-step makes equal to it, and an M-step raises (Basics VAE, eq. 7)."""
         points, mixture = self._points(x, least=1)
         q = _checked_shares(q, points, len(mixture.weights))
-        return self.complete_log_likelihood(x, q) + entropy(q).mean(dtype=torch.float64).item()
+        return self.complete_log_likelihood(x, q) + entropy(q.double()).mean().item()
 
     def sample(self, n_samples: int = 1, *, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """(points `[n, D]`, in the dtype of those it was fitted to, the components they are from `[n]`)."""

@@ -82,7 +82,10 @@ class MixturePrior(_Mixture):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        K, D = check_count("n_components", n_components, least=1), check_count("dim", dim, least=1)
+        K, D = (
+            check_count("n_components", n_components, least=1, most=2**31),
+            check_count("dim", dim, least=1, most=2**31),
+        )
         between = 0.5 if K > 1 else 0.0
         self.logits = nn.Parameter(torch.zeros(K, device=device, dtype=dtype))
         self.mu = nn.Parameter(math.sqrt(between) * torch.randn(K, D, device=device, dtype=dtype))
@@ -108,7 +111,7 @@ class MixturePrior(_Mixture):
 
         Raises:
             TypeError: an argument is not a floating-point tensor.
-            ValueError: other shapes, or negative weights or variances (on CPU tensors).
+            ValueError: other shapes, or weights or variances that are negative or not finite (on CPU tensors).
 
         Example:
             >>> gm = fastvae.GaussianMixture(50).fit(z)
@@ -122,8 +125,9 @@ class MixturePrior(_Mixture):
             shapes = ", ".join(str(tuple(x.shape)) for x in given.values())
             raise ValueError(f"weights, means, variances: expected shapes (K,), (K, D) and (K, D), got {shapes}")
         for name, x in (("weights", weights), ("variances", variances)):
-            if has_values(x) and x.device.type == "cpu" and not (x >= 0).all():
-                raise ValueError(f"{name}: expected no negative numbers, got values from {x.min().item():g}")
+            if has_values(x) and x.device.type == "cpu" and not ((x >= 0) & (x < math.inf)).all():
+                low, high = x.aminmax()
+                raise ValueError(f"{name}: expected finite numbers >= 0, got values from {low:g} to {high:g}")
         parameters = [x for x in promote(weights.log(), means, variances.log()) if x is not None]
         # Parameters made under inference_mode could never be trained.
         with torch.inference_mode(False), torch.no_grad():
@@ -164,7 +168,7 @@ class VampPrior(_Mixture):
 
     def __init__(self, n_components: int, encoder: Any, x: Tensor, *, limits: tuple[float, float] | None = None):
         super().__init__()
-        n_components = check_count("n_components", n_components, least=1)
+        n_components = check_count("n_components", n_components, least=1, most=2**31)
         check_tensor("x", x)
         if not callable(encoder):
             raise TypeError(f"encoder: expected a module or function to (mu, logvar), got {type(encoder).__name__}")

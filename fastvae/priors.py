@@ -61,7 +61,7 @@ class StandardNormal(SavedNumbers):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.dim = 0 if dim is None else check_count("dim", dim, least=1)
+        self.dim = 0 if dim is None else check_count("dim", dim, least=1, most=2**31)
         self._given = dim is not None
         self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
@@ -112,7 +112,7 @@ class DiagonalGaussian(nn.Module):
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        dim = check_count("dim", dim, least=1)
+        dim = check_count("dim", dim, least=1, most=2**31)
         self.mu, self.logvar = (nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) for _ in range(2))
 
     def log_prob(self, z: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends.contract import accumulation_dtype
-from .ops._checks import check_count, check_posterior, check_tensor
+from .ops._checks import check_count, check_indices, check_posterior, check_tensor
 
 MOST_SAMPLES = 2**40  # more than fit into any memory, few enough for their bytes to be counted in 64 bits
 Array = Tensor | np.ndarray
@@ -56,8 +56,7 @@ def check_rows(rows: Any) -> Any:
         return None
     if not isinstance(rows, Tensor):
         return check_count("rows", rows, least=1)
-    if rows.dtype != torch.int64 or rows.layout != torch.strided:
-        raise TypeError(f"rows: expected an int or a dense int64 tensor, got {rows.dtype}, {rows.layout}")
+    check_indices("rows", rows)
     check_values("rows", rows)
     if rows.ndim != 1 or len(rows) == 0:
         raise ValueError(f"rows: expected row numbers in a tensor [R], got shape {tuple(rows.shape)}")

@@ -18,7 +18,7 @@ def check_tensor(name: str, x: Any, *, min_ndim: int = 1) -> None:
     """A dense floating-point tensor of at least `min_ndim` axes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    _check_dense(name, x)
+    check_dense(name, x)
     if x.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.ndim < min_ndim:
@@ -30,10 +30,10 @@ def check_indices(name: str, x: Any) -> None:
     if not isinstance(x, Tensor) or x.dtype != torch.int64:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: expected an int64 tensor, got {got}")
-    _check_dense(name, x)
+    check_dense(name, x)
 
 
-def _check_dense(name: str, x: Tensor) -> None:
+def check_dense(name: str, x: Tensor) -> None:
     if x.layout != torch.strided or x.is_nested:
         kind = "a nested one" if x.is_nested else f"one of layout {x.layout}"
         raise TypeError(f"{name}: expected a dense tensor, got {kind}")

@@ -100,7 +100,7 @@ def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Table | No
         return None
     cells = tree.cells(z)
     counts = tree.counts(cells)
-    unresolved = too_wide(tree, columns, WIDTH, math.sqrt(2 * (DEPTH + math.log(columns.N / tol))))
+    unresolved = too_wide(tree, columns, WIDTH, math.sqrt(2 * (DEPTH + math.log(columns.N) - math.log(tol))))
     dim, node = widest(counts, unresolved & (counts > 2 * NODES))
     u, to_coefficients = _chebyshev(z)
     decay = torch.tensor([0.0] * 11 + [1 / 64, 1 / 16, 1 / 4, 1, 1], dtype=torch.float64, device=z.device)
