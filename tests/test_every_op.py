@@ -334,4 +334,10 @@ def test_opcheck(backend: Target) -> None:
     assert set(arguments) == registered
     for op, calls in arguments.items():
         for call in calls:
+            if not op.endswith("_backward"):  # those refuse to be differentiated
+                call = tuple(x.detach().requires_grad_() if _real(x) else x for x in call)
             torch.library.opcheck(getattr(torch.ops.fastvae, op).default, call)
+
+
+def _real(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
