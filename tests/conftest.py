@@ -96,7 +96,8 @@ def _leaves_out(item: pytest.Item) -> bool:
 
 # `pytest --quick` leaves out what takes long and seldom tells anything new: all instruction sets but the best, kernels
 # for GPUs, which are slow on a CPU, what the compiler compiles, and what starts programs or trains.
-QUICK = {"reference", next(iter(NATIVE))}
+BEST = native_library.instruction_sets()[:1] if backends.status("native").available else []
+QUICK = {"reference", *(f"native-{isa}" for isa in BEST)}
 LONG_FILES = ("bench", "bench_compare", "c_interface", "cuda", "cuda_kernels", "demo", "examples", "fuzz", "importance")
 LONG_FILES += ("main", "native_library", "triton", "triton_compile", "triton_early_exit")
 LONG_TESTS = ("anchors_of_the_whole", "budget", "compile", "environment", "inductor", "it_learns", "little_terms")

@@ -51,6 +51,8 @@ ROUTES: dict[str, Callable[[Loss, Tensor], object]] = {
     "func.jvp of func.grad": lambda loss, mu: torch.func.jvp(torch.func.grad(loss), (mu,), (mu,)),
     "func.jvp": lambda loss, mu: torch.func.jvp(loss, (mu,), (mu,)),
     "func.hessian": lambda loss, mu: torch.func.hessian(loss)(mu),
+}
+COMPILED: dict[str, Callable[[Loss, Tensor], object]] = {
     "backward of compiled": compiled(backward),
     "grad of inputs of compiled": compiled(inputs_only),
     "functional.hessian of compiled": compiled(functional.hessian),
@@ -68,6 +70,16 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", FUSED)
 def test_refused(backend: Target, name: str, route: str) -> None:
+    refused(name, ROUTES[route])
+
+
+@pytest.mark.parametrize("route", COMPILED)
+@pytest.mark.parametrize("name", FUSED)
+def test_refused_where_compiled(name: str, route: str) -> None:
+    refused(name, COMPILED[route])
+
+
+def refused(name: str, route: Callable[[Loss, Tensor], object]) -> None:
     op = op_named(name)
     others = {key: x.detach() for key, x in op.inputs.items() if key != "mu"}
 
@@ -76,7 +88,7 @@ def test_refused(backend: Target, name: str, route: str) -> None:
         return sum((o.sum() for o in ([outputs] if isinstance(outputs, Tensor) else outputs)), mu.new_zeros(()))
 
     with pytest.raises(RuntimeError, match=r"fastvae offers|making fake tensor call|Batching rule not implemented"):
-        ROUTES[route](loss, op.inputs["mu"].detach())
+        route(loss, op.inputs["mu"].detach())
 
 
 @pytest.mark.parametrize("route", [backward, inputs_only, functional.hessian])
