@@ -3,7 +3,7 @@
 //     d mu_jd     =  sum_i r_ij t a / kappa^2
 //     d logvar_jd = (sum_i r_ij t^2 / kappa^2 - sum_i r_ij) / 2
 // Where a number is extreme, t^2 may overflow in a sum that is none of the broadcast formula's, which multiplies the sum
-// of r (z - mu)^2 by 1 / sigma^2. Panels that are direct therefore sum e = t / up, up = max(a, 1), and multiply sums by up.
+// of r (z - mu)^2 by 1 / sigma^2. Extreme panels therefore sum e = t / up, up = max(a, 1), and multiply sums by up.
 // One pass makes them all: r of a tile of rows and a chunk of columns lies in the L1 cache while d runs, with columns
 // in lanes. Sums are of two levels: within a block of rows and columns (rounds.h), and over blocks.
 #pragma once
@@ -20,12 +20,12 @@ template <bool kDirect, class T> FASTVAE_INLINE Vec<T> finite_standardized(T z, 
     return max_<T>(splat(-kLargest<T>), min_<T>(splat(kLargest<T>), t));
 }
 
-// up = t / e where panels are direct
+// up = t / e where panels are extreme; elsewhere e is t
 template <class T> FASTVAE_INLINE Vec<T> scale_up(Vec<T> a) { return max_<T>(splat(T(1)), a); }
 
 // A tile's share over dimensions [0, D): r [6][W] with a stride, rows [D][6] and planes [D][2][W] as in square_sums;
 // sums over rows, per column, of r e and r e^2 -> columns [D][2][W]; over columns, per lane, of r t a -> sums [D][6][L].
-template <bool kDirect, bool kRows, bool kColumns, class T>
+template <bool kDirect, bool kExtreme, bool kRows, bool kColumns, class T>
 __attribute__((noinline)) void tile_gradient_sums(const T *r, int64_t stride, const T *rows, const T *planes,
                                                   int64_t D, T *columns, T *sums) {
     constexpr int V = kPanelVectors, R = kTileRows, L = kLanes<T>, W = kPanelWidth<T>;
@@ -46,7 +46,7 @@ __attribute__((noinline)) void tile_gradient_sums(const T *r, int64_t stride, co
         for (int v = 0; v < V; ++v) {
             a[v] = load(planes + v * L);
             b[v] = load(planes + W + v * L);
-            scale[v] = kDirect ? min_<T>(splat(T(1)), a[v]) : a[v];
+            scale[v] = kExtreme ? min_<T>(splat(T(1)), a[v]) : a[v];
             if constexpr (kColumns) {
                 re[v] = load(columns + v * L);
                 ree[v] = load(columns + W + v * L);
@@ -62,9 +62,9 @@ __attribute__((noinline)) void tile_gradient_sums(const T *r, int64_t stride, co
                 const Vec<T> q = weight[i][v] * e;
                 if constexpr (kColumns) {
                     re[v] += q;
-                    ree[v] += kDirect ? rounded<T>(q * e) : q * e;
+                    ree[v] += kExtreme ? rounded<T>(q * e) : q * e;
                 }
-                if constexpr (kRows) sum += kDirect ? q * a[v] * scale_up<T>(a[v]) : q * a[v];
+                if constexpr (kRows) sum += kExtreme ? q * a[v] * scale_up<T>(a[v]) : q * a[v];
             }
             if constexpr (kRows) store(sums + i * L, sum);
         }
@@ -177,14 +177,16 @@ private:
 
     void tile_gradients(const T *r, int64_t stride, const T *rows, const T *planes, int64_t span, T *columns,
                         T *lanes) const {
-        const auto f = panels_.direct ? kernel<true>() : kernel<false>();
+        const auto f = panels_.extreme  ? kernel<true, true>()
+                       : panels_.direct ? kernel<true, false>()
+                                        : kernel<false, false>();
         if (f) f(r, stride, rows, planes, span, columns, lanes);
     }
-    template <bool kDirect> auto kernel() const {
-        using F = decltype(&tile_gradient_sums<kDirect, true, true, T>);
-        return want_rows_ && want_columns_ ? F(tile_gradient_sums<kDirect, true, true, T>)
-               : want_rows_                ? F(tile_gradient_sums<kDirect, true, false, T>)
-               : want_columns_             ? F(tile_gradient_sums<kDirect, false, true, T>)
+    template <bool kDirect, bool kExtreme> auto kernel() const {
+        using F = decltype(&tile_gradient_sums<kDirect, kExtreme, true, true, T>);
+        return want_rows_ && want_columns_ ? F(tile_gradient_sums<kDirect, kExtreme, true, true, T>)
+               : want_rows_                ? F(tile_gradient_sums<kDirect, kExtreme, true, false, T>)
+               : want_columns_             ? F(tile_gradient_sums<kDirect, kExtreme, false, true, T>)
                                            : F(nullptr);
     }
 
@@ -226,7 +228,7 @@ private:
             T mu[W], logvar[W];
             for (int v = 0; v < kPanelVectors; ++v) {
                 const Vec<T> a = load(panels_.planes(p) + d * 2 * W + v * L);
-                const Vec<T> up = panels_.direct ? scale_up<T>(a) : splat(T(1));
+                const Vec<T> up = panels_.extreme ? scale_up<T>(a) : splat(T(1));
                 store(mu + v * L, T(kInvKappa2) * sums[v] * up * a);
                 store(logvar + v * L, T(kInvKappa2 / 2) * sums[kPanelVectors + v] * up * up -
                                           T(0.5) * (share[v] + share[kPanelVectors + v]));

@@ -63,6 +63,7 @@ public:
     static constexpr int W = kPanelWidth<T>;
     const int64_t N, D, count;
     bool direct = false;
+    bool extreme = false;  // t^2 may overflow; then `direct` too
 
     Panels(int64_t N, int64_t D)
         : N(N), D(D), count((N + W - 1) / W), planes_(count * D * 2 * W), c_(count * W), cw_(count * W), centre_(D),
@@ -114,11 +115,13 @@ public:
     void pack(const T *mu, const T *logvar, int threads, const F &log2_w, bool force_direct = false) {
         // Without FMA the direct form takes no more operations, and rounds less.
         direct = !find_centre(mu, force_direct || !kFused);
+        extreme = force_direct;
         for (;;) {
             int offsets_small = 1;
             for_each(threads, [&](int64_t p) {
                 if (!pack_panel(p, mu, logvar, log2_w)) __atomic_store_n(&offsets_small, 0, __ATOMIC_RELAXED);
             });
+            extreme |= !offsets_small;
             if (direct || offsets_small) return;
             direct = true;
             for (int64_t d = 0; d < D; ++d) centre_[d] = T(0);
