@@ -83,7 +83,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # The CUDA kernels on the host run one thread at a time. They take part in the tests of the ops, by file, and in those
 # of test_every_op.py that are about what kernels do with their inputs.
-OF_AGGREGATES = ("cross_log_prob", "agg_log_prob", "agg_log_prob_marginals", "early_exit")
+OF_AGGREGATES = ("cross_log_prob", "agg_log_prob", "agg_log_prob_marginals", "early_exit", "extremes")
 OF_KERNELS = ("kl_gauss", "sample_gauss", "philox", *OF_AGGREGATES)
 OF_INPUTS = ("layouts", "half", "not_finite", "opcheck")
 

@@ -12,6 +12,7 @@ from helpers import (
     Op,
     aggregate,
     cast,
+    cross,
     draw,
     evaluate,
     kl,
@@ -82,8 +83,12 @@ def of_numbers(**numbers: list[float]) -> dict[str, Tensor]:
     return needing_gradients({name: torch.tensor(x)[:, None] for name, x in numbers.items()})
 
 
-def gradients_at(name: str) -> tuple[Op, float]:
+def gradients_at(name: str) -> tuple[Op, float | list[list[float]]]:
     """Inputs at which factors of gradients overflow in float32, but not the formula's products, and the upstream."""
+    if name == "cross_log_prob":  # of a narrow column, of far samples, and of neither
+        inputs = of_numbers(z=[1e10, -1e10, 1e17, 1e17, 0.5], mu=[0.0, 0.25, 0.4], logvar=[-60.0, -30.0, -2.0])
+        of_columns = [[1.0, -1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0, 0.0], [0.0, 0.0, 0.0, 0.0, 2.0]]
+        return Op(fastvae.cross_log_prob, cross, inputs), [list(row) for row in zip(*of_columns, strict=True)]
     if name == "kl_gauss":
         inputs = of_numbers(
             mu=[-1e38, 1e30, 3.0, 1e19], logvar=[1.0, 60.0, -1e4, 2.0], prior_mu=[-1.0, 1e30, 3.0, -1e19],
@@ -97,12 +102,12 @@ def gradients_at(name: str) -> tuple[Op, float]:
     ), 1.0
 
 
-@pytest.mark.parametrize("name", ["kl_gauss", "reparameterize"])
+@pytest.mark.parametrize("name", ["cross_log_prob", "kl_gauss", "reparameterize"])
 def test_gradients_are_finite_and_right_where_the_formulas_are(backend: Target, name: str) -> None:
     op, upstream = gradients_at(name)
 
     def given(output: Tensor) -> Tensor:
-        return torch.full_like(output, upstream)
+        return torch.tensor(upstream, dtype=output.dtype).expand_as(output)
 
     expected = Expected(op.formula, op.inputs, upstream=given)
     results = zip(evaluate(op.fast, op.inputs, given), evaluate(op.formula, op.inputs, given), strict=True)

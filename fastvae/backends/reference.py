@@ -22,11 +22,19 @@ def _accumulate(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_zeros((), dtype=dtype) if t is None else t.to(dtype) for t in tensors)
 
 
-def _standardize(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    """t = (z − mu) / sigma and 1 / sigma, kept finite for finite inputs so that 0 · t is 0."""
-    finite = torch.finfo(z.dtype).max
-    inv_sigma = torch.exp(-0.5 * logvar).clamp(max=finite)
-    return ((z - mu) * inv_sigma).clamp(-finite, finite), inv_sigma
+def _held_finite(x: Tensor) -> Tensor:
+    """So that 0 · x is 0 for finite inputs."""
+    finite = torch.finfo(x.dtype).max
+    return x.clamp(-finite, finite)
+
+
+def _inv_sigma(logvar: Tensor) -> Tensor:
+    return _held_finite(torch.exp(-0.5 * logvar))
+
+
+def _standardize(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """t = (z − mu) / sigma"""
+    return _held_finite((z - mu) * _inv_sigma(logvar))
 
 
 def _times(g: Tensor, x: Tensor) -> Tensor:
@@ -55,7 +63,7 @@ def kl_gauss(
     B, D = mu.shape
     mu, logvar, prior_mu, prior_logvar = _accumulate(mu, logvar, prior_mu, prior_logvar)
     delta = logvar - prior_logvar
-    t, _ = _standardize(mu, prior_mu, prior_logvar)
+    t = _standardize(mu, prior_mu, prior_logvar)
     kl = 0.5 * ((torch.expm1(delta) - delta).clamp(min=0) + t * t)  # [B, D]; the clamp removes rounding
     axes = {"none": (), "sample": (1,), "dim": (0,)}.get(reduction, (0, 1))
     return (kl.sum(axes) if axes else kl) * kl_scale(reduction, B, D)
@@ -76,7 +84,7 @@ def kl_gauss_backward(
     g = grad * kl_scale(reduction, B, D)
     if reduction == "sample":
         g = g[:, None]
-    t, inv_sigma = _standardize(mu, m, v)
+    t, inv_sigma = _standardize(mu, m, v), _inv_sigma(v)
 
     def d_mu() -> Tensor:
         return _times(mu - m, g * inv_sigma * inv_sigma)  # so that what overflows is the product alone
@@ -152,7 +160,7 @@ class _Pairs:
 
     def __init__(self, rows: slice, z: Tensor, mu: Tensor, logvar: Tensor):
         self.rows = rows
-        self.t, self.inv_sigma = _standardize(z[rows, None], mu, logvar)
+        self.t = _standardize(z[rows, None], mu, logvar)
         self.log_q = -0.5 * (self.t * self.t + logvar + LOG_2PI)
 
     def log_weights(self, weights: LogWeights) -> tuple[Tensor, Tensor]:
@@ -192,27 +200,36 @@ def _responsibility(log_terms: Tensor, log_sum: Tensor) -> Tensor:
 
 
 class _PairGradients:
-    """Sums of c_ijd · ∂ log q(z_id | x_jd) into those of d_z, d_mu and d_logvar that are wanted."""
+    """Sums of c_ijd · ∂ log q(z_id | x_jd) into those of d_z, d_mu and d_logvar that are wanted: of e = t / up with
+    up = max(1, 1 / sigma), as a sum of t² may overflow where one of (z − mu)², times 1 / sigma² later, does not."""
 
     def __init__(self, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]):
-        self.wanted = wanted
-        self.d_z, self.d_mu, self.d_logvar = (
-            torch.zeros_like(x) if want else x for x, want in zip((z, mu, logvar), wanted, strict=False)
-        )
+        self.z, self.mu, self.wanted = z, mu, wanted
+        self.inv_sigma = _inv_sigma(logvar)
+        self.up = self.inv_sigma.clamp(min=1)
+        self.d_z, self.c, self.ce, self.cee = (torch.zeros_like(x) for x in (z, mu, mu, mu))
 
     def add(self, pairs: _Pairs, c: Tensor) -> None:
         """c: [R, N, D], or [R, N, 1] where it is the same for every dimension."""
         want_z, want_mu, want_logvar, *_ = self.wanted
-        ct = c * pairs.t
+        e = _held_finite((self.z[pairs.rows, None] - self.mu) * self.inv_sigma.clamp(max=1))  # [R, N, D]
+        ce = c * e
         if want_z:
-            self.d_z[pairs.rows] = -(ct * pairs.inv_sigma).sum(1)
+            self.d_z[pairs.rows] = -(ce * self.inv_sigma * self.up).sum(1)
         if want_mu:
-            self.d_mu += (ct * pairs.inv_sigma).sum(0)
+            self.ce += ce.sum(0)
         if want_logvar:
-            self.d_logvar += 0.5 * (ct * pairs.t - c).sum(0)
+            self.c += c.sum(0)
+            self.cee += (ce * e).sum(0)
 
     def gradients(self, inputs: Sequence[Tensor | None], *others: Tensor) -> list[Tensor]:
-        candidates = [lambda g=g: g for g in (self.d_z, self.d_mu, self.d_logvar, *others)]
+        def d_mu() -> Tensor:
+            return self.ce * self.up * self.inv_sigma
+
+        def d_logvar() -> Tensor:
+            return 0.5 * (self.cee * self.up * self.up - self.c)
+
+        candidates = (lambda: self.d_z, d_mu, d_logvar, *(lambda g=g: g for g in others))
         return _gradients(candidates, inputs, self.wanted)
 
 

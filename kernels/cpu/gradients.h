@@ -2,6 +2,8 @@
 //     d z_id      = -sum_j r_ij t a / kappa^2
 //     d mu_jd     =  sum_i r_ij t a / kappa^2
 //     d logvar_jd = (sum_i r_ij t^2 / kappa^2 - sum_i r_ij) / 2
+// Where a number is extreme, t^2 may overflow in a sum that is none of the broadcast formula's, which multiplies the sum
+// of r (z - mu)^2 by 1 / sigma^2. Extreme panels therefore sum e = t / up, up = max(a, 1), and multiply sums by up.
 // One pass makes them all: r of a tile of rows and a chunk of columns lies in the L1 cache while d runs, with columns
 // in lanes. Sums are of two levels: within a block of rows and columns (rounds.h), and over blocks.
 #pragma once
@@ -18,9 +20,12 @@ template <bool kDirect, class T> FASTVAE_INLINE Vec<T> finite_standardized(T z, 
     return max_<T>(splat(-kLargest<T>), min_<T>(splat(kLargest<T>), t));
 }
 
+// up = t / e where panels are extreme; elsewhere e is t
+template <class T> FASTVAE_INLINE Vec<T> scale_up(Vec<T> a) { return max_<T>(splat(T(1)), a); }
+
 // A tile's share over dimensions [0, D): r [6][W] with a stride, rows [D][6] and planes [D][2][W] as in square_sums;
-// sums over rows, per column, of r t and r t^2 -> columns [D][2][W]; over columns, per lane, of r t a -> sums [D][6][L].
-template <bool kDirect, bool kRows, bool kColumns, class T>
+// sums over rows, per column, of r e and r e^2 -> columns [D][2][W]; over columns, per lane, of r t a -> sums [D][6][L].
+template <bool kDirect, bool kExtreme, bool kRows, bool kColumns, class T>
 __attribute__((noinline)) void tile_gradient_sums(const T *r, int64_t stride, const T *rows, const T *planes,
                                                   int64_t D, T *columns, T *sums) {
     constexpr int V = kPanelVectors, R = kTileRows, L = kLanes<T>, W = kPanelWidth<T>;
@@ -36,14 +41,15 @@ __attribute__((noinline)) void tile_gradient_sums(const T *r, int64_t stride, co
     if (!any_lane<T>(any << 1)) return;  // all 0, whatever the sign: far posteriors cost no more than their densities
 
     for (int64_t d = 0; d < D; ++d, rows += R, planes += 2 * W, columns += 2 * W, sums += R * L) {
-        Vec<T> a[V], b[V], rt[V], rtt[V];
+        Vec<T> a[V], b[V], scale[V], re[V], ree[V];  // scale: of e, a / up
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
             a[v] = load(planes + v * L);
             b[v] = load(planes + W + v * L);
+            scale[v] = kExtreme ? min_<T>(splat(T(1)), a[v]) : a[v];
             if constexpr (kColumns) {
-                rt[v] = load(columns + v * L);
-                rtt[v] = load(columns + W + v * L);
+                re[v] = load(columns + v * L);
+                ree[v] = load(columns + W + v * L);
             }
         }
 #pragma GCC unroll 8
@@ -52,21 +58,21 @@ __attribute__((noinline)) void tile_gradient_sums(const T *r, int64_t stride, co
             if constexpr (kRows) sum = load(sums + i * L);
 #pragma GCC unroll 8
             for (int v = 0; v < V; ++v) {
-                const Vec<T> t = finite_standardized<kDirect>(rows[i], a[v], b[v]);
-                const Vec<T> q = weight[i][v] * t;
+                const Vec<T> e = finite_standardized<kDirect>(rows[i], scale[v], b[v]);
+                const Vec<T> q = weight[i][v] * e;
                 if constexpr (kColumns) {
-                    rt[v] += q;
-                    rtt[v] += q * t;
+                    re[v] += q;
+                    ree[v] += kExtreme ? rounded<T>(q * e) : q * e;
                 }
-                if constexpr (kRows) sum += q * a[v];
+                if constexpr (kRows) sum += kExtreme ? q * a[v] * scale_up<T>(a[v]) : q * a[v];
             }
             if constexpr (kRows) store(sums + i * L, sum);
         }
         if constexpr (kColumns)
 #pragma GCC unroll 8
             for (int v = 0; v < V; ++v) {
-                store(columns + v * L, rt[v]);
-                store(columns + W + v * L, rtt[v]);
+                store(columns + v * L, re[v]);
+                store(columns + W + v * L, ree[v]);
             }
     }
 }
@@ -171,14 +177,16 @@ private:
 
     void tile_gradients(const T *r, int64_t stride, const T *rows, const T *planes, int64_t span, T *columns,
                         T *lanes) const {
-        const auto f = panels_.direct ? kernel<true>() : kernel<false>();
+        const auto f = panels_.extreme  ? kernel<true, true>()
+                       : panels_.direct ? kernel<true, false>()
+                                        : kernel<false, false>();
         if (f) f(r, stride, rows, planes, span, columns, lanes);
     }
-    template <bool kDirect> auto kernel() const {
-        using F = decltype(&tile_gradient_sums<kDirect, true, true, T>);
-        return want_rows_ && want_columns_ ? F(tile_gradient_sums<kDirect, true, true, T>)
-               : want_rows_                ? F(tile_gradient_sums<kDirect, true, false, T>)
-               : want_columns_             ? F(tile_gradient_sums<kDirect, false, true, T>)
+    template <bool kDirect, bool kExtreme> auto kernel() const {
+        using F = decltype(&tile_gradient_sums<kDirect, kExtreme, true, true, T>);
+        return want_rows_ && want_columns_ ? F(tile_gradient_sums<kDirect, kExtreme, true, true, T>)
+               : want_rows_                ? F(tile_gradient_sums<kDirect, kExtreme, true, false, T>)
+               : want_columns_             ? F(tile_gradient_sums<kDirect, kExtreme, false, true, T>)
                                            : F(nullptr);
     }
 
@@ -220,8 +228,9 @@ private:
             T mu[W], logvar[W];
             for (int v = 0; v < kPanelVectors; ++v) {
                 const Vec<T> a = load(panels_.planes(p) + d * 2 * W + v * L);
-                store(mu + v * L, T(kInvKappa2) * sums[v] * a);
-                store(logvar + v * L, T(kInvKappa2 / 2) * sums[kPanelVectors + v] -
+                const Vec<T> up = panels_.extreme ? scale_up<T>(a) : splat(T(1));
+                store(mu + v * L, T(kInvKappa2) * sums[v] * up * a);
+                store(logvar + v * L, T(kInvKappa2 / 2) * sums[kPanelVectors + v] * up * up -
                                           T(0.5) * (share[v] + share[kPanelVectors + v]));
             }
             const int64_t to = panels_.order()[d];
@@ -239,7 +248,7 @@ private:
     const Rounds rounds_;
     const int64_t row_size_, column_size_, share_size_;  // of one copy
     Buffer<T> row_sums_;     // [copies][tiles][D][6]
-    Buffer<T> column_sums_;  // [copies][panels][D][2][W]: of r t, of r t^2
+    Buffer<T> column_sums_;  // [copies][panels][D][2][W]: of r e, of r e^2
     Buffer<T> shares_;       // [copies][panels][2][W]: of r, see run
     const int64_t scratch_size_;
     Buffer<T> scratch_;

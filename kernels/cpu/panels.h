@@ -25,14 +25,14 @@ constexpr int kPanelVectors = 1;
 template <class T> constexpr int kPanelWidth = kPanelVectors * kLanes<T>;
 
 constexpr double kMaxOffset = 128;
-constexpr double kModerate = 0x1p60;  // a and z - centre within it cannot overflow together
+constexpr double kModerate = 0x1p30;  // a, and z - centre within half of it: t^2 cannot overflow
 constexpr double kKappaHigh = 0x1.b2da4e8p-1, kKappaLow = 2.7978991086394715e-09;  // sqrt(log2(e) / 2)
 constexpr double kKappa = kKappaHigh + kKappaLow;
 constexpr double kInvKappa2 = 1.38629436111989061883;  // 1 / kappa^2 = 2 ln 2
 
 template <class T> constexpr T kLargest = sizeof(T) == 4 ? T(3.40282346638528859812e38) : T(1.7976931348623157e308);
 
-// Whether all of x [n] can be standardized without overflow. A backward needs it, where 0 * infinity would be NaN.
+// Whether all of x [n] can be standardized, and squared, without overflow. A backward needs it: 0 * infinity is NaN.
 template <class T> bool all_moderate(const T *x, int64_t n) {
     IVec<T> outside = {};
     for_each_vector<T>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
@@ -63,6 +63,7 @@ public:
     static constexpr int W = kPanelWidth<T>;
     const int64_t N, D, count;
     bool direct = false;
+    bool extreme = false;  // t^2 may overflow; then `direct` too
 
     Panels(int64_t N, int64_t D)
         : N(N), D(D), count((N + W - 1) / W), planes_(count * D * 2 * W), c_(count * W), cw_(count * W), centre_(D),
@@ -114,11 +115,13 @@ public:
     void pack(const T *mu, const T *logvar, int threads, const F &log2_w, bool force_direct = false) {
         // Without FMA the direct form takes no more operations, and rounds less.
         direct = !find_centre(mu, force_direct || !kFused);
+        extreme = force_direct;
         for (;;) {
             int offsets_small = 1;
             for_each(threads, [&](int64_t p) {
                 if (!pack_panel(p, mu, logvar, log2_w)) __atomic_store_n(&offsets_small, 0, __ATOMIC_RELAXED);
             });
+            extreme |= !offsets_small;
             if (direct || offsets_small) return;
             direct = true;
             for (int64_t d = 0; d < D; ++d) centre_[d] = T(0);

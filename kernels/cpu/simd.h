@@ -132,6 +132,18 @@ template <class T> FASTVAE_INLINE Vec<T> times(Vec<T> g, Vec<T> x) {
     return select<T>(g == T(0), Vec<T>{}, g * x);
 }
 
+// x as it is rounded: a product that no sum takes into an FMA, so that what cancels is exactly 0.
+template <class T> FASTVAE_INLINE Vec<T> rounded(Vec<T> x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
+
 template <class T> FASTVAE_INLINE Vec<T> max_(Vec<T> a, Vec<T> b) {
 #if FASTVAE_VECTOR_BYTES == 64
     if constexpr (sizeof(T) == 4)

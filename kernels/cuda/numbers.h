@@ -67,6 +67,18 @@ template <class T> FASTVAE_DEVICE T largest() { return sizeof(T) == 4 ? T(3.4028
 FASTVAE_DEVICE float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 FASTVAE_DEVICE double fma_(double a, double b, double c) { return fma(a, b, c); }
 
+// a b as it is rounded: no sum takes it into an FMA, so that what cancels is exactly 0.
+#ifdef FASTVAE_HOST_SIMT
+template <class T> FASTVAE_DEVICE T mul_(T a, T b) {
+    T product = a * b;
+    asm("" : "+m"(product));
+    return product;
+}
+#else
+FASTVAE_DEVICE float mul_(float a, float b) { return __fmul_rn(a, b); }
+FASTVAE_DEVICE double mul_(double a, double b) { return __dmul_rn(a, b); }
+#endif
+
 // The greater of the two; of NaN and a number, the number
 FASTVAE_DEVICE float max_(float a, float b) { return fmaxf(a, b); }
 FASTVAE_DEVICE double max_(double a, double b) { return fmax(a, b); }

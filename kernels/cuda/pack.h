@@ -16,6 +16,7 @@ template <class In> __global__ void find_centre(Rows<In> mu, Rows<In> logvar, Pa
     using T = Accumulator<In>;
     const int64_t d = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
     const int lane = int(threadIdx.x) % 32, n = p.N < 64 ? int(p.N) : 64;
+    if (d == 0 && lane == 0) *p.any_far_row = 0;
     T sum = 0, high = -largest<T>(), low = largest<T>(), squares = 0, sum_logvar = 0;
     const T some = n && d < p.D ? load(mu(0) + d) : T(0);
     for (int k = lane; k < n && d < p.D; k += 32) {
@@ -132,6 +133,7 @@ template <class In> FASTVAE_DEVICE void pack_samples(int64_t panel, const Inputs
     }
     const bool far = __syncthreads_or(too_far);
     if (threadIdx.x == 0) p.far_rows[panel] = far;
+    if (threadIdx.x == 0 && far) *p.any_far_row = 1;
     if (threadIdx.x >= 32) return;
     int64_t low = p.N, high = -1;
     for (int64_t k = panel * W + threadIdx.x; p.weights.own && k < p.S && k < panel * W + W; k += 32) {

@@ -24,7 +24,7 @@ template <class T> constexpr int kPanel = kLanes * kSide<T>;
 
 constexpr int kChunk = 8;  // at most so many dimensions go through shared memory at a time
 
-constexpr double kMaxOffset = 128, kModerate = 0x1p60;  // a and z - centre within it cannot overflow together
+constexpr double kMaxOffset = 128, kModerate = 0x1p30;  // a, and z - centre within half of it: t^2 cannot overflow
 template <class T> constexpr double kKappa = sizeof(T) == 4 ? 0.84932180028801904272 : 1;  // sqrt(log2(e) / 2)
 template <class T> constexpr T kInvKappa2 = T(sizeof(T) == 4 ? 1.38629436111989061883 : 1);  // 2 ln 2
 
@@ -57,6 +57,7 @@ template <class T> struct Packed {
     T *samples;                // [row panels][D][kPanel]
     T *columns;                // [column panels][D][2][kPanel]
     int *far_rows, *far_columns;  // [panels]
+    int *any_far_row;          // [1], whether one of far_rows is
     T *c, *cw;                 // [N up to panels]: log2 normalizer, and with log2 w; cw is -inf where there is no column
     T *marginal_c, *marginal_cw;  // [column panels][D][kPanel], the same of each dimension alone; or null
     T *marginal_base;          // [D], what the marginals' terms are relative to; or null
@@ -76,6 +77,7 @@ template <class T> struct Packed {
         columns = arena.take<T>(column_panels * D * 2 * W);
         far_rows = arena.take<int>(row_panels);
         far_columns = arena.take<int>(column_panels);
+        any_far_row = arena.take<int>(1);
         c = arena.take<T>(column_panels * W);
         cw = arena.take<T>(column_panels * W);
         marginal_c = marginals ? arena.take<T>(column_panels * D * W) : nullptr;

@@ -2,6 +2,8 @@
 //     d z_id      = -sum_j r_ij t a / kappa^2
 //     d mu_jd     =  sum_i r_ij t a / kappa^2
 //     d logvar_jd = (sum_i r_ij t^2 / kappa^2 - sum_i r_ij) / 2
+// Where a number is extreme, t^2 may overflow in a sum that is none of the broadcast formula's, which multiplies the sum
+// of r (z - mu)^2 by 1 / sigma^2. What is far therefore sums e = t / up, up = max(a, 1), and multiplies sums by up.
 // One kernel for samples, one for columns: a block owns a panel of these and walks over a range of the others. A tile's
 // r stay in registers while d runs; what they sum up to goes to the block's own part of the memory, which a last kernel
 // adds up. A tile whose r are all 0 ends there: far posteriors cost no more than their densities.
@@ -65,6 +67,27 @@ template <class T> struct OfMatrix {
     }
 };
 
+// Whether a panel of columns has sums of e, for all samples.
+template <class T> FASTVAE_DEVICE bool sums_far(const Packed<T> &p, int64_t column_panel) {
+    return p.far_columns[column_panel] || *p.any_far_row;
+}
+template <class T> FASTVAE_DEVICE T scale_up(T a) { return max_(a, T(1)); }
+
+// e of samples and a column in one dimension; t where nothing is far.
+template <bool kFar, class T> struct Scaled {
+    bool far_column;
+    T a, b;
+    FASTVAE_DEVICE Scaled(bool far_column, T a, T b) : far_column(far_column), a(a), b(b) {
+        if (kFar && !far_column) this->b = b / scale_up(a);
+        if (kFar) this->a = min_(a, T(1));
+    }
+    // Finite for finite inputs, so that 0 e is 0
+    FASTVAE_DEVICE T operator()(T z) const {
+        if (!kFar) return fma_(z, a, b);
+        return min_(max_(far_column ? (z + b) * a : fma_(z, a, b), -largest<T>()), largest<T>());
+    }
+};
+
 // What blocks leave: parts of the sums over what passes by, [parts][panels][D][kPanel] each.
 template <class T> struct RowParts {
     T *ta;  // r t a
@@ -76,7 +99,7 @@ template <class T> struct RowParts {
     }
 };
 template <class T> struct ColumnParts {
-    T *t, *tt;             // r t, r t^2
+    T *t, *tt;             // r t, r t^2; or of e, in the first share_count parts
     T *common, *special;   // [parts][panels][kPanel] of r, where the weight is the common one and where it is not
     int64_t count, share_count, common_count;
     ColumnParts(Arena &arena, const Packed<T> &p, int64_t count, int64_t share_count, int64_t common_count)
@@ -113,11 +136,15 @@ FASTVAE_DEVICE void pull_rows(const Stage<T> &stage, int n, bool far_column, con
         load_side(stage.ab[d][0], lanes.column, a);
         load_side(stage.ab[d][1], lanes.column, b);
         FASTVAE_UNROLL
-        for (int r = 0; r < R; ++r) {
-            ta[r] = 0;
+        for (int r = 0; r < R; ++r) ta[r] = 0;
+        FASTVAE_UNROLL
+        for (int c = 0; c < R; ++c) {
+            const Scaled<kFar, T> scaled(far_column, a[c], b[c]);
             FASTVAE_UNROLL
-            for (int c = 0; c < R; ++c)
-                ta[r] = fma_(x[r][c] * finite_standardized<kFar>(far_column, z[r], a[c], b[c]), a[c], ta[r]);
+            for (int r = 0; r < R; ++r) {
+                const T xe = x[r][c] * scaled(z[r]);
+                ta[r] = fma_(kFar ? xe * scale_up(a[c]) : xe, a[c], ta[r]);
+            }
         }
         add_up(ta, lanes.row, to + d * kPanel<T>);
     }
@@ -135,12 +162,13 @@ FASTVAE_DEVICE void pull_columns(const Stage<T> &stage, int n, bool far_column, 
         load_side(stage.ab[d][1], lanes.column, b);
         FASTVAE_UNROLL
         for (int c = 0; c < R; ++c) {
+            const Scaled<kFar, T> scaled(far_column, a[c], b[c]);
             t[c] = tt[c] = 0;
             FASTVAE_UNROLL
             for (int r = 0; r < R; ++r) {
-                const T one = finite_standardized<kFar>(far_column, z[r], a[c], b[c]), rt = x[r][c] * one;
+                const T one = scaled(z[r]), rt = x[r][c] * one;
                 t[c] += rt;
-                tt[c] = fma_(rt, one, tt[c]);
+                tt[c] = kFar ? tt[c] + mul_(rt, one) : fma_(rt, one, tt[c]);
             }
         }
         add_up(t, lanes.column, to_t + d * kPanel<T>);
@@ -223,7 +251,7 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void pull_on_columns(P
         if (!__syncthreads_or(any_nonzero<T>(x))) continue;
         forget(panel), forget(row_panel);
         part = parts.at(p, blockIdx.y, panel);
-        const bool far_column = p.far_columns[panel], far = far_column || p.far_rows[row_panel];
+        const bool far_column = p.far_columns[panel], far = sums_far(p, panel);
         sweep.start(panel, row_panel, row_panel + 1);
         const bool meets = Weigh::kWeighted && meets_own(p, row_panel, panel);
         FASTVAE_NO_UNROLL
@@ -269,14 +297,17 @@ __global__ void finish_columns(Packed<Accumulator<In>> p, ColumnParts<Accumulato
     }
     if (d == 0 && d_log_w) d_log_w[j] = common;
     if (p.D == 0) return;
-    T t = 0, tt = 0;
-    for (int64_t part = 0; part < parts.count; ++part) {
-        const int64_t at = parts.at(p, part, panel) * p.D + d * W + lane;
-        t += parts.t[at];
-        tt += parts.tt[at];
-    }
+    const T a = p.columns[(panel * p.D + d) * 2 * W + lane], up = sums_far(p, panel) ? scale_up(a) : T(1);
+    const auto total = [&](const T *x, int64_t first, int64_t last) {
+        T sum = 0;
+        for (int64_t part = first; part < last; ++part) sum += x[parts.at(p, part, panel) * p.D + d * W + lane];
+        return sum;
+    };
+    const int64_t scaled = parts.share_count;
+    const T t = total(parts.t, 0, scaled) * up + total(parts.t, scaled, parts.count);
+    const T tt = total(parts.tt, 0, scaled) * up * up + total(parts.tt, scaled, parts.count);
     const int64_t to = j * p.D + p.dimension(d);
-    if (d_mu) store(d_mu + to, t * p.columns[(panel * p.D + d) * 2 * W + lane] * kInvKappa2<T>);
+    if (d_mu) store(d_mu + to, t * a * kInvKappa2<T>);
     if (d_logvar) store(d_logvar + to, T(0.5) * (tt * kInvKappa2<T> - share));
 }
 

@@ -56,12 +56,6 @@ template <bool kOwnsRows> struct Lanes {
 template <bool kFar, class T> FASTVAE_DEVICE T standardized(T z, T a, T b) {
     return kFar ? (z + b) * a : fma_(z, a, b);
 }
-// Finite for finite inputs, so that 0 t is 0; nothing else needs it where nothing is far.
-template <bool kFar, class T> FASTVAE_DEVICE T finite_standardized(bool far_column, T z, T a, T b) {
-    if (!kFar) return fma_(z, a, b);
-    return min_(max_(far_column ? (z + b) * a : fma_(z, a, b), -largest<T>()), largest<T>());
-}
-
 // c - log2(e) / (2 kappa^2) squares
 template <class T> FASTVAE_DEVICE T minus_squares(T c, T squares) {
     return sizeof(T) == 4 ? c - squares : fma_(squares, T(-0.5 * kLog2e), c);

@@ -23,7 +23,7 @@ from .elementary import INF, times
 from .grids import Grid, configs, grid, has_tensor_cores
 from .log_sum_exp import combine_ranges, combine_rows, highest, share_factor, summed
 from .packing import Packed, in_order, new, pack
-from .pair_gradients import clear, columns_gradients, pull_columns
+from .pair_gradients import any_far, clear, columns_gradients, pull_columns
 from .row_sums import joint_rows
 from .tiles import (
     add_log_weights,
@@ -74,7 +74,7 @@ def _joint_columns(
     D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, EARLY: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """sums [splits, 2, N, D] of r t and r t^2, shares [splits, N] of r, and of those r that pull on log_w; of ranges of
+    """sums [splits, 2, N, D] of r e and r e^2, shares [splits, N] of r, and of those r that pull on log_w; of ranges of
     samples. Sums and the last may be None."""
     COLUMNS: tl.constexpr = RO * TO
     ROWS: tl.constexpr = RP * TP
@@ -90,10 +90,11 @@ def _joint_columns(
     share = tl.zeros([RO, 1, TO, TP], samples.dtype.element_ty)
     common_share = tl.zeros_like(share)
     if sums is not None:
-        to_t = sums + (2 * split * N + first_column + column_lane) * D
-        to_t2 = to_t + N.to(tl.int64) * D
-        clear(to_t, columns * D, inside, D, RO, TO, TP, one)
-        clear(to_t2, columns * D, inside, D, RO, TO, TP, one)
+        far_sums = far | any_far(far_samples, S)
+        to_e = sums + (2 * split * N + first_column + column_lane) * D
+        to_e2 = to_e + N.to(tl.int64) * D
+        clear(to_e, columns * D, inside, D, RO, TO, TP, one)
+        clear(to_e2, columns * D, inside, D, RO, TO, TP, one)
     begin, end = split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(S, ROWS))
     if EARLY:
         balance = tl.full([], D, tl.int32)
@@ -150,9 +151,8 @@ def _joint_columns(
                     common_share += part
             if sums is not None:  # noqa: SIM102
                 if tl.max(tl.where(tl.sum(tl.abs(r), 1, keep_dims=True) == 0, 0, 1)) != 0:
-                    far_rows = is_far(far_samples, first_row)
                     pull_columns(
-                        r, z, rows, ab, columns, far, far_rows, to_t, to_t2, columns * D, inside, one, D, RO, TO, TP
+                        r, z, rows, ab, columns, far, far_sums, to_e, to_e2, columns * D, inside, one, D, RO, TO, TP
                     )  # fmt: skip
     at = split * N + first_column + column
     tl.store(shares + at, tl.sum(share, 3, keep_dims=True), inside)

@@ -12,7 +12,7 @@ from .elementary import LN2
 from .grids import grid
 from .log_sum_exp import summed
 from .packing import new, pack
-from .pair_gradients import clear, columns_gradients, pull_columns, pull_samples
+from .pair_gradients import any_far, clear, columns_gradients, pull_columns, pull_samples
 from .tiles import INV_KAPPA2, is_far, minus_squares, offset, owned, passing, square_sums, step
 
 
@@ -72,7 +72,7 @@ def _cross_columns(
     samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, shares, S, N, blocks, tiles, one,
     D: tl.constexpr, RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """sums [splits, 2, N, D] of r t and r t^2, and shares [splits, N] of r, of ranges of samples"""
+    """sums [splits, 2, N, D] of r e and r e^2, and shares [splits, N] of r, of ranges of samples"""
     block = tl.program_id(0) % blocks
     split = (tl.program_id(0) // blocks).to(tl.int64)
     first_column = block.to(tl.int64) * RO * TO
@@ -80,11 +80,12 @@ def _cross_columns(
     row_lane, rows = passing(RP, TP)
     inside_columns = column_lane + columns < tl.minimum(N - first_column, RO * TO).to(tl.int32)
     ab = planes + (offset(first_column, D) + column_lane) * step(planes)
-    far = is_far(far_columns, first_column)
-    to_t = sums + (2 * split * N + first_column + column_lane) * D
-    to_t2 = to_t + N.to(tl.int64) * D
-    clear(to_t, columns * D, inside_columns, D, RO, TO, TP, one)
-    clear(to_t2, columns * D, inside_columns, D, RO, TO, TP, one)
+    far_column = is_far(far_columns, first_column)
+    far = far_column | any_far(far_samples, S)
+    to_e = sums + (2 * split * N + first_column + column_lane) * D
+    to_e2 = to_e + N.to(tl.int64) * D
+    clear(to_e, columns * D, inside_columns, D, RO, TO, TP, one)
+    clear(to_e2, columns * D, inside_columns, D, RO, TO, TP, one)
     share = tl.zeros([RO, 1, TO, TP], samples.dtype.element_ty)
     grad += (first_column + column_lane + columns) * grad_column
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(S, RP * TP))):
@@ -93,9 +94,8 @@ def _cross_columns(
         inside = inside_columns & (row_lane + rows < tl.minimum(S - first_row, RP * TP).to(tl.int32))
         r = tl.load(grad + (first_row + row_lane + rows) * grad_row, inside, other=0.0)
         share += summed(r, False)
-        far_rows = is_far(far_samples, first_row)
         pull_columns(
-            r, z, rows, ab, columns, far, far_rows, to_t, to_t2, columns * D, inside_columns, one, D, RO, TO, TP
+            r, z, rows, ab, columns, far_column, far, to_e, to_e2, columns * D, inside_columns, one, D, RO, TO, TP
         )  # fmt: skip
     at = split * N + first_column + column_lane + columns
     tl.store(shares + at, tl.sum(share, 3, keep_dims=True), inside_columns)

@@ -199,10 +199,10 @@ class Limits(NamedTuple):
     """What is far."""
 
     offset: float  # |mu - centre| / sigma, but for kappa
-    moderate: float  # of a, and twice |z - centre|: what is within it cannot overflow together
+    moderate: float  # of a, and twice |z - centre|: t^2 cannot overflow within it
 
 
-DIRECT = Limits(128.0, 2.0**60)
+DIRECT = Limits(128.0, 2.0**30)
 
 
 class Packed(NamedTuple):

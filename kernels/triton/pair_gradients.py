@@ -5,6 +5,9 @@
     d mu_jd     =  sum_i r_ij t a / kappa^2
     d logvar_jd = (sum_i r_ij t^2 / kappa^2 - sum_i r_ij) / 2
 
+Where a number is extreme, t^2 may overflow in a sum that is none of the broadcast formula's, which multiplies the sum
+of r (z - mu)^2 by 1 / sigma^2. What is far therefore sums e = t / up, up = max(a, 1), and multiplies sums by up.
+
 A tile's r stay in registers while d runs; for each d they are summed over what passes by, and lane d mod TP keeps the
 sum, so that a program reads and writes its own sums in memory, [owned, D], once for TP dimensions. No thread touches
 another's.
@@ -18,7 +21,7 @@ from ._launch import cdiv, resources
 from .elementary import largest
 from .log_sum_exp import summed
 from .packing import PANEL, Packed, in_order
-from .tiles import far_t, inverse_kappa2, load_pair, offset, step
+from .tiles import far_t, inverse_kappa2, is_far, load_pair, offset, step
 
 
 @triton.jit
@@ -26,6 +29,27 @@ def held_finite(t):
     """So that 0 t is 0 for finite inputs, where something is far; elsewhere t is finite anyway. NaN need not survive: r
     is NaN then."""
     return tl.maximum(tl.minimum(t, largest(t.dtype)), -largest(t.dtype))
+
+
+@triton.jit
+def any_far(far_samples, S):
+    """Whether a panel of samples is far: then all columns have sums of e."""
+    found = tl.zeros([128], tl.int32)
+    for first in range(0, tl.cdiv(S, PANEL), 128):
+        panel = first + tl.arange(0, 128)
+        found |= tl.load(far_samples + panel, panel < tl.cdiv(S, PANEL), other=0)
+    return tl.max(found, 0) != 0
+
+
+@triton.jit
+def scale_up(a):
+    return tl.maximum(a, 1.0)
+
+
+@triton.jit
+def far_e(z, a, b, far_columns):
+    """e where something is far"""
+    return held_finite(far_t(z, tl.minimum(a, 1.0), tl.where(far_columns, b, b / scale_up(a)), far_columns))
 
 
 @triton.jit
@@ -43,8 +67,11 @@ def _samples_sums(
 ):  # fmt: skip
     for k in range(0, n):
         a, b = load_pair(planes, columns)
-        t = held_finite(far_t(tl.load(z + rows), a, b, far_columns)) if FAR else tl.fma(tl.load(z + rows), a, b)
-        x = tl.where(lane == k, summed(r * t * a, True), x)
+        if FAR:
+            pull = r * far_e(tl.load(z + rows), a, b, far_columns) * a * scale_up(a)
+        else:
+            pull = r * tl.fma(tl.load(z + rows), a, b) * a
+        x = tl.where(lane == k, summed(pull, True), x)
         z += PANEL
         planes += PANEL * step(planes)
     return x
@@ -77,10 +104,10 @@ def _columns_sums(
 ):  # fmt: skip
     for k in range(0, n):
         a, b = load_pair(planes, columns)
-        t = held_finite(far_t(tl.load(z + rows), a, b, far_columns)) if FAR else tl.fma(tl.load(z + rows), a, b)
-        rt = r * t
-        x = tl.where(lane == k, summed(rt, True), x)
-        x2 = tl.where(lane == k, summed(rt * t, True), x2)
+        e = far_e(tl.load(z + rows), a, b, far_columns) if FAR else tl.fma(tl.load(z + rows), a, b)
+        re = r * e
+        x = tl.where(lane == k, summed(re, True), x)
+        x2 = tl.where(lane == k, summed(re * e, True), x2)
         z += PANEL
         planes += PANEL * step(planes)
     return x, x2
@@ -88,10 +115,10 @@ def _columns_sums(
 
 @triton.jit
 def pull_columns(
-    r, z, rows, planes, columns, far_columns, far_rows, to_t, to_t2, owned, inside, one, D: tl.constexpr,
+    r, z, rows, planes, columns, far_columns, far, to_e, to_e2, owned, inside, one, D: tl.constexpr,
     RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
-    """sum_i r t and sum_i r t^2, added to the owned columns' sums [D]."""
+    """sum_i r e and sum_i r e^2, added to the owned columns' sums [D]; where nothing is `far`, e is t."""
     lane = tl.arange(0, TP)[None, None, None, :]
     for first in range(0, D, TP):
         x = tl.zeros([RO, 1, TO, TP], r.dtype)
@@ -99,52 +126,56 @@ def pull_columns(
         z_d = z + first * PANEL
         planes_d = planes + first * PANEL * step(planes)
         n = tl.minimum(D - first, TP)
-        if far_columns | far_rows:
+        if far:
             x, x2 = _columns_sums(r, x, x2, z_d, rows, planes_d, columns, far_columns, n, lane, True)
         else:
             x, x2 = _columns_sums(r, x, x2, z_d, rows, planes_d, columns, far_columns, n, lane, False)
         at = first + lane * one + owned
         mask = inside & (lane < D - first)
-        tl.store(to_t + at, tl.load(to_t + at, mask, other=0.0) + x, mask)
-        tl.store(to_t2 + at, tl.load(to_t2 + at, mask, other=0.0) + x2, mask)
+        tl.store(to_e + at, tl.load(to_e + at, mask, other=0.0) + x, mask)
+        tl.store(to_e2 + at, tl.load(to_e2 + at, mask, other=0.0) + x2, mask)
 
 
-@triton.jit(do_not_specialize=["N", "n_sums", "n_shares", "n_common"])
+@triton.jit
+def _total(x, at, mask, first, last, size):
+    total = tl.zeros(at.shape, x.dtype.element_ty)
+    for k in range(first, last):
+        total += tl.load(x + size * k + at, mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["S", "N", "n_sums", "n_shares", "n_common"])
 def _combine_columns(
-    sums, shares, common_shares, planes, order, d_mu, d_logvar, d_log_w, N, n_sums, n_shares, n_common,
-    D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr,
+    sums, shares, common_shares, far_samples, planes, far_columns, order, d_mu, d_logvar, d_log_w,
+    S, N, n_sums, n_shares, n_common, D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients from the sums [n_sums, 2, N, D] of r t and r t^2, the shares [n_shares, N] of r, and those that
-    pull on log_w, [n_common, N]. Each gradient may be None."""
-    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """The gradients from the sums [n_sums, 2, N, D], the first n_shares of r e and r e^2, the others of r t and r t^2;
+    the shares [n_shares, N] of r; and those that pull on log_w, [n_common, N]. Each gradient may be None."""
+    first_column = tl.program_id(0).to(tl.int64) * BLOCK
+    j = first_column + tl.arange(0, BLOCK)
     inside = j < N
     wide_N = N.to(tl.int64)
     ACC: tl.constexpr = shares.dtype.element_ty
     if d_log_w is not None:
-        share = tl.zeros([BLOCK], ACC)
-        for k in range(n_common):
-            share += tl.load(common_shares + wide_N * k + j, inside, other=0.0)
+        share = _total(common_shares, j, inside, 0, n_common, wide_N)
         tl.store(d_log_w + j, share.to(d_log_w.dtype.element_ty), inside)
     if d_mu is not None or d_logvar is not None:
-        share = tl.zeros([BLOCK], ACC)
-        for k in range(n_shares):
-            share += tl.load(shares + wide_N * k + j, inside, other=0.0)
+        share = _total(shares, j, inside, 0, n_shares, wide_N)
+        far = is_far(far_columns, first_column) | any_far(far_samples, S)
+        size = 2 * wide_N * D
         for first in range(0, D, DK):
             d = first + tl.arange(0, DK)[None, :]
             mask = inside[:, None] & (d < D)
             at = j[:, None] * D + d
             to = j[:, None] * D + in_order(order, d, D)
-            x = tl.zeros([BLOCK, DK], ACC)
-            x2 = tl.zeros([BLOCK, DK], ACC)
-            for k in range(n_sums):
-                x += tl.load(sums + wide_N * D * (2 * k) + at, mask, other=0.0)
-                x2 += tl.load(sums + wide_N * D * (2 * k + 1) + at, mask, other=0.0)
+            a, _ = load_pair(planes, offset(j, D)[:, None] + tl.minimum(d, D - 1) * PANEL)  # the last for those past it
+            up = tl.where(far, scale_up(a), 1.0)
             if d_mu is not None:
-                a, _ = load_pair(
-                    planes, offset(j, D)[:, None] + tl.minimum(d, D - 1) * PANEL
-                )  # the last for those past it
+                x = _total(sums, at, mask, 0, n_shares, size) * up + _total(sums, at, mask, n_shares, n_sums, size)
                 tl.store(d_mu + to, (x * a * inverse_kappa2(ACC)).to(d_mu.dtype.element_ty), mask)
             if d_logvar is not None:
+                x2 = _total(sums + wide_N * D, at, mask, 0, n_shares, size) * up * up
+                x2 += _total(sums + wide_N * D, at, mask, n_shares, n_sums, size)
                 pull = 0.5 * (x2 * inverse_kappa2(ACC) - share[:, None])
                 tl.store(d_logvar + to, pull.to(d_logvar.dtype.element_ty), mask)
 
@@ -165,11 +196,14 @@ def columns_gradients(
             sums,
             shares,
             common_shares,
+            packed.far_samples,
             packed.columns,
+            packed.far_columns,
             packed.order,
             d_mu,
             d_logvar,
             d_log_w,
+            packed.S,
             packed.N,
             *counts,
             packed.D,
