@@ -134,6 +134,7 @@ def _group(item: pytest.Item) -> str:
 BACKEND = re.compile(rf"(?<=[\[-])({'|'.join(map(re.escape, TARGETS))})(?=[\]-])")  # in the name of a test
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     quick = config.getoption("--quick")
     left_out = {item for item in items if _leaves_out(item) or (quick and _takes_long(item))}
