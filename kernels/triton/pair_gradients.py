@@ -6,7 +6,7 @@
     d logvar_jd = (sum_i r_ij t^2 / kappa^2 - sum_i r_ij) / 2
 
 Where a number is extreme, t^2 may overflow in a sum that is none of the broadcast formula's, which multiplies the sum
-of r (z - mu)^2 by 1 / sigma^2. What is far therefore sums e = t / up, up = max(a, 1), and multiplies sums by up.
+of r (z - mu)^2 by 1 / sigma^2. What is far therefore sums e = t / up, up >= a, and multiplies sums by up.
 
 A tile's r stay in registers while d runs; for each d they are summed over what passes by, and lane d mod TP keeps the
 sum, so that a program reads and writes its own sums in memory, [owned, D], once for TP dimensions. No thread touches
@@ -20,8 +20,10 @@ from torch import Tensor
 from ._launch import cdiv, resources
 from .elementary import largest
 from .log_sum_exp import summed
-from .packing import PANEL, Packed, in_order
+from .packing import DIRECT, PANEL, Packed, in_order
 from .tiles import far_t, inverse_kappa2, is_far, load_pair, offset, step
+
+MODERATE = tl.constexpr(DIRECT.moderate)
 
 
 @triton.jit
@@ -42,14 +44,16 @@ def any_far(far_samples, S):
 
 
 @triton.jit
-def scale_up(a):
-    return tl.maximum(a, 1.0)
+def scale_up(a, far_columns):
+    """up where something is far: of columns that are not, the most that a can be there, to divide exactly"""
+    return tl.where(far_columns, tl.maximum(a, 1.0), MODERATE)
 
 
 @triton.jit
 def far_e(z, a, b, far_columns):
     """e where something is far"""
-    return held_finite(far_t(z, tl.minimum(a, 1.0), tl.where(far_columns, b, b / scale_up(a)), far_columns))
+    a = tl.where(far_columns, tl.minimum(a, 1.0), a * (1 / MODERATE))
+    return held_finite(far_t(z, a, tl.where(far_columns, b, b * (1 / MODERATE)), far_columns))
 
 
 @triton.jit
@@ -68,7 +72,7 @@ def _samples_sums(
     for k in range(0, n):
         a, b = load_pair(planes, columns)
         if FAR:
-            pull = r * far_e(tl.load(z + rows), a, b, far_columns) * a * scale_up(a)
+            pull = r * far_e(tl.load(z + rows), a, b, far_columns) * a * scale_up(a, far_columns)
         else:
             pull = r * tl.fma(tl.load(z + rows), a, b) * a
         x = tl.where(lane == k, summed(pull, True), x)
@@ -137,11 +141,19 @@ def pull_columns(
 
 
 @triton.jit
-def _total(x, at, mask, first, last, size):
-    total = tl.zeros(at.shape, x.dtype.element_ty)
-    for k in range(first, last):
-        total += tl.load(x + size * k + at, mask, other=0.0)
+def _total(shares, at, mask, n, N):
+    total = tl.zeros(at.shape, shares.dtype.element_ty)
+    for k in range(n):
+        total += tl.load(shares + N * k + at, mask, other=0.0)
     return total
+
+
+@triton.jit
+def _add_sums(x, x2, sums, at, mask, first, last, size):
+    for k in range(first, last):
+        x += tl.load(sums + size * (2 * k) + at, mask, other=0.0)
+        x2 += tl.load(sums + size * (2 * k + 1) + at, mask, other=0.0)
+    return x, x2
 
 
 @triton.jit(do_not_specialize=["S", "N", "n_sums", "n_shares", "n_common"])
@@ -157,25 +169,28 @@ def _combine_columns(
     wide_N = N.to(tl.int64)
     ACC: tl.constexpr = shares.dtype.element_ty
     if d_log_w is not None:
-        share = _total(common_shares, j, inside, 0, n_common, wide_N)
+        share = _total(common_shares, j, inside, n_common, wide_N)
         tl.store(d_log_w + j, share.to(d_log_w.dtype.element_ty), inside)
     if d_mu is not None or d_logvar is not None:
-        share = _total(shares, j, inside, 0, n_shares, wide_N)
-        far = is_far(far_columns, first_column) | any_far(far_samples, S)
-        size = 2 * wide_N * D
+        share = _total(shares, j, inside, n_shares, wide_N)
+        far_column = is_far(far_columns, first_column)
+        far = far_column | any_far(far_samples, S)
         for first in range(0, D, DK):
             d = first + tl.arange(0, DK)[None, :]
             mask = inside[:, None] & (d < D)
             at = j[:, None] * D + d
             to = j[:, None] * D + in_order(order, d, D)
             a, _ = load_pair(planes, offset(j, D)[:, None] + tl.minimum(d, D - 1) * PANEL)  # the last for those past it
-            up = tl.where(far, scale_up(a), 1.0)
+            zero = tl.zeros([BLOCK, DK], ACC)
+            x, x2 = _add_sums(zero, zero, sums, at, mask, 0, n_shares, wide_N * D)
+            if far:
+                up = scale_up(a, far_column)
+                x *= up
+                x2 = x2 * up * up
+            x, x2 = _add_sums(x, x2, sums, at, mask, n_shares, n_sums, wide_N * D)
             if d_mu is not None:
-                x = _total(sums, at, mask, 0, n_shares, size) * up + _total(sums, at, mask, n_shares, n_sums, size)
                 tl.store(d_mu + to, (x * a * inverse_kappa2(ACC)).to(d_mu.dtype.element_ty), mask)
             if d_logvar is not None:
-                x2 = _total(sums + wide_N * D, at, mask, 0, n_shares, size) * up * up
-                x2 += _total(sums + wide_N * D, at, mask, n_shares, n_sums, size)
                 pull = 0.5 * (x2 * inverse_kappa2(ACC) - share[:, None])
                 tl.store(d_logvar + to, pull.to(d_logvar.dtype.element_ty), mask)
 
