@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .backends.contract import accumulation_dtype
 from .ops._checks import FLOATING, check_choice, check_count, check_dense, check_device, check_flag, check_number
 from .ops._library import has_values
-from .saved import SavedNumbers
 
 REAL = (*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 TABULATED = 2**16  # values of log C(n, x) at most: beyond, one of each x is had for less
@@ -128,7 +127,7 @@ class Binomial(nn.Module):
         return f"total_count={self.total_count}"
 
 
-class Gaussian(SavedNumbers):
+class Gaussian(nn.Module):
     """Real data, x ~ N(output, s²), one variance s² for all elements; the decoder gives means.
 
     log p(x|z) = −(x − output)² / (2 s²) − ½ log(2 pi s²)
@@ -139,12 +138,12 @@ class Gaussian(SavedNumbers):
         device, dtype: of the learned parameter.
 
     Attributes:
-        log_variance: log s²: a parameter where it is learned, else a number, which no cast of the module rounds.
+        log_variance: log s²: a parameter where it is learned, else a buffer in float64, which no cast of the module
+            rounds.
     """
 
     discrete: ClassVar[bool] = False
-    saved_numbers: ClassVar[dict[str, torch.dtype]] = {"log_variance": torch.float64}
-    log_variance: float | Tensor
+    log_variance: Tensor
 
     def __init__(
         self,
@@ -159,11 +158,18 @@ class Gaussian(SavedNumbers):
         if check_flag("learned", learned):
             self.log_variance = nn.Parameter(torch.tensor(log_variance, device=device, dtype=dtype))
         else:
-            self.log_variance = log_variance
+            self.register_buffer("log_variance", torch.tensor(log_variance, dtype=torch.float64, device=device))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Gaussian":
+        exact = self.log_variance
+        super()._apply(fn, recurse)
+        if not isinstance(exact, nn.Parameter) and not exact.is_meta:
+            self.log_variance = exact.to(self.log_variance.device)
+        return self
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         x, mean = _accumulate(x, output)
-        log_variance = self._log_variance(mean)
+        log_variance = self.log_variance.to(mean.dtype)
         t = (x - mean) * torch.exp(-0.5 * log_variance)
         return -0.5 * (t * t + log_variance + math.log(2 * math.pi))
 
@@ -173,25 +179,15 @@ class Gaussian(SavedNumbers):
 
     def sample(self, output: Tensor) -> Tensor:
         mean = _wide(output)
-        return mean + torch.exp(0.5 * self._log_variance(mean)) * torch.randn_like(mean)
+        return mean + torch.exp(0.5 * self.log_variance.to(mean.dtype)) * torch.randn_like(mean)
 
     def check(self, x: Tensor) -> None:
         """Any real number will do."""
         _check_real("x", x)
 
     def extra_repr(self) -> str:
-        log_variance, learned = self.log_variance, isinstance(self.log_variance, Tensor)
-        if isinstance(log_variance, Tensor):
-            if log_variance.is_meta:
-                return f"learned={learned}"
-            log_variance = log_variance.item()
-        return f"variance={math.exp(log_variance):g}, learned={learned}"
-
-    def _log_variance(self, like: Tensor) -> Tensor:
-        """0-dim, in the dtype of `like`."""
-        if isinstance(self.log_variance, Tensor):
-            return self.log_variance.to(like.dtype)
-        return torch.full((), self.log_variance, dtype=like.dtype, device=like.device)
+        learned = f"learned={isinstance(self.log_variance, nn.Parameter)}"
+        return learned if self.log_variance.is_meta else f"variance={self.log_variance.exp().item():g}, {learned}"
 
 
 LIKELIHOODS = {"bernoulli": Bernoulli, "binomial": Binomial, "gaussian": Gaussian}

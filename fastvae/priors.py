@@ -6,17 +6,17 @@ Carlo form, the mean of log q(z|x) − log p(z).
 """
 
 import math
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .backends.contract import accumulation_dtype
 from .ops._checks import check_count, check_device, check_tensor
+from .ops._library import has_values
 from .ops.cross import log_prob_gauss
 from .ops.kl import kl_gauss
 from .ops.sampling import reparameterize
-from .saved import SavedNumbers
 
 
 class Prior(Protocol):
@@ -36,12 +36,12 @@ class Prior(Protocol):
         """`[n, D]`"""
 
 
-class StandardNormal(SavedNumbers):
+class StandardNormal(nn.Module):
     """p(z) = N(0, I).
 
     Args:
-        dim: D, the number of latent dimensions, which only `sample` needs. None takes it from the z that `log_prob` was
-            given last (a forward pass of the VAE does that). It is in the state dict, 0 where it is not known.
+        dim: D, the number of latent dimensions, which only `sample` needs. None takes it from the z that `log_prob` is
+            given in training mode (a forward pass of the VAE does that). It is in the state dict, 0 where not known.
         device, dtype: of the samples; `to` changes them, as for any module.
 
     Example:
@@ -49,9 +49,9 @@ class StandardNormal(SavedNumbers):
         >>> z = prior.sample(64)  # [64, 10]
     """
 
-    dim: int
+    dim: Tensor  # a buffer, so that it is saved, averaged and copied with the module
     _like: Tensor
-    saved_numbers: ClassVar[dict[str, torch.dtype]] = {"dim": torch.int64}
+    _seen = 0  # the dimension, where the buffer could not be written to
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class StandardNormal(SavedNumbers):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.dim = 0 if dim is None else check_count("dim", dim, least=1, most=2**31)
-        self._given = dim is not None
+        known = 0 if dim is None else check_count("dim", dim, least=1, most=2**31)
+        self.register_buffer("dim", torch.full((), known, dtype=torch.int64, device=device))
         self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ class StandardNormal(SavedNumbers):
     def marginal_log_prob(self, z: Tensor) -> Tensor:
         """log p_d(z_d) in nats, `[..., D]` to `[..., D]`, in float32 (float64 for float64 inputs)."""
         check_tensor("z", z)
-        if not self._given:
-            self.dim = z.shape[-1]  # not looked at before, or the compiler would make of each value another graph
+        if self.training:
+            self._learn(z)
         z = z.to(accumulation_dtype(z.dtype))
         return -0.5 * (z * z + math.log(2 * math.pi))
 
@@ -87,13 +87,34 @@ class StandardNormal(SavedNumbers):
         Raises:
             ValueError: a negative `n`, or a dimension not known yet.
         """
-        if self.dim == 0:
-            raise ValueError("dim: not known before the VAE has seen data; give it as StandardNormal(dim)")
-        n = check_n(n, self.dim)
-        return torch.randn(n, self.dim, device=self._like.device, dtype=self._like.dtype)
+        dim = self._known()
+        if dim == 0:
+            raise ValueError("dim: not known before the VAE has been trained on data; give it as StandardNormal(dim)")
+        n = check_n(n, dim)
+        return torch.randn(n, dim, device=self._like.device, dtype=self._like.dtype)
 
     def extra_repr(self) -> str:
-        return str(self.dim or "")
+        return str(self._known() or "")
+
+    def _known(self) -> int:
+        """0 where it is not; a buffer on the meta device has no value."""
+        return self._seen if self.dim.is_meta else int(self.dim) or self._seen
+
+    def _learn(self, z: Tensor) -> None:
+        """Take the dimension from z, unless it is known. The buffer is not for the compiler or function transforms to
+        change, nor, if it was made under inference_mode, to be changed outside of it."""
+        eager = has_values(z) and not self.dim.is_meta
+        if not eager or (self.dim.is_inference() and not torch.is_inference_mode_enabled()):
+            self._seen = z.shape[-1]  # not looked at before, or the compiler would make of each value another graph
+        elif self._seen != z.shape[-1]:
+            self._seen = z.shape[-1]
+            if int(self.dim) == 0:
+                self.dim.fill_(z.shape[-1])
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.dim.is_meta and self._seen and self._known() != int(self.dim):
+            destination[prefix + "dim"] = torch.full_like(self.dim, self._seen)
 
 
 class DiagonalGaussian(nn.Module):

@@ -327,7 +327,7 @@ def test_inner_loops_are_arithmetic(name: str, arithmetic: tuple[str, ...], floo
 
 def test_copies_are_in_bulk() -> None:
     """From sm_90 on: by one thread, to an mbarrier that others try to wait at."""
-    code = machine_code()[1]
+    code = machine_code("agg_log_prob_marginals")[1]
     assert "UBLKCP" in code
     assert "SYNCS.PHASECHK" in code
     assert "LDGSTS" not in code

@@ -46,7 +46,7 @@ def run(tree: Path, site: Path, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-S", "-c", code],
         cwd=tree,
-        env={**os.environ, **unset, "PYTHONPATH": path},
+        env={key: x for key, x in (os.environ | unset).items() if "XDIST" not in key} | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=120,

@@ -6,6 +6,7 @@ import numbers
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,9 +65,9 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_flag(name: str, value: Any) -> bool:
     """True or False."""
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected True or False, got {_shown(value)}")
-    return value
+    return bool(value)
 
 
 # What comes back from these is what is to be used: numbers of NumPy, fractions and tensors have an arithmetic of their

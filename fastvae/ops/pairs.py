@@ -33,17 +33,25 @@ class ColumnWeights(NamedTuple):
 
 
 def log(x: float) -> float:
-    """math.log, of a batch size too: the compiler makes a constant of math.log's argument, and would compile again for
-    each size."""
-    return _symbolic_log(x * 1.0) if torch.compiler.is_compiling() else math.log(x)
+    """The natural logarithm, of a batch size too: the compiler takes what goes into math.log for a constant, and would
+    compile again for each size."""
+    if torch.compiler.is_compiling() and _let_the_compiler_take_logarithms():
+        return _symbolic_log2(x * 1.0) * math.log(2)
+    return math.log2(x) * math.log(2)  # the same bits
 
 
-@torch.compiler.allow_in_graph
-def _symbolic_log(x: float) -> float:
-    if not isinstance(x, torch.SymFloat):
-        return math.log(x)
+def _symbolic_log2(x: Any) -> Any:
     symbolic_log2: Any = torch._sym_log2  # type: ignore[attr-defined]
-    return symbolic_log2(x) * math.log(2)  # they have no other
+    return symbolic_log2(x)  # symbolic numbers have no other
+
+
+def _let_the_compiler_take_logarithms() -> bool:
+    """Called when code is traced, not before, as it imports the compiler."""
+    torch.compiler.allow_in_graph(_symbolic_log2)
+    return True
+
+
+_let_the_compiler_take_logarithms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def result(z: Tensor, *shape: int) -> Tensor:
