@@ -149,9 +149,10 @@ def mi_bounds(
     elif isinstance(h_data, Tensor) and isinstance(nell, Tensor):
         h_data = h_data.to(nell.device)
     lower, upper = h_data - nell, div
-    if float(lower) > float(upper):
+    low, high = (x.item() if isinstance(x, Tensor) else float(x) for x in (lower, upper))
+    if low > high:
         warnings.warn(
-            f"the bounds of I(x; z) cross: H_data - Nell = {float(lower):.4g} is above Div = {float(upper):.4g};"
+            f"the bounds of I(x; z) cross: H_data - Nell = {low:.4g} is above Div = {high:.4g};"
             " but for Monte Carlo error, nell, div and h_data cannot be of the same data, in nats per example",
             stacklevel=2,
         )

@@ -18,7 +18,7 @@ from .ops._checks import FLOATING, check_choice, check_count, check_dense, check
 from .ops._library import has_values
 
 REAL = (*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-TABULATED = 2**16  # values of log C(n, x) at most: beyond, one of each x is had for less
+TABULATED = 2**10  # values of log C(n, x) at most: beyond, one of each x is had for less
 
 
 class Likelihood(Protocol):

@@ -105,7 +105,7 @@ def check_number(
     finite: bool = False,
 ) -> float:
     """A number that is not NaN, as a Python float, from `least` to `most`, and larger than `above`."""
-    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+    if type(value) is float or isinstance(value, (torch.SymFloat, torch.SymInt)):
         number: Any = value
     else:
         if isinstance(value, Tensor) and value.ndim == 0 and not (value.requires_grad or value.is_meta):

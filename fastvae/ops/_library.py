@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd, _has_storage
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
@@ -104,12 +104,17 @@ def declare(schema: str, fake: Callable[..., Any], compute: Callable[..., Any] |
     name = schema.partition("(")[0]
 
     def run(*arguments: Any) -> Any:
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        if not all(x.numel() for x in tensors):  # perhaps 2^40 rows of no dimension
+        first, empty = None, False
+        for x in arguments:
+            if isinstance(x, Tensor):
+                first = x if first is None else first
+                empty = empty or x.numel() == 0
+        if empty:  # perhaps 2^40 rows of no dimension
             nothing = fake(*arguments)
             if not any(x.numel() for x in ([nothing] if isinstance(nothing, Tensor) else nothing)):
                 return nothing
-        backend = backend_for(tensors[0].device)
+        assert first is not None
+        backend = backend_for(first.device)
         return compute(backend, *arguments) if compute else getattr(backend, name)(*arguments)
 
     return kind(schema, fake, run)
@@ -141,11 +146,11 @@ _OTHERS = frozenset((type(None), bool, int, float, str, tuple, list))
 
 def _ordinary(arguments: Sequence[Any]) -> bool:
     """Whether a backend can read them: no tensor is of a subclass, or a view to be negated when it is read, as the
-    imaginary part of a conjugate is, or stands for zeros that have no memory."""
+    imaginary part of a conjugate is, or has no memory, as torch's zeros that stand for a gradient have none."""
     for x in arguments:
         kind = type(x)
         if kind in _PLAIN:
-            if x.is_neg() or x._is_zerotensor():
+            if x.is_neg() or not _has_storage(x):
                 return False
         elif kind not in _OTHERS:
             return False
