@@ -69,6 +69,15 @@ def test_only_the_gradients_asked_for_are_computed(backend: Target, name: str, m
     assert_same(evaluate(op.fast, inputs), everything[:n_outputs])
 
 
+def test_zeros_that_have_no_memory(backend: Target, name: str) -> None:
+    op = op_named(name)
+    inputs = {key: x.detach() for key, x in op.inputs.items()}
+    zeros = {key: torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device) for key, x in inputs.items()}
+    for key, zero in zeros.items():
+        expected = evaluate(op.fast, inputs | {key: torch.zeros_like(inputs[key])})
+        assert_same(evaluate(op.fast, inputs | {key: zero}), expected)
+
+
 def test_an_upstream_gradient_to_be_negated(backend: Target, name: str) -> None:
     op = op_named(name)
     gradients = evaluate(op.fast, op.inputs, lambda output: negated(draw(*output.shape, seed=1).to(output)))

@@ -146,11 +146,11 @@ _OTHERS = frozenset((type(None), bool, int, float, str, tuple, list))
 
 def _ordinary(arguments: Sequence[Any]) -> bool:
     """Whether a backend can read them: no tensor is of a subclass, or a view to be negated when it is read, as the
-    imaginary part of a conjugate is, or has no memory, as torch's zeros that stand for a gradient have none."""
+    imaginary part of a conjugate is, or stands for zeros or for a batch that has no memory."""
     for x in arguments:
         kind = type(x)
         if kind in _PLAIN:
-            if x.is_neg() or not _has_storage(x):
+            if x.is_neg() or x._is_zerotensor() or not _has_storage(x):
                 return False
         elif kind not in _OTHERS:
             return False
