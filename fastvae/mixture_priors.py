@@ -128,6 +128,10 @@ class MixturePrior(_Mixture):
             if has_values(x) and x.device.type == "cpu" and not ((x >= 0) & (x < math.inf)).all():
                 low, high = x.aminmax()
                 raise ValueError(f"{name}: expected finite numbers >= 0, got values from {low:g} to {high:g}")
+        if has_values(means) and means.device.type == "cpu" and not (means.isfinite().all() and weights.sum() > 0):
+            raise ValueError(
+                "weights, means: expected a weight above 0, and finite means, got none, or NaN or infinity"
+            )
         parameters = [x for x in promote(weights.log(), means, variances.log()) if x is not None]
         # Parameters made under inference_mode could never be trained.
         with torch.inference_mode(False), torch.no_grad():

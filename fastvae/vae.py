@@ -80,8 +80,9 @@ class VAE(CountsSteps):
         objective: what the loss is, as `fastvae.objectives.Objective` describes it; None for `ELBO()`.
         **likelihood_options: `total_count`, `variance`, `learned`.
 
-    Calling it, `vae(x)` or `vae(x, step=n)`, draws the objective's samples and gives a `VAEOutput`. It changes nothing
-    in the module, so that it may be called again, as gradient checkpointing does, or several times a step.
+    Calling it, `vae(x)` or `vae(x, step=n)`, draws the objective's samples and gives a `VAEOutput`. It moves no
+    counter, so that it may be called again, as gradient checkpointing does, or several times a step; in eval mode it
+    changes nothing in the state dict.
 
     The objective's schedules are at the training step that is given, an integer or a 0-dim integer tensor (which
     compiles to one graph), or else at `step`, a buffer that starts at 0 and that `advance` moves.

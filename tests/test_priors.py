@@ -402,6 +402,16 @@ def test_a_fitted_prior_says_how_it_is_loaded(name):
             "weights",
         ),
         (
+            lambda: MixturePrior.from_parameters(torch.zeros(2), torch.ones(2, 2), torch.ones(2, 2)),
+            ValueError,
+            "weights",
+        ),
+        (
+            lambda: MixturePrior.from_parameters(torch.ones(2), torch.full((2, 2), math.nan), torch.ones(2, 2)),
+            ValueError,
+            "weights",
+        ),
+        (
             lambda: MixturePrior.from_parameters(torch.ones(2), torch.ones(2, 2), -torch.ones(2, 2)),
             ValueError,
             "variances",
