@@ -179,7 +179,10 @@ def test_compile(backend: Target, name: str, dynamic: bool) -> None:
     compiled = torch.compile(op.fast, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for sizes in ((5, 4, 3), (7, 6, 2)):
         inputs = op_named(name, torch.float64, *sizes).inputs
-        assert_same(evaluate(compiled, inputs), evaluate(op.fast, inputs))
+        for ours, eager in zip(evaluate(compiled, inputs), evaluate(op.fast, inputs), strict=True):
+            # Weights that depend on a symbolic batch size are the compiler's log2 times ln 2: an ulp from math.log.
+            ulps = 4e-15 if dynamic and name == "agg_entropy" else 0
+            torch.testing.assert_close(ours, eager, rtol=ulps, atol=ulps)
     torch._dynamo.reset()
 
 

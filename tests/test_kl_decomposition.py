@@ -380,7 +380,9 @@ def test_compile(shape: str, dynamic: bool) -> None:
         inputs = samples({"[B, D]": B, "[L, B, D]": 3 * B, "[S, D]": 20}[shape], B, D, torch.float64)
         if shape == "[L, B, D]":
             inputs["z"] = inputs["z"].detach().view(3, B, D).requires_grad_()
-        assert_same(evaluate(compiled, inputs), evaluate(terms, inputs))
+        for ours, eager in zip(evaluate(compiled, inputs), evaluate(terms, inputs), strict=True):
+            ulps = 4e-15 if dynamic else 0  # of the logarithm of a symbolic batch size, log2 times ln 2
+            torch.testing.assert_close(ours, eager, rtol=ulps, atol=ulps)
     torch._dynamo.reset()
 
 

@@ -37,7 +37,7 @@ def log(x: float) -> float:
     compile again for each size."""
     if torch.compiler.is_compiling() and _let_the_compiler_take_logarithms():
         return _symbolic_log2(x * 1.0) * math.log(2)
-    return math.log2(x) * math.log(2)  # the same bits
+    return math.log(x)
 
 
 def _symbolic_log2(x: Any) -> Any:
