@@ -36,18 +36,20 @@ def log(x: float) -> float:
     """The natural logarithm, of a batch size too: the compiler takes what goes into math.log for a constant, and would
     compile again for each size."""
     if torch.compiler.is_compiling() and _let_the_compiler_take_logarithms():
-        return _symbolic_log2(x * 1.0) * math.log(2)
+        return _symbolic_log(x * 1.0)
     return math.log(x)
 
 
-def _symbolic_log2(x: Any) -> Any:
+def _symbolic_log(x: Any) -> Any:
+    if not isinstance(x, torch.SymFloat):
+        return math.log(x)
     symbolic_log2: Any = torch._sym_log2  # type: ignore[attr-defined]
-    return symbolic_log2(x)  # symbolic numbers have no other
+    return symbolic_log2(x) * math.log(2)  # symbolic numbers have no other
 
 
 def _let_the_compiler_take_logarithms() -> bool:
     """Called when code is traced, not before, as it imports the compiler."""
-    torch.compiler.allow_in_graph(_symbolic_log2)
+    torch.compiler.allow_in_graph(_symbolic_log)
     return True
 
 
