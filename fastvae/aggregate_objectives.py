@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from .decomposition import kl_decomposition
-from .divergences import mmd
+from .divergences import check_bandwidth, mmd
 from .estimators import agg_entropy, check_estimator
 from .objectives import Draws, OfDraws, Weight, check_weight, terms
-from .ops._checks import check_choice, check_count, check_number
+from .ops._checks import check_choice, check_count
 
 DIVERGENCES = ("mmd", "agg_kl")
 
@@ -134,8 +134,7 @@ class InfoVAE(OfDraws):
         for name in others:
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: expected None for divergence={self.divergence!r}, got {getattr(self, name)}")
-        if self.bandwidth is not None:
-            self._convert(bandwidth=check_number("bandwidth", self.bandwidth, above=0.0, finite=True))
+        self._convert(bandwidth=check_bandwidth(self.bandwidth))
         if self.divergence == "agg_kl":
             self._convert(dataset_size=_checked_size(self.dataset_size, self.estimator))
 
