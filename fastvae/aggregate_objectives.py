@@ -1,12 +1,12 @@
 """Training objectives of a VAE that weigh terms of the aggregate posterior (see objectives.py)."""
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from ._warnings import warn
 from .decomposition import kl_decomposition
 from .divergences import check_bandwidth, mmd
 from .estimators import agg_entropy, check_estimator
@@ -164,9 +164,8 @@ def _checked_size(dataset_size: int | None, estimator: str | None) -> int | None
     if dataset_size is not None:
         return check_count("dataset_size", dataset_size, least=1)
     if estimator is None:
-        warnings.warn(
+        warn(
             "dataset_size: not given, so that each batch of B is taken for the whole data set, and the mutual"
             " information cannot exceed log B; give the number of examples, or say estimator='uniform'",
-            stacklevel=4,  # what calls the dataclass's __init__
         )
     return None

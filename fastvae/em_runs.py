@@ -1,13 +1,13 @@
 """Runs of EM for `GaussianMixture`, each from a start of its own: options and points, checked; the start; the steps."""
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import em
+from ._warnings import warn
 from .backends.contract import accumulation_dtype
 from .em import Mixture
 from .ops._checks import check_tensor
@@ -121,12 +121,11 @@ def finite_points(x: Tensor, least: int) -> Tensor:
     return x.detach()
 
 
-def warn_if_few(x: Tensor, n_components: int, stacklevel: int) -> None:
+def warn_if_few(x: Tensor, n_components: int) -> None:
     n = len(em.distinct(x, n_components))
     if n < n_components:
-        warnings.warn(
+        warn(
             f"n_components: {n_components} components have only {n} distinct points to be at, so some are alike",
-            stacklevel=stacklevel + 1,
         )
 
 

@@ -5,13 +5,13 @@ name says. Nothing here is differentiable; `kl_decomposition` is, on a batch.
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._warnings import warn
 from .backends.contract import accumulation_dtype
 from .decomposition import KLDecomposition, decompose, log_conditional
 from .ops._checks import check_choice, check_count, check_flag, check_number, check_tensor
@@ -176,13 +176,11 @@ def column_chunks(
 
 
 def warn_if_saturated(terms: KLDecomposition, n_examples: int) -> None:
-    """For the caller of the caller."""
     if terms.saturation > 0.5 and n_examples > 4:  # of fewer, exp(mi) is a large share by rounding alone
-        warnings.warn(
+        warn(
             f"mi: {terms.mi:.2f} nats is at the ceiling of log {n_examples} = {math.log(n_examples):.2f} that"
             f" {n_examples} examples set; of the distribution they come from it is an underestimate, and tc and agg_kl"
             " rest on the same log q(z)",
-            stacklevel=4,
         )
 
 

@@ -9,12 +9,12 @@ add up to 1 is the caller's word.
 
 import math
 import numbers
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._warnings import warn
 from .backends.contract import accumulation_dtype
 from .ops._checks import accumulated, check_choice, check_count, check_device, check_number, check_tensor
 
@@ -151,10 +151,9 @@ def mi_bounds(
     lower, upper = h_data - nell, div
     low, high = (x.item() if isinstance(x, Tensor) else float(x) for x in (lower, upper))
     if low > high:
-        warnings.warn(
+        warn(
             f"the bounds of I(x; z) cross: H_data - Nell = {low:.4g} is above Div = {high:.4g};"
             " but for Monte Carlo error, nell, div and h_data cannot be of the same data, in nats per example",
-            stacklevel=2,
         )
     return lower, upper
 

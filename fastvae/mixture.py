@@ -1,7 +1,6 @@
 """Gaussian mixtures with diagonal covariances, under the names that scikit-learn's users know."""
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import em, em_runs
+from ._warnings import warn
 from .backends.contract import accumulation_dtype
 from .em import Mixture
 from .information import entropy
@@ -111,7 +111,7 @@ class GaussianMixture:
         options, started = self._options(), hasattr(self, "weights_")
         x = em_runs.points_to_fit(x, least=1 if started else options.n_components)
         if not started:
-            em_runs.warn_if_few(x, options.n_components, stacklevel=2)
+            em_runs.warn_if_few(x, options.n_components)
         mixture = self._fitted(x) if started else em_runs.start(x, options, options.generator())
         t = self.n_batches_ + 1 if started else 1
         gamma = (t + 1) ** -0.6
@@ -226,16 +226,15 @@ class GaussianMixture:
         """`fit`, for the methods that users call: its warnings are about the line that called them."""
         options = self._options()
         x = em_runs.points_to_fit(x, least=options.n_components)
-        em_runs.warn_if_few(x, options.n_components, stacklevel=3)
+        em_runs.warn_if_few(x, options.n_components)
         generator = options.generator()
         starts = 1 if isinstance(options.init, Mixture) else options.n_init
         best = max((em_runs.run(x, options, generator) for _ in range(starts)), key=lambda fitted: fitted.trace[-1])
         if not best.converged and options.tol > 0:
             change = f"{abs(best.trace[-1] - best.trace[-2]):.3g} nats" if len(best.trace) > 1 else "not known yet"
-            warnings.warn(
+            warn(
                 f"max_iter: EM has not converged, as the change of mean log p(x) at step {options.max_iter}, the last,"
                 f" is {change}, and tol {options.tol:g}; take more steps, a larger tol, or other starts",
-                stacklevel=3,
             )
         self._keep(best.mixture, best.trace, x.dtype)
         self.converged_, self.n_reseeded_, self.n_batches_ = best.converged, best.n_reseeded, 0

@@ -1,11 +1,11 @@
 """The training step that schedules follow: counted by the training loop, and read by forward."""
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._warnings import warn
 from .objectives import OfDraws
 from .ops._checks import check_count
 from .ops._library import has_values
@@ -57,9 +57,8 @@ class CountsSteps(nn.Module):
         schedules = objective.schedules() if isinstance(objective, OfDraws) else []
         self._standing += bool(schedules)
         if self._standing == PATIENCE and int(self.step) == 0:
-            warnings.warn(
+            warn(
                 f"step: still 0 after {PATIENCE} calls in training, so that the objective's schedule of"
                 f" {' and '.join(schedules)} stands still; call vae.advance() after each optimizer.step(), or"
                 " give vae(x, step=...)",
-                stacklevel=6,  # whoever called the module
             )

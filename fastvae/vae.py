@@ -1,12 +1,12 @@
 """The VAE: an encoder, a decoder, a likelihood, a prior and an objective, put together."""
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._warnings import warn
 from .likelihoods import Likelihood, make_likelihood
 from .mixture import GaussianMixture
 from .mixture_priors import MixturePrior, how_to_load
@@ -231,10 +231,9 @@ class VAE(CountsSteps):
         log_px, ess = torch.cat(results, 1)
         typical = 1 / ess.reciprocal().mean()
         if typical < 5:
-            warnings.warn(
+            warn(
                 f"log_px: rests on an effective sample size of {typical:.1f} of {n_samples}, so it is too low, by an"
                 " amount that cannot be told; take more n_samples, or another proposal",
-                stacklevel=3,
             )
         return LogLikelihood(log_px, ess)
 

@@ -347,6 +347,12 @@ def test_fit_prior_samples_where_the_data_are(name):
     assert torch.equal(again.fit_prior(x, 8, seed=0).means_, make_vae(name).eval().fit_prior(x, 8, seed=0).means_)
 
 
+def test_warnings_of_fit_prior_are_about_the_line_that_called_it():
+    with pytest.warns(UserWarning, match=r"^max_iter: EM has not converged") as caught:
+        make_vae("standard").eval().fit_prior(bent(), 4, max_iter=1)
+    assert [w.filename for w in caught] == [__file__]
+
+
 def test_fit_prior_keeps_the_vaes_precision():
     vae, x = make_vae("standard").double().eval(), bent().double()
     mixture = vae.fit_prior(x, 4, seed=np.int64(0))

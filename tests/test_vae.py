@@ -384,6 +384,7 @@ def test_a_schedule_that_stands_still_is_worth_a_warning(monkeypatch):
 
     (message,) = messages(make_vae(objective=ELBO(beta=warm_up)))
     assert re.match(r"step: .*schedule of beta stands still.*vae\.advance\(\).*step=", message)
+    assert messages(make_vae(objective=ELBO(beta=warm_up)), lambda vae: torch.nn.Sequential(vae)(x)) == [message]
     assert not messages(make_vae(objective=ELBO(beta=warm_up)).eval())
     assert not messages(make_vae(objective=ELBO(beta=2.0)))
     assert not messages(make_vae(objective=ELBO(beta=warm_up)), lambda vae: vae(x, step=0))

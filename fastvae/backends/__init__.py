@@ -3,7 +3,6 @@
 import functools
 import importlib
 import sys
-import warnings
 from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .._warnings import warn
 from .settings import WrongSetting, setting, switch
 
 # Best first, by device type. `reference` runs everywhere, so what stands after it is used only by name: on the CPU
@@ -86,10 +86,9 @@ def _warn_of_a_missing_library() -> None:
     from . import native_library
 
     if native_library.missing() and sys.platform == "linux":
-        warnings.warn(
+        warn(
             "fastvae computes on CPU tensors by its reference, which is slow, because its native library is missing:"
             f" {native_library.missing()}; use_backend('reference') chooses that without a warning",
-            stacklevel=2,
         )
 
 
