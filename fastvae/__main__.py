@@ -1,6 +1,7 @@
 """python -m fastvae info | demo"""
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.run is None:
         parser.print_help()
         return 0
-    return options.run(options)
+    try:
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

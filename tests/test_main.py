@@ -1,5 +1,6 @@
 """python -m fastvae: info, help, and command lines that are wrong."""
 
+import os
 import re
 import subprocess
 import sys
@@ -100,6 +101,15 @@ def test_importing_fastvae_imports_nothing_heavy():
     heavy = "{'matplotlib', 'sklearn'} & set(sys.modules)"
     command = [sys.executable, "-c", f"import fastvae, sys; raise SystemExit(len({heavy}))"]
     assert subprocess.run(command, env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
+
+
+def test_info_to_a_reader_that_leaves():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fastvae", "info"]
+    with open(write, "w") as nobody:
+        said = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True).stderr
+    assert said == ""
 
 
 def test_no_command_prints_the_help(capsys):
