@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends.contract import LogWeights, accumulation_dtype
-from ._checks import check_choice, check_number
+from ._checks import accumulated, check_choice, check_number
 from ._library import declare, declare_backward, empty_gradients, has_values, spread
 from .pairs import POSTERIORS, ColumnWeights, checked, over_batches, result
 from .table import affordable, columns_of, interpolation, override, tabulate
@@ -179,10 +179,15 @@ def agg_log_prob_marginals(
     most = z.shape[-2] / 2 if method == "table" else affordable(z.shape[-2], mu.shape[-2], accumulation_dtype(z.dtype))
 
     def joint_and_marginals(z: Tensor, mu: Tensor, logvar: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
-        marginals = _tabulated(z, mu, logvar, LogWeights(*fields), tol, most)
+        # The joint and the marginals both have gradients for the inputs, which add up, to be rounded once.
+        inputs, weights = (z, mu, logvar), LogWeights(*fields)
+        z, mu, logvar = accumulated(*inputs)
+        if weights.log_w is not None:
+            weights = weights._replace(log_w=accumulated(weights.log_w)[0])
+        marginals = _tabulated(z, mu, logvar, weights, tol, most)
         if marginals is None:
-            return _agg_log_prob_marginals(z, mu, logvar, *fields)
-        joint = _agg_log_prob(z, mu, logvar, *fields)
+            return _agg_log_prob_marginals(*inputs, *fields)
+        joint = _agg_log_prob(z, mu, logvar, *weights)
         return joint, marginals.to(joint.dtype)
 
     return over_batches(joint_and_marginals, z, mu, logvar, *log_weights)

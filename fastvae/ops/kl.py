@@ -115,7 +115,8 @@ def kl_gauss(
             check_device(name, prior, "mu", mu)
 
     shape, D = mu.shape, mu.shape[-1]
-    mu, logvar, prior_mu, prior_logvar = promote(mu, logvar, prior_mu, prior_logvar)  # type: ignore[assignment]
+    priors = (_to_repeat(prior, shape) for prior in (prior_mu, prior_logvar))
+    mu, logvar, prior_mu, prior_logvar = promote(mu, logvar, *priors)  # type: ignore[assignment]
     arguments = (
         as_rows(mu),
         as_rows(logvar),
@@ -136,6 +137,14 @@ def kl_gauss(
     if len(shape) != 2 and reduction in ("none", "sample"):
         kl = kl.reshape(shape if reduction == "none" else shape[:-1])
     return kl
+
+
+def _to_repeat(prior: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The prior in the dtype of sums, where autograd has to add up the gradients of what broadcasting repeats: of all
+    shapes but `[B, D]`, and `[D]`, whose gradients the kernels add up."""
+    if prior is None or prior.shape == shape or prior.numel() == prior.shape[-1:].numel() == shape[-1]:
+        return prior
+    return prior.to(accumulation_dtype(prior.dtype))
 
 
 def _prior_rows(name: str, prior: Tensor | None, shape: torch.Size) -> Tensor | None:

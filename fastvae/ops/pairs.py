@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import LogWeights, accumulation_dtype
-from ._checks import check_device, check_indices, check_number, check_posterior, check_tensor, promote
+from ._checks import accumulated, check_device, check_indices, check_number, check_posterior, check_tensor, promote
 
 POSTERIORS = "Tensor z, Tensor mu, Tensor logvar"  # of an op's schema: z [S, D]; mu, logvar [N, D]
 
@@ -86,6 +86,9 @@ def over_batches(function: Callable[..., Any], z: Tensor, mu: Tensor, logvar: Te
     batch = z.shape[:-2]
     if not batch:
         return function(z, mu, logvar, *weights)
+    if weights and isinstance(weights[0], Tensor):  # the batches' gradients of log_w add up, to be rounded once
+        z, mu, logvar, log_w = accumulated(z, mu, logvar, weights[0])
+        weights = (log_w, *weights[1:])
     flat = [x.flatten(0, -3) for x in (z, mu, logvar)]
     # Without any, one of zeros gives the shapes and the place in the graph, and is left out.
     groups = list(zip(*flat, strict=True)) or [tuple(x.sum(0) for x in flat)]
