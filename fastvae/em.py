@@ -104,8 +104,12 @@ def moments(x: Tensor, mixture: Mixture) -> Moments:
         old.where(empty[:, None], new) for old, new in ((mixture.means, means + delta), (mixture.variances, narrow))
     )
     again = (cancelled & ~empty).nonzero()[:, 0]
-    if len(again):
-        n[again], means[again], variances[again] = _about(x, mixture, again, means[again])
+    for _ in range(3):  # as a mean that has come from afar is not exact the first time
+        if len(again) == 0:
+            break
+        centres = means[again]
+        n[again], means[again], variances[again] = _about(x, mixture, again, centres)
+        again = again[(variances[again] < CANCELLED * (means[again] - centres) ** 2).any(1)]
     return Moments(n, means, variances, log_likelihood / len(x))
 
 

@@ -532,6 +532,17 @@ def test_points_that_are_too_far_out():
         fit(far, global_start(x, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("far", [1e8, 1e15, 1e30])
+def test_a_start_that_is_too_far_out(far, dtype):
+    """One step brings a component back from wherever it was."""
+    x = clusters(S=10).to(dtype)
+    start = Start(x.new_ones(1), x.new_full((1, 3), far), x.new_ones(1, 3))
+    mixture = fit(x, start, max_iter=1, reg_covar=0)
+    torch.testing.assert_close(mixture.means_[0], x.double().mean(0))
+    torch.testing.assert_close(mixture.variances_[0], x.double().var(0, correction=0))
+
+
 @pytest.mark.parametrize(
     ("dtype", "scale"), [(torch.float32, 1e-25), (torch.float32, 1e20), (torch.float32, 1e37), (torch.float64, 1e140)]
 )
