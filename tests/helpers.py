@@ -154,7 +154,7 @@ def evaluate(
     return [*(o.detach() for o in outputs), *gradients]
 
 
-def _largest(x: Tensor) -> float:
+def largest(x: Tensor) -> float:
     x = x.abs()
     return x[x.isfinite()].max().item() if x.isfinite().any() else 0.0
 
@@ -235,7 +235,7 @@ def _exact_and_tolerance(
     eps, eps32, eps64 = (torch.finfo(d).eps for d in (widest(inputs), torch.float32, torch.float64))
 
     def difference(left: list[Tensor], right: list[Tensor]) -> list[float]:
-        return [_largest(a.double() - b) for a, b in zip(left, right, strict=True)]
+        return [largest(a.double() - b) for a, b in zip(left, right, strict=True)]
 
     visible = max(eps, 2**-40)  # half an ulp of float64's own would often be rounded away
     exact = evaluate(formula, wide, upstream)

@@ -31,7 +31,7 @@ class Call(NamedTuple):
     centred: tuple[str, ...] = ()
     differentiable: bool = True
     slack: float = 0.0  # what the documentation allows beside rounding
-    roundings: float = 0.0  # further units of the last place, where a result is the difference of large terms
+    roundings: float = 0.0  # further units of the largest result's last place, where one is the difference of others
     costly: tuple[str, ...] = ()  # numbers that a right call may take forever for
     either: tuple[str, ...] = ()  # a number or a tensor, where a tensor of no axes is neither
     draws: bool = False  # from torch's generator

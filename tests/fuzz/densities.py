@@ -172,7 +172,7 @@ def standard_normal(draw: Draw) -> Call:
 @surface
 def diagonal_gaussian(draw: Draw) -> Call:
     D = draw.choice((1, 3, 16))
-    mu, logvar = (x.float() for x in draw.posteriors(D).values())
+    mu, logvar = (x.float().clamp(-60, 60) for x in draw.posteriors(D).values())
 
     def make(dim: Any) -> fastvae.DiagonalGaussian:
         prior = fastvae.DiagonalGaussian(dim)

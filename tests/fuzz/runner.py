@@ -19,7 +19,7 @@ import models  # noqa: F401
 import numpy as np
 import torch
 from calls import SURFACES, Call, Draw
-from helpers import Expected, cast, evaluate
+from helpers import Expected, cast, evaluate, largest
 from helpers import draw as fixed
 from torch import Tensor
 from variations import SURROUNDINGS, disguised, formed, wrong
@@ -179,8 +179,11 @@ def right(call: Call, result: Any, results: list[Tensor], wanting: list[str]) ->
             finite_as_formula(formula, inputs, results)
         else:
             expected = Expected(formula, inputs, call.centred, upstream, margin=4.0, draws=4)
-            more = call.slack + call.roundings * expected.eps
-            expected.tolerance = [tolerance + more for tolerance in expected.tolerance]
+            n_outputs = len(results) - len(wanting)
+            scale = max(1.0, *map(largest, expected.exact[:n_outputs]))
+            for n, tolerance in enumerate(expected.tolerance):
+                ulps = call.roundings * (scale if n < n_outputs else 1.0)
+                expected.tolerance[n] = tolerance + call.slack + ulps * expected.eps
             expected.check(results)
     except AssertionError as error:
         kind = next(
