@@ -2,10 +2,11 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import Target
+from conftest import Target, computing_on, reachable
 from helpers import (
     DTYPES,
     HALVES,
@@ -170,49 +171,61 @@ def test_values_of_finite_inputs_are_never_nan(
         assert not result.isnan().any()
 
 
-# The compiler and the modes.
+# The compiler and the modes. The compiler sees no backend, so what it has made of a function runs on all of them.
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(backend: Target, name: str, dynamic: bool) -> None:
-    op = op_named(name)
-    compiled = torch.compile(op.fast, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for sizes in ((5, 4, 3), (7, 6, 2)):
-        inputs = op_named(name, torch.float64, *sizes).inputs
-        for ours, eager in zip(evaluate(compiled, inputs), evaluate(op.fast, inputs), strict=True):
-            # Weights that depend on a symbolic batch size are the compiler's log2 times ln 2: an ulp from math.log.
-            ulps = 4e-15 if dynamic and name == "agg_entropy" else 0
-            torch.testing.assert_close(ours, eager, rtol=ulps, atol=ulps)
-    torch._dynamo.reset()
+def test_compile(fresh_compiler: None, name: str, dynamic: bool) -> None:
+    fast = op_named(name).fast
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    # Weights that depend on a symbolic batch size are the compiler's log2 times ln 2: an ulp from math.log.
+    ulps = 4e-15 if dynamic and name == "agg_entropy" else 0
+    for target in reachable():
+        with computing_on(target):
+            for sizes in ((5, 4, 3), (7, 6, 2)):
+                inputs = op_named(name, torch.float64, *sizes).inputs
+                for ours, eager in zip(evaluate(compiled, inputs), evaluate(fast, inputs), strict=True):
+                    torch.testing.assert_close(ours, eager, rtol=ulps, atol=ulps)
 
 
-def test_compile_where_nothing_wants_a_gradient(backend: Target, name: str) -> None:
-    op = op_named(name)
-    inputs = {key: x.detach() for key, x in op.inputs.items()}
-    compiled = torch.compile(op.fast, fullgraph=True, backend="aot_eager")
-    assert_same(evaluate(compiled, inputs), evaluate(op.fast, inputs))
-    torch._dynamo.reset()
+def test_compile_where_nothing_wants_a_gradient(fresh_compiler: None, name: str) -> None:
+    compiled = torch.compile(op_named(name).fast, fullgraph=True, backend="aot_eager")
+    for target in reachable():
+        with computing_on(target):
+            op = op_named(name)
+            inputs = {key: x.detach() for key, x in op.inputs.items()}
+            assert_same(evaluate(compiled, inputs), evaluate(op.fast, inputs))
 
 
-def test_compile_one_tensor_in_two_places(backend: Target, name: str) -> None:
+def test_compile_one_tensor_in_two_places(fresh_compiler: None, name: str) -> None:
     op = op_named(name, torch.float64, 4, 4, 3)
-    first = next(iter(op.inputs))
-    shared = {key: x for key, x in op.inputs.items() if key == first or x.shape != op.inputs[first].shape}
+    fast, names = op.fast, list(op.inputs)
 
     def twice(**inputs: Tensor) -> Results:
-        return op.fast(**{key: inputs.get(key, inputs[first]) for key in op.inputs})
+        return fast(**{key: inputs.get(key, inputs[names[0]]) for key in names})
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
-    for ours, eager in zip(evaluate(compiled, shared), evaluate(twice, shared), strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-13, atol=1e-13)  # its gradients meet in another order
-    torch._dynamo.reset()
+    for target in reachable():
+        with computing_on(target):
+            inputs = op_named(name, torch.float64, 4, 4, 3).inputs
+            shared = {key: x for key, x in inputs.items() if key == names[0] or x.shape != inputs[names[0]].shape}
+            for ours, eager in zip(evaluate(compiled, shared), evaluate(twice, shared), strict=True):
+                torch.testing.assert_close(ours, eager, rtol=1e-13, atol=1e-13)  # gradients meet in another order
 
 
 @pytest.mark.parametrize("name", ["kl_gauss", "log_prob_gauss", "agg_log_prob_marginals"])
-def test_compile_with_inductor(backend: Target, name: str) -> None:
-    op = op_named(name)
-    assert_accurate(torch.compile(op.fast, fullgraph=True), op.formula, op.inputs, op.centred)
-    torch._dynamo.reset()
+def test_compile_with_inductor(fresh_compiler: None, name: str) -> None:
+    compiled = torch.compile(op_named(name).fast, fullgraph=True)
+    for target in reachable():
+        with computing_on(target):
+            op = op_named(name)
+            assert_accurate(compiled, op.formula, op.inputs, op.centred)
 
 
 def test_inference_mode(backend: Target, name: str) -> None:
@@ -227,20 +240,22 @@ def test_inference_mode(backend: Target, name: str) -> None:
 
 
 @pytest.mark.parametrize("compiler", [None, "eager", "aot_eager"])
-def test_function_transforms(backend: Target, name: str, compiler: str | None) -> None:
-    op = op_named(name)
-    plain = {key: x.detach() for key, x in op.inputs.items()}
+def test_function_transforms(fresh_compiler: None, name: str, compiler: str | None) -> None:
+    fast = op_named(name).fast
 
     def loss(inputs: dict[str, Tensor]) -> Tensor:
-        output = op.fast(**inputs)
+        output = fast(**inputs)
         return output.sum() if isinstance(output, Tensor) else torch.stack([o.sum() for o in output]).sum()
 
     transformed = torch.func.grad(loss)
     if compiler:
         transformed = torch.compile(transformed, backend=compiler, fullgraph=True)
-    gradients = evaluate(op.fast, op.inputs, upstream=torch.ones_like)[-len(plain) :]
-    assert_same(list(transformed(plain).values()), gradients)
-    torch._dynamo.reset()
+    for target in reachable():
+        with computing_on(target):
+            op = op_named(name)
+            plain = {key: x.detach() for key, x in op.inputs.items()}
+            gradients = evaluate(op.fast, op.inputs, upstream=torch.ones_like)[-len(plain) :]
+            assert_same(list(transformed(plain).values()), gradients)
 
 
 def test_other_defaults(backend: Target, name: str) -> None:
@@ -342,13 +357,15 @@ def arguments_of_ops() -> dict[str, list[tuple[object, ...]]]:
 
 def test_opcheck(backend: Target) -> None:
     arguments = arguments_of_ops()
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    checks += ["test_aot_dispatch_dynamic"] * (backend.backend == "reference")  # compiles, which looks at no backend
     registered = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastvae::")}
     assert set(arguments) == registered
     for op, calls in arguments.items():
         for call in calls:
             if not op.endswith("_backward"):  # those refuse to be differentiated
                 call = tuple(x.detach().requires_grad_() if _real(x) else x for x in call)
-            torch.library.opcheck(getattr(torch.ops.fastvae, op).default, call)
+            torch.library.opcheck(getattr(torch.ops.fastvae, op).default, call, test_utils=checks)
 
 
 def _real(x: object) -> bool:
