@@ -66,8 +66,9 @@ def assert_equal(left: KLDecomposition, right: KLDecomposition, tolerance: float
 
 
 @pytest.mark.parametrize("chunk_size", [1, 10, 103, 4096])
-def test_chunks_give_what_one_pass_does(posteriors: tuple[Tensor, Tensor], chunk_size: int) -> None:
-    for L, rows in ((1, None), (3, None), (2, torch.tensor([7, 102, 7, 0]))):
+def test_chunks_give_what_one_pass_does(backend: Target, posteriors: tuple[Tensor, Tensor], chunk_size: int) -> None:
+    populations = (1, None), (2, torch.tensor([7, 102, 7, 0])), (3, None)
+    for L, rows in populations[: 2 if backend.slow else 3]:
         streamed = kl_decomposition_dataset(posteriors, n_samples=L, rows=rows, chunk_size=chunk_size, seed=5)
         assert_equal(streamed, in_memory(posteriors, L, rows, seed=5))
         assert streamed.mi.dtype == torch.float64
@@ -361,10 +362,11 @@ def linear_gaussian(s: float, wrong: float = 0.0) -> tuple[VAE, float]:
 @pytest.mark.parametrize(("s", "wrong"), [(0.3, 0.0), (0.3, 0.5), (2.0, 0.0)])
 def test_mutual_information_of_a_linear_decoder(backend: Target, s: float, wrong: float) -> None:
     vae, exact = linear_gaussian(s, wrong)
-    got = decoder_mutual_information(vae, 2000, 200 if wrong else 8, batch_size=10_000)
+    n = 200 if backend.slow else 2000
+    got = decoder_mutual_information(vae, n, 200 if wrong else 8, batch_size=10_000)
     assert abs(got.mi - exact) < 4 * got.standard_error + (0.01 if wrong else 0)
-    assert 0 < got.standard_error < 0.05
-    assert got.ess.shape == (2000,)
+    assert 0 < got.standard_error < 2.2 / math.sqrt(n)
+    assert got.ess.shape == (n,)
 
 
 def test_mutual_information_by_the_prior(backend: Target) -> None:
