@@ -30,10 +30,10 @@ demo: $(BUILT)
 	$(BIN)/python -m fastvae demo
 
 test: $(BUILT)
-	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n auto
 
 test-quick: $(BUILT)
-	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n auto --dist loadgroup --quick
+	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n auto --quick
 
 test-long: $(BUILT)
 	FASTVAE_REQUIRE_NATIVE=1 FASTVAE_HYPOTHESIS=long $(BIN)/python -m pytest
