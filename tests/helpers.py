@@ -317,6 +317,15 @@ def assert_same(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+def assert_rounded_once(fast: Callable[..., Results], inputs: Named, dtype: torch.dtype) -> None:
+    """Of inputs in half precision: the results, and the gradients but for one rounding, are those of the same numbers
+    in float32."""
+    half = cast(inputs, dtype)
+    got, single = evaluate(fast, half), evaluate(fast, cast(half, torch.float32))
+    n_outputs = len(got) - len(inputs)
+    assert_same(got, [*single[:n_outputs], *(gradient.to(dtype) for gradient in single[n_outputs:])])
+
+
 # Inputs.
 
 

@@ -12,6 +12,7 @@ import torch
 from conftest import Target
 from helpers import (
     DTYPES,
+    HALVES,
     LAYOUTS,
     SEARCH_MARGIN,
     SIZES,
@@ -19,6 +20,7 @@ from helpers import (
     Named,
     aggregate,
     assert_accurate,
+    assert_rounded_once,
     assert_same,
     cast,
     draw,
@@ -208,6 +210,15 @@ def test_leading_axes(backend: Target, name: str, batch: tuple[int, ...], n_samp
         "log_w": draw(N, seed=4),
     }
     assert_accurate(fast, lambda z, mu, **x: formula(z=flattened(z, mu), mu=mu, **x), needing_gradients(inputs))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradients_of_weights_that_batches_share_are_rounded_once(
+    backend: Target, name: str, dtype: torch.dtype
+) -> None:
+    fast, _ = functions(name, ColumnWeights(0.0))
+    inputs = {n: draw(7, 11, 4, seed=seed) for seed, n in enumerate(("z", "mu", "logvar"))} | {"log_w": draw(11)}
+    assert_rounded_once(fast, needing_gradients(inputs), dtype)
 
 
 def test_agrees_with_torch_distributions(backend: Target) -> None:

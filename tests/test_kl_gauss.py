@@ -8,10 +8,12 @@ import torch
 from conftest import Target
 from helpers import (
     DTYPES,
+    HALVES,
     LAYOUTS,
     SEARCH_MARGIN,
     Expected,
     assert_accurate,
+    assert_rounded_once,
     cast,
     draw,
     evaluate,
@@ -93,6 +95,16 @@ def test_leading_axes(backend: Target, shape: tuple[int, ...], reduction: str, p
     inputs = needing_gradients({"mu": mu, "logvar": logvar, "prior_mu": prior_mu, "prior_logvar": prior_logvar})
     fast = functools.partial(fastvae.kl_gauss, reduction=reduction)
     assert_accurate(fast, functools.partial(formula, reduction), inputs)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("prior", [(1,), (7, 1), (5, 7, 1), (5, 1, 9), (7, 9)], ids=str)
+def test_gradients_of_what_is_broadcast_are_rounded_once(
+    backend: Target, prior: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    inputs = {"mu": draw(5, 7, 9, seed=1), "logvar": draw(5, 7, 9, seed=2)}
+    inputs |= {"prior_mu": draw(*prior, seed=3), "prior_logvar": draw(*prior, seed=4)}
+    assert_rounded_once(fastvae.kl_gauss, needing_gradients(inputs), dtype)
 
 
 @pytest.mark.parametrize("reduction", REDUCE)

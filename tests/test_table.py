@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import Target
-from helpers import DTYPES, Expected, aggregate, assert_same, draw, evaluate, samples
+from helpers import (
+    DTYPES,
+    HALVES,
+    Expected,
+    aggregate,
+    assert_rounded_once,
+    assert_same,
+    draw,
+    evaluate,
+    needing_gradients,
+    samples,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -174,6 +185,16 @@ def test_every_estimator(backend: Target, estimator: str | None, dtype: torch.dt
     counts = S / N * 10  # samples for which a column's share may be wrong
     expected.tolerance[2:] = [t + slope * (1 if n == 0 else counts) for n, t in enumerate(expected.tolerance[2:])]
     expected.check(got)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradients_by_way_of_a_table_are_rounded_once(native: Target, dtype: torch.dtype) -> None:
+    inputs = samples(1271, 123, 3, torch.float64) | needing_gradients({"log_w": draw(123)})
+
+    def table(log_w: Tensor, **x: Tensor) -> tuple[Tensor, Tensor]:
+        return fastvae.agg_log_prob_marginals(**x, weights=ColumnWeights(log_w), method="table")
+
+    assert_rounded_once(table, inputs, dtype)
 
 
 def test_gradients_are_those_of_the_interpolant() -> None:
