@@ -121,10 +121,10 @@ def _leaves_out(item: pytest.Function) -> bool:
 # for GPUs, which are slow on a CPU, what the compiler compiles, and what starts programs or trains.
 BEST = native_library.instruction_sets()[:1] if backends.status("native").available else []
 QUICK = {"reference", *(f"native-{isa}" for isa in BEST)}
-LONG_FILES = ("bench", "bench_compare", "c_interface", "cuda", "cuda_kernels", "demo", "examples", "fuzz", "importance")
-LONG_FILES += ("main", "native_library", "triton", "triton_compile", "triton_early_exit")
+LONG_FILES = ("bench", "bench_compare", "c_interface", "compile", "cuda", "cuda_kernels", "demo", "examples", "fuzz")
+LONG_FILES += ("importance", "installed", "main", "native_library", "triton", "triton_compile", "triton_early_exit")
 LONG_TESTS = ("anchors_of_the_whole", "budget", "compile", "environment", "inductor", "it_learns", "little_terms")
-LONG_TESTS += ("many_rows", "opcheck", "trains", "triton")
+LONG_TESTS += ("many_rows", "opcheck", "trains", "transforms", "triton", "variable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
