@@ -96,7 +96,21 @@ class GaussianMixture:
 
     def fit(self, x: Tensor) -> "GaussianMixture":
         """Fit to points `[S, D]`; returns itself."""
-        return self._fit(x)
+        options = self._options()
+        x = em_runs.points_to_fit(x, least=options.n_components)
+        em_runs.warn_if_few(x, options.n_components)
+        generator = options.generator()
+        starts = 1 if isinstance(options.init, Mixture) else options.n_init
+        best = max((em_runs.run(x, options, generator) for _ in range(starts)), key=lambda fitted: fitted.trace[-1])
+        if not best.converged and options.tol > 0:
+            change = f"{abs(best.trace[-1] - best.trace[-2]):.3g} nats" if len(best.trace) > 1 else "not known yet"
+            warn(
+                f"max_iter: EM has not converged, as the change of mean log p(x) at step {options.max_iter}, the last,"
+                f" is {change}, and tol {options.tol:g}; take more steps, a larger tol, or other starts",
+            )
+        self._keep(best.mixture, best.trace, x.dtype)
+        self.converged_, self.n_reseeded_, self.n_batches_ = best.converged, best.n_reseeded, 0
+        return self
 
     def partial_fit(self, x: Tensor) -> "GaussianMixture":
         """One step of stochastic EM on a batch `[B, D]`; returns itself. For data that do not fit into memory.
@@ -133,7 +147,7 @@ class GaussianMixture:
 
     def fit_predict(self, x: Tensor) -> Tensor:
         """`fit`, then `predict`."""
-        return self._fit(x).predict(x)
+        return self.fit(x).predict(x)
 
     def predict(self, x: Tensor) -> Tensor:
         """The component most likely to have made each point, `[S]` int64."""
@@ -221,24 +235,6 @@ class GaussianMixture:
             reg_covar=check_number("reg_covar", self.reg_covar, least=0.0, finite=True),
             seed=None if self.seed is None else check_seed("seed", self.seed),
         )
-
-    def _fit(self, x: Tensor) -> "GaussianMixture":
-        """`fit`, for the methods that users call: its warnings are about the line that called them."""
-        options = self._options()
-        x = em_runs.points_to_fit(x, least=options.n_components)
-        em_runs.warn_if_few(x, options.n_components)
-        generator = options.generator()
-        starts = 1 if isinstance(options.init, Mixture) else options.n_init
-        best = max((em_runs.run(x, options, generator) for _ in range(starts)), key=lambda fitted: fitted.trace[-1])
-        if not best.converged and options.tol > 0:
-            change = f"{abs(best.trace[-1] - best.trace[-2]):.3g} nats" if len(best.trace) > 1 else "not known yet"
-            warn(
-                f"max_iter: EM has not converged, as the change of mean log p(x) at step {options.max_iter}, the last,"
-                f" is {change}, and tol {options.tol:g}; take more steps, a larger tol, or other starts",
-            )
-        self._keep(best.mixture, best.trace, x.dtype)
-        self.converged_, self.n_reseeded_, self.n_batches_ = best.converged, best.n_reseeded, 0
-        return self
 
     def _keep(self, mixture: Mixture, trace: list[float], dtype: torch.dtype) -> None:
         self.weights_, self.means_, self.variances_ = mixture
