@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -103,13 +104,20 @@ def test_importing_fastvae_imports_nothing_heavy():
     assert subprocess.run(command, env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
 
 
+INFO = [sys.executable, "-m", "fastvae", "info"]
+
+
 def test_info_to_a_reader_that_leaves():
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "fastvae", "info"]
     with open(write, "w") as nobody:
-        said = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True).stderr
-    assert said == ""
+        ran = subprocess.run(INFO, stdout=nobody, stderr=subprocess.PIPE, text=True)
+    assert (ran.returncode, ran.stderr) == (1, "")
+
+
+def test_info_to_no_output_at_all():
+    ran = subprocess.run(["sh", "-c", f"{shlex.join(INFO)} >&-"], stderr=subprocess.PIPE, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_no_command_prints_the_help(capsys):
