@@ -179,15 +179,15 @@ def agg_log_prob_marginals(
     most = z.shape[-2] / 2 if method == "table" else affordable(z.shape[-2], mu.shape[-2], accumulation_dtype(z.dtype))
 
     def joint_and_marginals(z: Tensor, mu: Tensor, logvar: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
-        # The joint and the marginals both have gradients for the inputs, which add up, to be rounded once.
-        inputs, weights = (z, mu, logvar), LogWeights(*fields)
-        z, mu, logvar = accumulated(*inputs)
+        # The joint and the table both have gradients for the inputs, which add up, to be rounded once.
+        wide_z, wide_mu, wide_logvar = accumulated(z, mu, logvar)
+        weights = LogWeights(*fields)
         if weights.log_w is not None:
-            weights = weights._replace(log_w=accumulated(weights.log_w)[0])
-        marginals = _tabulated(z, mu, logvar, weights, tol, most)
+            weights = weights._replace(log_w=weights.log_w.to(wide_z.dtype))
+        marginals = _tabulated(wide_z, wide_mu, wide_logvar, weights, tol, most)
         if marginals is None:
-            return _agg_log_prob_marginals(*inputs, *fields)
-        joint = _agg_log_prob(z, mu, logvar, *weights)
+            return _agg_log_prob_marginals(z, mu, logvar, *fields)
+        joint = _agg_log_prob(wide_z, wide_mu, wide_logvar, *weights)
         return joint, marginals.to(joint.dtype)
 
     return over_batches(joint_and_marginals, z, mu, logvar, *log_weights)

@@ -115,7 +115,7 @@ def kl_gauss(
             check_device(name, prior, "mu", mu)
 
     shape, D = mu.shape, mu.shape[-1]
-    priors = (_to_repeat(prior, shape) for prior in (prior_mu, prior_logvar))
+    priors = (_to_add_up(prior, shape) for prior in (prior_mu, prior_logvar))
     mu, logvar, prior_mu, prior_logvar = promote(mu, logvar, *priors)  # type: ignore[assignment]
     arguments = (
         as_rows(mu),
@@ -139,10 +139,12 @@ def kl_gauss(
     return kl
 
 
-def _to_repeat(prior: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """The prior in the dtype of sums, where autograd has to add up the gradients of what broadcasting repeats: of all
-    shapes but `[B, D]`, and `[D]`, whose gradients the kernels add up."""
-    if prior is None or prior.shape == shape or prior.numel() == prior.shape[-1:].numel() == shape[-1]:
+def _to_add_up(prior: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """A prior in half precision that broadcasting repeats, in the dtype of sums, as autograd adds up its gradients. Of
+    `[B, D]` there is nothing to add, and of `[D]` the kernels do it."""
+    if prior is None or accumulation_dtype(prior.dtype) == prior.dtype or prior.shape == shape:
+        return prior
+    if all(n == 1 for n in prior.shape[:-1]) and prior.shape[-1:] == shape[-1:]:
         return prior
     return prior.to(accumulation_dtype(prior.dtype))
 
