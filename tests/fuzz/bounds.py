@@ -37,7 +37,7 @@ def importance(draw: Draw, name: str, n_axes: int) -> Call:
         return [bound.mean(0) if n_axes == 3 else bound]
 
     arguments = log_densities | {"z": z, "gradient": gradient}
-    return Call(getattr(fastvae, name), arguments, formula, differentiable=gradient != "dreg", roundings=100)
+    return Call(getattr(fastvae, name), arguments, formula, differentiable=gradient != "dreg", roundings=5)
 
 
 @surface
@@ -210,7 +210,8 @@ def kl_decomposition_dataset(draw: Draw) -> Call:
         tensors=lambda terms: list(terms[:7]),
         differentiable=False,
         slack=2e-6 * D,
-        roundings=10 * D,
+        roundings=20,
+        differences=True,
         costly=("n_samples",),
     )
 

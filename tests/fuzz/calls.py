@@ -31,7 +31,8 @@ class Call(NamedTuple):
     centred: tuple[str, ...] = ()
     differentiable: bool = True
     slack: float = 0.0  # what the documentation allows beside rounding
-    roundings: float = 0.0  # further units of the largest result's last place, where one is the difference of others
+    roundings: float = 0.0  # further units of the last place, of a result's largest number
+    differences: bool = False  # whether results are differences of others, with the rounding errors of the largest
     costly: tuple[str, ...] = ()  # numbers that a right call may take forever for
     either: tuple[str, ...] = ()  # a number or a tensor, where a tensor of no axes is neither
     draws: bool = False  # from torch's generator

@@ -261,5 +261,6 @@ def kl_decomposition(draw: Draw) -> Call:
         formula,
         tensors=lambda terms: list(terms[:7]),
         centred=("z", "mu"),
-        roundings=20 * arguments["mu"].shape[-1],
+        roundings=20,
+        differences=True,
     )

@@ -179,11 +179,12 @@ def right(call: Call, result: Any, results: list[Tensor], wanting: list[str]) ->
             finite_as_formula(formula, inputs, results)
         else:
             expected = Expected(formula, inputs, call.centred, upstream, margin=4.0, draws=4)
-            n_outputs = len(results) - len(wanting)
-            scale = max(1.0, *map(largest, expected.exact[:n_outputs]))
-            for n, tolerance in enumerate(expected.tolerance):
-                ulps = call.roundings * (scale if n < n_outputs else 1.0)
-                expected.tolerance[n] = tolerance + call.slack + ulps * expected.eps
+            outputs = expected.exact[: len(results) - len(wanting)]
+            scales = [max(1.0, largest(x)) for x in outputs] + [1.0] * len(wanting)
+            if call.differences:
+                scales[: len(outputs)] = [max(scales)] * len(outputs)
+            for n, scale in enumerate(scales):
+                expected.tolerance[n] = expected.tolerance[n] + call.slack + call.roundings * expected.eps * scale
             expected.check(results)
     except AssertionError as error:
         kind = next(
