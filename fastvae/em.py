@@ -104,7 +104,7 @@ def moments(x: Tensor, mixture: Mixture) -> Moments:
         old.where(empty[:, None], new) for old, new in ((mixture.means, means + delta), (mixture.variances, narrow))
     )
     again = (cancelled & ~empty).nonzero()[:, 0]
-    for _ in range(3):  # as a mean that has come from afar is not exact the first time
+    for _ in range(3):  # of a mean that has come from afar, the first leaves an error of eps times the way
         if len(again) == 0:
             break
         centres = means[again]

@@ -98,7 +98,7 @@ def test_leading_axes(backend: Target, shape: tuple[int, ...], reduction: str, p
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("prior", [(1,), (7, 1), (5, 7, 1), (5, 1, 9), (7, 9)], ids=str)
+@pytest.mark.parametrize("prior", [(), (1,), (9,), (7, 1), (5, 7, 1), (5, 1, 9), (7, 9), (5, 7, 9)], ids=str)
 def test_gradients_of_what_is_broadcast_are_rounded_once(
     backend: Target, prior: tuple[int, ...], dtype: torch.dtype
 ) -> None:
