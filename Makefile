@@ -18,7 +18,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 BUILT  := $(VENV)/built
-NATIVE_TESTS := -k native
+NATIVE_TESTS := -k "native or (test_every_op and (compile or transforms))"
 WERROR := $(if $(CI),--config-settings=cmake.define.FASTVAE_WERROR=ON)
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/* kernels/cpu/*)
 

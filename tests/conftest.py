@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +25,12 @@ if not torch.cuda.is_available():
 
 from hypothesis import HealthCheck, settings
 
-# Freed memory is kept, as pages that are new to the process are a fourth of the time of the formulas (glibc).
-with contextlib.suppress(AttributeError):
-    for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(parameter, 2**30)
+# Freed memory is kept, by glibc, as pages that are new to the process are a fourth of the time of the formulas.
+with contextlib.suppress(AttributeError, TypeError):  # another libc
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    libc = ctypes.CDLL(None)
+    if libc.mallopt(M_MMAP_THRESHOLD, 2**25):
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 from helpers import DTYPES
 
@@ -98,23 +99,31 @@ OF_KERNELS = ("kl_gauss", "sample_gauss", "philox", *OF_AGGREGATES)
 OF_INPUTS = ("layouts", "half", "not_finite", "opcheck")
 
 
-# Where a backend is slow, it takes each case of these in one of the two dtypes; half of them in this, half in that.
+def _leaves_out(item: pytest.Item) -> bool:
+    file = item.path.stem.removeprefix("test_")
+    kept = file in OF_KERNELS or (file == "every_op" and any(what in item.name for what in OF_INPUTS))
+    return "[cuda-host" in item.name and not kept
+
+
+# Where a backend is slow, it takes each case of these in one of the two dtypes, by turns.
 IN_TWO_DTYPES = ("test_sizes", "test_weights", "test_layouts", "test_far_from_the_origin")
 
 
-def _leaves_out(item: pytest.Function) -> bool:
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    target = TARGETS.get(parameters.get("backend", ""))
-    if target is None or not target.slow:
-        return False
-    file, dtype = item.path.stem.removeprefix("test_"), parameters.get("dtype")
-    kept = file in OF_KERNELS or (file == "every_op" and any(what in item.name for what in OF_INPUTS))
-    if target.backend == "cuda" and not kept:
-        return True
-    if item.originalname not in IN_TWO_DTYPES or dtype not in DTYPES:
-        return False
-    case = item.name.replace(str(dtype), "")
-    return (zlib.crc32(case.encode()) + DTYPES.index(dtype)) % 2 == 0
+def _in_the_other_dtype(items: list[pytest.Item]) -> set[pytest.Item]:
+    """What is left out; a case that was asked for in one dtype alone is not."""
+    of_tests: dict[tuple[object, ...], dict[str, list[pytest.Item]]] = {}  # the cases of each test of each op
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        backend, dtype = parameters.get("backend", ""), parameters.get("dtype")
+        if dtype in DTYPES and TARGETS.get(backend, Target("")).slow and item.name.startswith(IN_TWO_DTYPES):
+            test = item.path, item.name.partition("[")[0], backend, parameters.get("name")
+            of_tests.setdefault(test, {}).setdefault(item.name.replace(str(dtype), ""), []).append(item)
+    return {
+        both[(number + turn) % 2]
+        for number, cases in enumerate(of_tests.values())
+        for turn, both in enumerate(cases.values())
+        if len(both) == 2
+    }
 
 
 # `pytest --quick` leaves out what takes long and seldom tells anything new: all instruction sets but the best, kernels
@@ -128,7 +137,7 @@ LONG_TESTS += ("many_rows", "opcheck", "trains", "transforms", "triton", "variab
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="leave out what takes long: a minute or two instead of eight")
+    parser.addoption("--quick", action="store_true", help="leave out what takes long, most of the time")
 
 
 def _takes_long(item: pytest.Item) -> bool:
@@ -157,7 +166,9 @@ def _group(nodeid: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A worker takes a group at a time, those of many tests first."""
+    """With `-n`, and no other way asked for, a worker takes a group at a time."""
+    if config.getoption("dist") != "load":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
@@ -167,11 +178,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Groups(config, log)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     quick = config.getoption("--quick")
     left_out = {item for item in items if _leaves_out(item) or (quick and _takes_long(item))}
+    left_out |= _in_the_other_dtype(items)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-    items[:] = [item for item in items if item not in left_out]
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item not in left_out:
+            groups.setdefault(_group(item.nodeid), []).append(item)
+    items[:] = [item for members in groups.values() for item in members]
 
 
 @contextlib.contextmanager
@@ -184,6 +200,7 @@ def computing_on(target: Target) -> Iterator[Target]:
         needed = needed[:2] if torch.cuda.is_available() else needed  # where the CUDA library is built by hand
         required = target.backend in needed and os.environ.get("FASTVAE_REQUIRE_NATIVE") == "1"
         (pytest.fail if required else pytest.skip)(why_not)
+    print(target)  # pytest shows it where a test fails
     with contextlib.ExitStack() as stack:
         stack.enter_context(fastvae.use_backend(target.backend))
         if target.instruction_set:
@@ -197,7 +214,7 @@ def computing_on(target: Target) -> Iterator[Target]:
 
 
 def reachable() -> list[Target]:
-    """Where a test computes that goes through the backends itself, with what takes long to make and serves all."""
+    """The backends that can compute here, for a test that makes something costly once and runs it on all."""
     found = []
     for target in TARGETS.values():
         with contextlib.suppress(pytest.skip.Exception), computing_on(target):
@@ -209,6 +226,12 @@ def reachable() -> list[Target]:
 def backend(request: pytest.FixtureRequest) -> Iterator[Target]:
     with computing_on(TARGETS[request.param]) as target:
         yield target
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(params=NATIVE)

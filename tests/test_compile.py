@@ -1,6 +1,6 @@
 """Compositions of ops under the compiler: shapes as the compiled function sees them, and values as in eager code."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,13 +11,8 @@ from torch import Tensor
 import fastvae
 from fastvae.estimators import ESTIMATORS
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 Step = Callable[[Tensor, Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
 
 
 def readme(mu: Tensor, logvar: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Second derivatives, and forward-mode ones, are refused on every route to them, not zero without a word."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.autograd import functional
 
 import fastvae
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 Loss = Callable[[Tensor], Tensor]
 FUSED = [name for name in OPS if name != "log_prob_gauss"]  # that is made of torch's own operations, which have them
 
@@ -59,12 +60,6 @@ COMPILED: dict[str, Callable[[Loss, Tensor], object]] = {
     "compiled func.grad of func.grad": lambda loss, mu: torch.compile(lambda x: twice(loss, x), backend="eager")(mu),
     "compiled func.hessian": lambda loss, mu: torch.compile(torch.func.hessian(loss), backend="eager")(mu),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("route", ROUTES)
