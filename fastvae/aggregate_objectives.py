@@ -166,6 +166,6 @@ def _checked_size(dataset_size: int | None, estimator: str | None) -> int | None
     if estimator is None:
         warn(
             "dataset_size: not given, so that each batch of B is taken for the whole data set, and the mutual"
-            " information cannot exceed log B; give the number of examples, or say estimator='uniform'",
+            " information cannot exceed log B; give the number of examples, or say estimator='uniform'"
         )
     return None

@@ -124,9 +124,7 @@ def finite_points(x: Tensor, least: int) -> Tensor:
 def warn_if_few(x: Tensor, n_components: int) -> None:
     n = len(em.distinct(x, n_components))
     if n < n_components:
-        warn(
-            f"n_components: {n_components} components have only {n} distinct points to be at, so some are alike",
-        )
+        warn(f"n_components: {n_components} components have only {n} distinct points to be at, so some are alike")
 
 
 def checked_start(init: Any, K: int) -> Mixture:

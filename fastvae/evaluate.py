@@ -180,7 +180,7 @@ def warn_if_saturated(terms: KLDecomposition, n_examples: int) -> None:
         warn(
             f"mi: {terms.mi:.2f} nats is at the ceiling of log {n_examples} = {math.log(n_examples):.2f} that"
             f" {n_examples} examples set; of the distribution they come from it is an underestimate, and tc and agg_kl"
-            " rest on the same log q(z)",
+            " rest on the same log q(z)"
         )
 
 

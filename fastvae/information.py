@@ -153,7 +153,7 @@ def mi_bounds(
     if low > high:
         warn(
             f"the bounds of I(x; z) cross: H_data - Nell = {low:.4g} is above Div = {high:.4g};"
-            " but for Monte Carlo error, nell, div and h_data cannot be of the same data, in nats per example",
+            " but for Monte Carlo error, nell, div and h_data cannot be of the same data, in nats per example"
         )
     return lower, upper
 

@@ -106,7 +106,7 @@ class GaussianMixture:
             change = f"{abs(best.trace[-1] - best.trace[-2]):.3g} nats" if len(best.trace) > 1 else "not known yet"
             warn(
                 f"max_iter: EM has not converged, as the change of mean log p(x) at step {options.max_iter}, the last,"
-                f" is {change}, and tol {options.tol:g}; take more steps, a larger tol, or other starts",
+                f" is {change}, and tol {options.tol:g}; take more steps, a larger tol, or other starts"
             )
         self._keep(best.mixture, best.trace, x.dtype)
         self.converged_, self.n_reseeded_, self.n_batches_ = best.converged, best.n_reseeded, 0

@@ -60,5 +60,5 @@ class CountsSteps(nn.Module):
             warn(
                 f"step: still 0 after {PATIENCE} calls in training, so that the objective's schedule of"
                 f" {' and '.join(schedules)} stands still; call vae.advance() after each optimizer.step(), or"
-                " give vae(x, step=...)",
+                " give vae(x, step=...)"
             )

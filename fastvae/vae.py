@@ -233,7 +233,7 @@ class VAE(CountsSteps):
         if typical < 5:
             warn(
                 f"log_px: rests on an effective sample size of {typical:.1f} of {n_samples}, so it is too low, by an"
-                " amount that cannot be told; take more n_samples, or another proposal",
+                " amount that cannot be told; take more n_samples, or another proposal"
             )
         return LogLikelihood(log_px, ess)
 

@@ -1,5 +1,6 @@
 """The priors: their protocol against torch.distributions, and in a VAE."""
 
+import linecache
 import math
 import re
 
@@ -348,9 +349,11 @@ def test_fit_prior_samples_where_the_data_are(name):
 
 
 def test_warnings_of_fit_prior_are_about_the_line_that_called_it():
+    vae = make_vae("standard").eval()
     with pytest.warns(UserWarning, match=r"^max_iter: EM has not converged") as caught:
-        make_vae("standard").eval().fit_prior(bent(), 4, max_iter=1)
+        vae.fit_prior(bent(), 4, max_iter=1)
     assert [w.filename for w in caught] == [__file__]
+    assert "vae.fit_prior(bent(), 4, max_iter=1)" in linecache.getline(__file__, caught[0].lineno)
 
 
 def test_fit_prior_keeps_the_vaes_precision():

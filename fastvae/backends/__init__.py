@@ -88,7 +88,7 @@ def _warn_of_a_missing_library() -> None:
     if native_library.missing() and sys.platform == "linux":
         warn(
             "fastvae computes on CPU tensors by its reference, which is slow, because its native library is missing:"
-            f" {native_library.missing()}; use_backend('reference') chooses that without a warning",
+            f" {native_library.missing()}; use_backend('reference') chooses that without a warning"
         )
 
 
