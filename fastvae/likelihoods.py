@@ -58,7 +58,7 @@ class Bernoulli(nn.Module):
         return torch.sigmoid(output)
 
     def sample(self, output: Tensor) -> Tensor:
-        return torch.bernoulli(torch.sigmoid(_wide(output)))
+        return torch.bernoulli(_probabilities(output))
 
     def check(self, x: Tensor) -> None:
         _check_real("x", x)
@@ -109,13 +109,14 @@ class Binomial(nn.Module):
         return self.total_count * torch.sigmoid(output)
 
     def sample(self, output: Tensor) -> Tensor:
-        p = torch.sigmoid(_wide(output))
+        p = _probabilities(output)
         return torch.binomial(torch.full_like(p, self.total_count), p)
 
     def check(self, x: Tensor) -> None:
         _check_real("x", x)
         n = self.total_count
-        if has_values(x) and not ((x >= 0) & (x <= n) & (x == x.round())).all():
+        whole = x.round() if x.is_floating_point() else x
+        if has_values(x) and not ((x >= 0) & (x <= n) & (x == whole)).all():
             low, high = x.aminmax()
             raise ValueError(
                 f"x: expected whole numbers from 0 to {n} for the binomial likelihood with total_count={n},"
@@ -219,6 +220,14 @@ def _accumulate(x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
 def _wide(output: Tensor) -> Tensor:
     _check_real("output", output)
     return output.to(accumulation_dtype(output.dtype))
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    """To draw by; torch would stop a GPU for good where one is NaN, so values are looked at on CPUs alone."""
+    p = torch.sigmoid(_wide(logits))
+    if has_values(p) and p.device.type == "cpu" and p.isnan().any():
+        raise ValueError("output: expected logits, got NaN")
+    return p
 
 
 def _check_real(name: str, x: Any) -> None:

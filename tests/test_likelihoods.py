@@ -174,6 +174,14 @@ def test_binomial_refuses_what_is_no_count(bad):
         Binomial(16).check(torch.tensor([0.0, bad]))
 
 
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Binomial(1), Gaussian()])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16])
+def test_binary_data_of_any_dtype(likelihood, dtype):
+    x, output = torch.tensor([0, 1, 1]), torch.randn(3)
+    likelihood.check(x.to(dtype))
+    assert torch.equal(likelihood.log_prob(x.to(dtype), output), likelihood.log_prob(x.float(), output))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "name"),
     [
@@ -195,6 +203,7 @@ def test_binomial_refuses_what_is_no_count(bad):
         *((lambda o=o: o.check(torch.eye(2).to_sparse()), TypeError, "x") for o in (Bernoulli(), Binomial(2))),
         *((lambda o=o: o.mean(1.0), TypeError, "output") for o in (Bernoulli(), Binomial(2), Gaussian())),
         *((lambda o=o: o.sample(1.0), TypeError, "output") for o in (Bernoulli(), Binomial(2), Gaussian())),
+        *((lambda o=o: o.sample(torch.tensor([math.nan])), ValueError, "output") for o in (Bernoulli(), Binomial(2))),
         (lambda: Gaussian().log_prob(torch.zeros(2, device="meta"), torch.zeros(2)), ValueError, "x"),
         (lambda: Binomial(2).check(torch.zeros(2, dtype=torch.complex64)), TypeError, "x"),
     ],
