@@ -158,7 +158,8 @@ def array(x: Any) -> Any:
 
 
 def part(x: Any, rows: slice) -> Any:
-    return x[rows] if isinstance(x, Tensor) and x.ndim and not x.is_nested else x
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested
+    return x[rows] if dense and x.ndim else x
 
 
 def as_source(draw: Draw) -> Any:
