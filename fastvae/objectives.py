@@ -192,7 +192,8 @@ class ELBO(OfDraws):
         nell = -draws.log_px_z.mean()
         if self.free_bits:
             dims = _kl_of_dims(draws.mu, draws.logvar, draws.prior)
-            kl, penalty = dims.sum(), self._groups(dims).clamp(min=self.free_bits).sum()
+            least = min(self.free_bits, torch.finfo(dims.dtype).max)
+            kl, penalty = dims.sum(), self._groups(dims).clamp(min=least).sum()
         else:
             kl = penalty = draws.kl()
         if self.capacity is not None:
@@ -277,4 +278,6 @@ def terms(nell: Tensor, kl: Tensor) -> dict[str, Tensor]:
 
 def check_weight(name: str, weight: Any, least: float = 0.0, most: float = math.inf) -> Weight:
     """A finite number, as a Python float, or a schedule as it is."""
-    return weight if callable(weight) else check_number(name, weight, least=least, most=most, finite=True)
+    if callable(weight) and not isinstance(weight, type):
+        return weight
+    return check_number(name, weight, least=least, most=most, finite=True)

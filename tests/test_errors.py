@@ -307,6 +307,8 @@ def test_integers_that_no_float_holds(huge: int) -> None:
 def test_more_samples_than_any_memory_holds() -> None:
     for name in ("reparameterize", "sample_gauss"):
         check(ValueError, "n_samples", name, n_samples=2**62)
+        with pytest.raises(ValueError, match=r"^n_samples: "):
+            getattr(fastvae, name)(torch.zeros(9, 0), torch.zeros(9, 0), 2**62)
 
 
 @pytest.mark.parametrize("array", [np.zeros(3), np.array(["sum", "mean"]), torch.zeros(3)], ids=str)

@@ -154,6 +154,15 @@ def test_free_bits_per_dimension_and_per_group(groups):
         torch.testing.assert_close(loss - terms["nell"], 2 * fastvae.kl_gauss(mu, logvar, free_bits=bits))
 
 
+def test_free_bits_beyond_float32_are_its_largest_number():
+    (log_densities, context), bits = hand(), 1e308
+    single = [x.float() for x in log_densities]
+    context |= {name: x.float() for name, x in context.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    loss, terms = ELBO(free_bits=bits)(*single, **context)
+    assert loss == math.inf
+    assert terms["kl"].isfinite()
+
+
 def test_capacity_holds_the_kl_from_both_sides():
     log_densities, context = hand()
     kl = fastvae.kl_gauss(context["mu"], context["logvar"])
@@ -490,6 +499,7 @@ BAD: list[tuple[Any, ...]] = [
     (lambda: ELBO()(3.0, *hand()[0][1:], **hand()[1]), TypeError, "log_px_z"),
     (lambda: ELBO()(*hand()[0][:2], torch.zeros(1, 1, 3).double(), **hand()[1]), ValueError, "log_qz_x"),
     (lambda: ELBO(free_bits=-1.0), ValueError, "free_bits"),
+    (lambda: ELBO(capacity=dict), TypeError, "capacity: .*got type"),
     (lambda: ELBO(free_bits=math.inf), ValueError, "free_bits: .*finite"),
     (lambda: ELBO(free_bits=lambda step: 1.0), TypeError, "free_bits"),
     (lambda: ELBO(groups=(2, 3)), ValueError, "free_bits: .*groups"),

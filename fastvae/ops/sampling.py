@@ -177,7 +177,7 @@ def _sample(
     check_posterior(mu, logvar)
     if n_samples is not None:
         n_samples = check_count("n_samples", n_samples)
-        if isinstance(n_samples, int) and n_samples > 2**32 and n_samples * mu.numel() >= 2**60:
+        if isinstance(n_samples, int) and n_samples > 2**32 and n_samples * max(1, mu.numel()) >= 2**60:
             raise ValueError(f"n_samples: expected fewer, for mu of shape {tuple(mu.shape)}, got {n_samples}")
     shape = mu.shape
     mu, logvar = promote(mu, logvar)  # type: ignore[assignment]
