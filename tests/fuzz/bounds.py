@@ -112,7 +112,7 @@ def mmd(draw: Draw) -> Call:
 
         return [mean(z, z, True) - 2 * mean(z, y, False) + mean(y, y, True)]
 
-    return Call(fastvae.mmd, arguments, formula, roundings=8)
+    return Call(fastvae.mmd, arguments, formula, roundings=20)
 
 
 @surface
