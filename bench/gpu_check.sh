@@ -61,7 +61,8 @@ elif command -v nvcc > /dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
 fi
 
 echo "== testing"
-FASTVAE_BACKEND='' run_tests tests "$(at_most 170)" "triton or test_cuda.py or test_every_op and (compile or transforms)"
+compiled="test_every_op and (compile or transforms)" # these go through all backends themselves
+FASTVAE_BACKEND='' run_tests tests "$(at_most 170)" "triton or test_cuda.py or $compiled"
 
 wait # nothing else runs while times are taken
 library=$out/libfastvae_cuda.so
@@ -74,7 +75,7 @@ timeout "$limit" "$python" -m bench.gpu "$out" --seconds $((limit - 20)) 2>&1 | 
 if [ -n "$library" ]; then
   export FASTVAE_CUDA_LIBRARY=$library
   echo "== the CUDA kernels: their tests, the same table, and their memory accesses"
-  FASTVAE_BACKEND='' run_tests tests-cuda "$(at_most 60)" "cuda and not triton and not test_cuda.py or test_every_op and (compile or transforms)"
+  FASTVAE_BACKEND='' run_tests tests-cuda "$(at_most 60)" "cuda and not triton and not test_cuda.py or $compiled"
   limit=$(at_most 120 30)
   FASTVAE_BACKEND=cuda timeout "$limit" "$python" -m bench.gpu "$out/cuda" --seconds $((limit - 15)) 2>&1 \
     | tee "$out/bench-cuda.txt"
