@@ -364,6 +364,7 @@ def test_gradcheck(backend: Target, estimator: str, analytic: bool) -> None:
     torch.autograd.gradcheck(terms, (*inputs.values(), mixing(3)), fast_mode=backend.slow)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("shape", "dynamic"), [("[B, D]", False), ("[L, B, D]", True), ("[S, D]", True)])
 def test_compile(shape: str, dynamic: bool) -> None:
     prior = fastvae.StandardNormal()
@@ -383,9 +384,9 @@ def test_compile(shape: str, dynamic: bool) -> None:
         for ours, eager in zip(evaluate(compiled, inputs), evaluate(terms, inputs), strict=True):
             ulps = 4e-15 if dynamic else 0  # of the logarithm of a symbolic batch size, log2 times ln 2
             torch.testing.assert_close(ours, eager, rtol=ulps, atol=ulps)
-    torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_sample_of_no_column_gives_nan_where_values_are_not_looked_at() -> None:
     inputs = {n: x.detach() for n, x in samples(5, 4, 3, torch.float64).items()}
     compiled = torch.compile(kl_decomposition, fullgraph=True, backend="aot_eager")
@@ -393,7 +394,6 @@ def test_a_sample_of_no_column_gives_nan_where_values_are_not_looked_at() -> Non
         terms = compiled(**inputs, own=torch.tensor([0, 1, nowhere, 3, 0]))
         assert terms.mi.isnan()
         assert terms.tc.isfinite()
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

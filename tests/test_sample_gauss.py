@@ -157,6 +157,7 @@ def test_generator(backend: Target) -> None:
     assert_same([torch.random.get_rng_state()], [before])
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_code_draws_what_eager_code_draws(backend: Target) -> None:
     inputs = gaussians(31, 10, torch.float32)
 
@@ -168,4 +169,3 @@ def test_compiled_code_draws_what_eager_code_draws(backend: Target) -> None:
     torch.manual_seed(5)
     assert_same(evaluate(torch.compile(twice, fullgraph=True, backend="aot_eager"), inputs), eager)
     assert not (eager[0] == eager[1]).any()
-    torch._dynamo.reset()
