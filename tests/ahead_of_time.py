@@ -171,9 +171,10 @@ CASES = {
     "sample_gauss D 10": Case(sample(5, MANY, 10, "zqp"), "_sample_gauss", instructions=240),
     "sample_gauss float64": Case(sample(1, 8192, 64, "zqpk", DOUBLE), "_sample_gauss"),
     "sample_gauss_backward z": Case(
-        sample_backward(1, MANY, 128, "z"), "_sample_gauss_backward", instructions=74, wide=True
+        sample_backward(1, MANY, 128, "z"), "_sample_gauss_backward", 64, instructions=71, wide=True
     ),
-    "sample_gauss_backward all": Case(sample_backward(8, 507, 33, "zqpk"), "_sample_gauss_backward"),
+    "sample_gauss_backward all": Case(sample_backward(8, MANY, 33, "zqpk"), "_sample_gauss_backward"),
+    "sample_gauss_backward parts": Case(sample_backward(8, 507, 33, "zqpk"), "_add_parts"),
     "sample_gauss_backward float64": Case(sample_backward(2, 97, 64, "zqpk", DOUBLE), "_sample_gauss_backward"),
     "cross_log_prob": Case(pairs("cross_log_prob", 8192, 8192, 64), "_cross_log_prob", PACK, loops=FORWARD),
     "cross_log_prob D 512": Case(pairs("cross_log_prob", 8192, 8192, 512), "_cross_log_prob", PACK, loops=HALF_TILE),

@@ -120,6 +120,21 @@ def test_gradients_are_finite_and_right_where_the_formulas_are(backend: Target, 
         assert ((got.double() - exact).abs() <= tolerance)[finite].all(), f"result {n}: {got}, expected {exact}"
 
 
+@pytest.mark.parametrize("n_samples", [2, 9, 2000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_samples_of_both_signs_are_added_before_sigma_overflows(
+    backend: Target, dtype: torch.dtype, n_samples: int
+) -> None:
+    """d logvar is infinite where the formula's is, with its sign, and not inf − inf."""
+    overflows = 200.0 if dtype == torch.float32 else 1500.0
+    inputs = cast(of_numbers(mu=[0.5, -1.0, 2.0], logvar=[overflows, 1.0, 1e30]), dtype)
+    eps = normals(n_samples, 3, 1, dtype=dtype, seed=7)
+    _, _, expected = evaluate(lambda **x: sample(**x, eps=eps)[0], inputs)
+    _, _, got = evaluate(lambda **x: fastvae.reparameterize(**x, n_samples=n_samples, seed=7), inputs)
+    assert expected.isinf()[:, 0].tolist() == [True, False, True]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
 def test_rows_that_hold_nothing_take_no_time(native: Target, reduction: str) -> None:
     nothing = torch.zeros(2**40, 0, requires_grad=True)

@@ -14,12 +14,16 @@ from helpers import (
     Expected,
     Named,
     aggregate,
+    assert_accurate,
     assert_same,
     cast,
     cross,
     evaluate,
+    gaussians,
     needing_gradients,
+    normals,
     op_named,
+    sample,
     samples,
 )
 from torch import Tensor
@@ -28,7 +32,7 @@ import fastvae
 from fastvae import ColumnWeights
 
 pytest.importorskip("triton")
-from fastvae.kernels.triton import agg_log_prob, grids, packing
+from fastvae.kernels.triton import agg_log_prob, grids, packing, sample_gauss
 
 from fastvae.backends.contract import LogWeights
 
@@ -100,6 +104,24 @@ def test_gradcheck_of_ranges(backend: Target, name: str, monkeypatch: pytest.Mon
     op = op_named(name, torch.float64, S=2, N=130, D=2)
     others = {key: x.detach() for key, x in op.inputs.items() if key != "z"}
     assert torch.autograd.gradcheck(lambda z: op.fast(z=z, **others), (op.inputs["z"],))
+
+
+@pytest.mark.parametrize("programs", [1, 4], ids=["one program", "parts"])
+@pytest.mark.parametrize("outputs", [("z",), ("log_q", "kl"), ("z", "log_q", "log_p", "kl")], ids=str)
+def test_samples_of_a_tile_in_one_program_or_more(
+    backend: Target, outputs: tuple[str, ...], programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_gauss, "FULL", programs)
+    eps = normals(7, 5, 6, dtype=torch.float32, seed=3)
+
+    def formula(mu: Tensor, logvar: Tensor) -> list[Tensor]:
+        named = fastvae.GaussianSample(*sample(mu, logvar, eps))._asdict()
+        return [named[output] for output in outputs]
+
+    def fast(mu: Tensor, logvar: Tensor) -> list[Tensor]:
+        return [x for x in fastvae.sample_gauss(mu, logvar, 7, outputs=outputs, seed=3) if x is not None]
+
+    assert_accurate(fast, formula, gaussians(5, 6, torch.float32))
 
 
 def far_panels(dtype: torch.dtype) -> Named:

@@ -137,17 +137,16 @@ def sample_gauss_backward(
 ) -> list[Tensor]:
     inputs = (mu, logvar)
     mu, logvar, d_z, d_log_q, d_log_p, d_kl = _accumulate(mu, logvar, d_z, d_log_q, d_log_p, d_kl)
-    scaled_eps = torch.exp(0.5 * logvar) * _noise(mu, seed, n_samples)  # [L, B, D]
-    d_z = d_z - _times(d_log_p[..., None], mu + scaled_eps)  # d log_p / d z = −z
+    sigma, eps = torch.exp(0.5 * logvar), _noise(mu, seed, n_samples)  # [B, D], [L, B, D]
+    d_z = d_z - _times(d_log_p[..., None], mu + sigma * eps)  # d log_p / d z = −z
 
     def d_mu() -> Tensor:
         return d_z.sum(0) + _times(d_kl[..., None], mu)
 
     def d_logvar() -> Tensor:
+        from_z = _times(0.5 * (d_z * eps).sum(0), sigma)  # summed first: sigma may overflow, and eps has two signs
         from_log_q = d_log_q.expand(n_samples, mu.shape[0]).sum(0)[:, None]
-        return (
-            _times(0.5 * d_z, scaled_eps).sum(0) - 0.5 * from_log_q + _times(0.5 * d_kl[..., None], torch.expm1(logvar))
-        )
+        return from_z - 0.5 * from_log_q + _times(0.5 * d_kl[..., None], torch.expm1(logvar))
 
     return _gradients((d_mu, d_logvar), inputs, wanted)
 

@@ -97,26 +97,9 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
             const int64_t size = rows * n, e = b * D + d;
             if (flat) n *= rows, rows = 1;
 
-            // What does not depend on eps starts the sums off.
-            for (int64_t r = 0; r < rows && from_rest; ++r) {
-                const T *mu_row = mu + (b + r) * mu_stride + d, *logvar_row = logvar + (b + r) * logvar_stride + d;
-                const T g_kl = d_kl ? d_kl[b + r] : T(0);
-                double g_q = 0;
-                if (d_log_q)
-                    for (int64_t l = 0; l < L; ++l) g_q += d_log_q[l * B + b + r];
-                for_each_vector<T>(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
-                    Vec<T> vd_mu{}, vd_logvar = splat(T(-0.5 * g_q));
-                    if (d_kl) {
-                        const Vec<T> vlogvar = load_some(logvar_row + i, m);
-                        vd_mu = g_kl * load_some(mu_row + i, m);
-                        vd_logvar += times<T>(splat(T(0.5) * g_kl), Exponential<T>(vlogvar).minus_1());
-                    }
-                    if (d_mu) store_some(d_mu + e + r * n + i, vd_mu, m);
-                    if (d_logvar) store_some(d_logvar + e + r * n + i, vd_logvar, m);
-                });
-            }
+            // Samples first, summed before sigma multiplies: it may overflow, and their signs differ.
             for (int64_t l = 0; l < L && from_eps; ++l) {
-                const bool add = from_rest || l > 0;
+                const bool add = l > 0, last = l == L - 1;
                 alignas(64) T buffer[kChunk + kNormalsSlack];
                 const T *eps = fill_normals(uint64_t(l * B * D + e), size, seed, buffer);
                 for (int64_t r = 0; r < rows; ++r, eps += n) {
@@ -125,17 +108,38 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
                     const T g_p = d_log_p ? d_log_p[l * B + b + r] : T(0);
                     const int64_t out = e + r * n;
                     for_each_vector<T>(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
-                        const Vec<T> scaled = times<T>(load_some(eps + i, m),
-                                                       exp_<T>(T(0.5) * load_some(logvar_row + i, m)));
-                        Vec<T> dz = d_z ? load_some(d_z + l * B * D + out + i, m) : Vec<T>{};
-                        if (d_log_p) dz -= times<T>(splat(g_p), load_some(mu_row + i, m) + scaled);
-                        Vec<T> vd_logvar = times<T>(T(0.5) * dz, scaled);
+                        const Vec<T> veps = load_some(eps + i, m);
+                        Vec<T> sigma{}, dz = d_z ? load_some(d_z + l * B * D + out + i, m) : Vec<T>{};
+                        if (d_log_p || last) sigma = exp_<T>(T(0.5) * load_some(logvar_row + i, m));
+                        if (d_log_p) dz -= times<T>(splat(g_p), load_some(mu_row + i, m) + times<T>(veps, sigma));
+                        Vec<T> vd_logvar = dz * veps;
                         if (add && d_logvar) vd_logvar += load_some(d_logvar + out + i, m);
                         if (add && d_mu) dz += load_some(d_mu + out + i, m);
+                        if (last) vd_logvar = times<T>(T(0.5) * vd_logvar, sigma);
                         if (d_mu) store_some(d_mu + out + i, dz, m);
                         if (d_logvar) store_some(d_logvar + out + i, vd_logvar, m);
                     });
                 }
+            }
+            for (int64_t r = 0; r < rows && from_rest; ++r) {
+                const T *mu_row = mu + (b + r) * mu_stride + d, *logvar_row = logvar + (b + r) * logvar_stride + d;
+                const T g_kl = d_kl ? d_kl[b + r] : T(0);
+                const int64_t out = e + r * n;
+                double g_q = 0;
+                if (d_log_q)
+                    for (int64_t l = 0; l < L; ++l) g_q += d_log_q[l * B + b + r];
+                for_each_vector<T>(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+                    Vec<T> vd_mu{}, vd_logvar = splat(T(-0.5 * g_q));
+                    if (d_kl) {
+                        vd_mu = times<T>(splat(g_kl), load_some(mu_row + i, m));
+                        const Exponential<T> exponential(load_some(logvar_row + i, m));
+                        vd_logvar += times<T>(splat(T(0.5) * g_kl), exponential.minus_1());
+                    }
+                    if (from_eps && d_mu) vd_mu += load_some(d_mu + out + i, m);
+                    if (from_eps && d_logvar) vd_logvar += load_some(d_logvar + out + i, m);
+                    if (d_mu) store_some(d_mu + out + i, vd_mu, m);
+                    if (d_logvar) store_some(d_logvar + out + i, vd_logvar, m);
+                });
             }
         });
     });

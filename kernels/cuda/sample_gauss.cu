@@ -115,26 +115,29 @@ __global__ void sample_backward(Distribution<In> x, const In *d_z, Upstream<Accu
     load<kWide>(x.mu(b) + d, dims, mu);
     load<kWide>(x.logvar(b) + d, dims, logvar);
     FASTVAE_UNROLL
-    for (int e = 0; e < n; ++e) {
-        sigma[e] = exp_(T(0.5) * logvar[e]);
-        if (!g.kl) continue;
-        by_mu[e] = times(g.kl[b], mu[e]);
-        by_logvar[e] = times(T(0.5) * g.kl[b], expm1_(logvar[e]));
-    }
+    for (int e = 0; e < n; ++e) sigma[e] = exp_(T(0.5) * logvar[e]);
     const uint64_t seed = *x.seed;
+    T from_log_q = 0;
     for (int64_t l = 0; l < x.L; ++l) {
         const int64_t row = l * x.B + b;
-        const T g_q = g.log_q ? g.log_q[row] : T(0), g_p = g.log_p ? g.log_p[row] : T(0);
+        const T g_p = g.log_p ? g.log_p[row] : T(0);
+        if (g.log_q) from_log_q += g.log_q[row];
         T eps[n], pull[n] = {};
         if (d_z) load<kWide>(d_z + row * x.D + d, dims, pull);
         normals(uint64_t(row * x.D + d), seed, eps);
         FASTVAE_UNROLL
         for (int e = 0; e < n; ++e) {
-            const T scaled = times(eps[e], sigma[e]);
-            pull[e] -= times(g_p, mu[e] + scaled);
+            pull[e] -= times(g_p, mu[e] + times(eps[e], sigma[e]));
             by_mu[e] += pull[e];
-            by_logvar[e] += times(T(0.5) * pull[e], scaled) - T(0.5) * g_q;
+            by_logvar[e] = fma_(pull[e], eps[e], by_logvar[e]);
         }
+    }
+    FASTVAE_UNROLL
+    for (int e = 0; e < n; ++e) {  // sigma multiplies the sum: it may overflow, and the samples' signs differ
+        by_logvar[e] = times(T(0.5) * by_logvar[e], sigma[e]) - T(0.5) * from_log_q;
+        if (!g.kl) continue;
+        by_mu[e] += times(g.kl[b], mu[e]);
+        by_logvar[e] += times(T(0.5) * g.kl[b], expm1_(logvar[e]));
     }
     if (d_mu) store<kWide>(d_mu + b * x.D + d, dims, by_mu);
     if (d_logvar) store<kWide>(d_logvar + b * x.D + d, dims, by_logvar);

@@ -136,21 +136,32 @@ def _add_up(partials, out, partials2, out2, P, n, scale: tl.float64, BLOCK_P: tl
 
 @triton.jit
 def _add_up_one(partials, out, columns, P, n, scale, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    total = tl.zeros([BLOCK_P, BLOCK_N], tl.float64)
-    for first in range(0, P, BLOCK_P):
-        p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
-        inside = (p < P)[:, None] & (columns < n)[None, :]
-        total += tl.load(partials + p[:, None] * n + columns[None, :], inside, other=0.0).to(tl.float64)
-    result = tl.sum(total, 0) * tl.full([BLOCK_N], scale, tl.float64)
+    result = sum_of_rows(partials, n, columns, columns < n, P, BLOCK_P) * tl.full([BLOCK_N], scale, tl.float64)
     if not out.dtype.element_ty.is_fp64():
         result = result.to(tl.float32)
     tl.store(out + columns, result, columns < n)
 
 
+@triton.jit
+def sum_of_rows(x, stride, columns, inside, P, BLOCK_P: tl.constexpr):
+    """sum_p x[p stride + columns] in float64, for those of the columns [BN] that are inside."""
+    total = tl.zeros([BLOCK_P, columns.shape[0]], tl.float64)
+    for first in range(0, P, BLOCK_P):
+        p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
+        there = (p < P)[:, None] & inside[None, :]
+        total += tl.load(x + p[:, None] * stride + columns[None, :], there, other=0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+def columns_of_partials(n: int) -> Config:
+    """A tile of partial sums [P, n]: few columns, so that there are many programs."""
+    columns = min(16, next_power_of_2(n))
+    return {"BLOCK_P": 1024 // columns, "BLOCK_N": columns, "num_warps": 4}
+
+
 def add_up(partials: Tensor, outs: Sequence[Tensor], scale: float = 1.0) -> None:
     """Each out [n] becomes scale * the sum over P of its partials [len(outs), P, n], in float64; one or two outs."""
     _, P, n = partials.shape
-    columns = min(16, next_power_of_2(n))
-    block = {"BLOCK_P": 1024 // columns, "BLOCK_N": columns}
+    block = columns_of_partials(n)
     second = (partials[1], outs[1]) if len(outs) == 2 else (None, None)
-    _add_up[(cdiv(n, columns), len(outs))](partials[0], outs[0], *second, P, n, scale, **block, num_warps=4)
+    _add_up[(cdiv(n, block["BLOCK_N"]), len(outs))](partials[0], outs[0], *second, P, n, scale, **block)

@@ -14,7 +14,19 @@ from torch import Tensor
 
 from fastvae.backends.contract import accumulation_dtype
 
-from ._launch import Config, accumulator, add_up, cdiv, empty_like, fastest, row_blocks, rows, same_layout, tile
+from ._launch import (
+    Config,
+    accumulator,
+    cdiv,
+    columns_of_partials,
+    empty_like,
+    fastest,
+    row_blocks,
+    rows,
+    same_layout,
+    sum_of_rows,
+    tile,
+)
 from .elementary import exp, exp_tail, expm1, times
 from .philox import normals_of_elements, normals_of_groups
 
@@ -84,9 +96,10 @@ def _sample_gauss(
 def _sample_gauss_backward(
     d_z, d_log_q, d_log_p, d_kl, mu, mu_stride, logvar, logvar_stride, seed, d_mu, d_logvar, L, B, D, samples,
     column_blocks,
-    ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    PART: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """d_mu and d_logvar [B, D], or partials [programs of a tile, B, D] of `samples` samples each."""
+    """d_mu and d_logvar [B, D]; or as a PART partial sums [programs of a tile, B, D] of d/dz and d/dz eps, over
+    `samples` samples each."""
     program = tl.program_id(0)
     row = (program // column_blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BB]
     first_column = (program % column_blocks).to(tl.int64) * BLOCK_D
@@ -94,34 +107,71 @@ def _sample_gauss_backward(
     inside = (row < B)[:, None] & (column < D)[None, :]
     m = tl.load(mu + row[:, None] * mu_stride + column[None, :], inside, other=0.0).to(ACC)
     v = tl.load(logvar + row[:, None] * logvar_stride + column[None, :], inside, other=0.0).to(ACC)
-    sigma = exp(v, ACC, 0.5)
     part = tl.program_id(1)
-    by_mu, by_logvar = tl.zeros([BLOCK_B, BLOCK_D], ACC), tl.zeros([BLOCK_B, BLOCK_D], ACC)
-    if d_kl is not None:  # counts once
-        g_kl = tl.load(d_kl + row, (row < B) & (part == 0), other=0.0).to(ACC)[:, None]
-        by_mu = g_kl * m
-        by_logvar = times(0.5 * g_kl, expm1(v, exp(v, ACC), ACC))
-    if d_z is not None or d_log_q is not None or d_log_p is not None:
-        key = tl.load(seed)
-        for l in range(part * samples, tl.minimum(part * samples + samples, L)):  # noqa: E741
-            sample = tl.cast(l, tl.int64) * B + row
-            if d_log_q is not None:
-                by_logvar -= 0.5 * tl.load(d_log_q + sample, row < B, other=0.0).to(ACC)[:, None]
-            if d_z is not None or d_log_p is not None:
-                eps = _normals(sample, first_column, D, key, ALIGNED, ACC, BLOCK_D)
-                scaled = times(eps, sigma)
-                g = tl.zeros([BLOCK_B, BLOCK_D], ACC)
-                if d_z is not None:
-                    g = tl.load(d_z + sample[:, None] * D + column[None, :], inside, other=0.0).to(ACC)
-                if d_log_p is not None:
-                    g -= times(tl.load(d_log_p + sample, row < B, other=0.0).to(ACC)[:, None], m + scaled)
-                by_mu += g
-                by_logvar += times(0.5 * g, scaled)
+    by_z, by_sigma = tl.zeros([BLOCK_B, BLOCK_D], ACC), tl.zeros([BLOCK_B, BLOCK_D], ACC)
+    by_log_q = tl.zeros([BLOCK_B], ACC)
+    key = tl.load(seed)
+    for l in range(part * samples, tl.minimum(part * samples + samples, L)):  # noqa: E741
+        sample = tl.cast(l, tl.int64) * B + row
+        if d_z is not None or d_log_p is not None:
+            eps = _normals(sample, first_column, D, key, ALIGNED, ACC, BLOCK_D)
+            g = tl.zeros([BLOCK_B, BLOCK_D], ACC)
+            if d_z is not None:
+                g = tl.load(d_z + sample[:, None] * D + column[None, :], inside, other=0.0).to(ACC)
+            if d_log_p is not None:
+                z = m + times(eps, exp(v, ACC, 0.5))
+                g -= times(tl.load(d_log_p + sample, row < B, other=0.0).to(ACC)[:, None], z)
+            by_z += g
+            by_sigma = tl.fma(g, eps, by_sigma)
+        if d_log_q is not None and not PART:
+            by_log_q += tl.load(d_log_q + sample, row < B, other=0.0).to(ACC)
+    if not PART:
+        g_kl = None if d_kl is None else tl.load(d_kl + row, row < B, other=0.0).to(ACC)[:, None]
+        by_z, by_sigma = _gradients(by_z, by_sigma, by_log_q[:, None], g_kl, m, v, ACC)
     out = part.to(tl.int64) * B * D + row[:, None] * D + column[None, :]
     if d_mu is not None:
-        tl.store(d_mu + out, by_mu, inside)
+        tl.store(d_mu + out, by_z, inside)
     if d_logvar is not None:
-        tl.store(d_logvar + out, by_logvar, inside)
+        tl.store(d_logvar + out, by_sigma, inside)
+
+
+@triton.jit
+def _gradients(by_z, by_sigma, by_log_q, g_kl, m, v, ACC: tl.constexpr):
+    """d_mu and d_logvar from the samples' sums of d/dz, of d/dz eps and of d_log_q, and from d_kl. sigma multiplies a
+    sum and not its terms: it may overflow, and their signs differ."""
+    d_mu = by_z
+    d_logvar = times(0.5 * by_sigma, exp(v, ACC, 0.5)) - 0.5 * by_log_q
+    if g_kl is not None:
+        d_mu += times(g_kl, m)
+        d_logvar += times(0.5 * g_kl, expm1(v, exp(v, ACC), ACC))
+    return d_mu, d_logvar
+
+
+@triton.jit(do_not_specialize=["B", "P"], do_not_specialize_on_alignment=["L"])
+def _add_parts(
+    by_z, by_sigma, d_log_q, d_kl, mu, mu_stride, logvar, logvar_stride, d_mu, d_logvar, P, L, B, D,
+    ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The gradients [B, D] from partial sums [P, B, D], null where theirs is not wanted, and from d_log_q and d_kl."""
+    n = tl.cast(B, tl.int64) * D
+    element = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    inside = element < n
+    row, column = element // D, element % D
+    m = tl.load(mu + row * mu_stride + column, inside, other=0.0).to(ACC)
+    v = tl.load(logvar + row * logvar_stride + column, inside, other=0.0).to(ACC)
+    z, s, q = tl.zeros([BLOCK_N], ACC), tl.zeros([BLOCK_N], ACC), tl.zeros([BLOCK_N], ACC)
+    if by_z is not None:
+        z = sum_of_rows(by_z, n, element, inside, P, BLOCK_P).to(ACC)
+    if by_sigma is not None:
+        s = sum_of_rows(by_sigma, n, element, inside, P, BLOCK_P).to(ACC)
+    if d_log_q is not None:
+        q = sum_of_rows(d_log_q, B, row, inside, L, BLOCK_P).to(ACC)
+    g_kl = None if d_kl is None else tl.load(d_kl + row, inside, other=0.0).to(ACC)
+    z, s = _gradients(z, s, q, g_kl, m, v, ACC)
+    if d_mu is not None:
+        tl.store(d_mu + element, z, inside)
+    if d_logvar is not None:
+        tl.store(d_logvar + element, s, inside)
 
 
 def _aligned(n_rows: int, D: int) -> bool:
@@ -188,7 +238,6 @@ def sample_gauss_backward(
     L = n_samples
     upstream = [None if g is None else g.contiguous() for g in (d_z, d_log_q, d_log_p, d_kl)]
     gradients = [empty_like(x) if want else None for x, want in zip((mu, logvar), wanted, strict=True)]
-    results = [g for g in gradients if g is not None]
     inputs = (*rows(mu, B), *rows(logvar, B))
     if all(g is None for g in upstream[1:]) and same_layout(B, mu, logvar):
         B, D = 1, B * D
@@ -200,14 +249,19 @@ def sample_gauss_backward(
         tiles = row_blocks(B, config) * config["column_blocks"]
         samples = max(1, cdiv(L, max(1, FULL // max(1, tiles))))  # of one program
         parts = max(1, cdiv(L, samples))
-        targets: list[Tensor | None] = gradients
+        targets: Sequence[Tensor | None] = gradients
         if parts > 1:
-            partials = torch.empty((len(results), parts, B * D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
-            remaining = iter(partials)
-            targets = [next(remaining) if want else None for want in wanted]
-        _sample_gauss_backward[(tiles, parts)](*upstream, *inputs, seed, *targets, L, B, D, samples, **config, **meta)
+            wide, from_eps = accumulation_dtype(mu.dtype), d_z is not None or d_log_p is not None
+            targets = [mu.new_empty((parts, B * D), dtype=wide) if want and from_eps else None for want in wanted]
+        _sample_gauss_backward[(tiles, parts)](
+            *upstream, *inputs, seed, *targets, L, B, D, samples, PART=parts > 1, **config, **meta
+        )
         if parts > 1:
-            add_up(partials, results)
-        return results
+            block = columns_of_partials(B * D)
+            _add_parts[(cdiv(B * D, block["BLOCK_N"]),)](
+                *targets, *upstream[1:4:2], *inputs, *gradients, parts, L, B, D,
+                ACC=meta["ACC"], enable_fp_fusion=False, **block,
+            )  # fmt: skip
+        return [g for g in gradients if g is not None]
 
     return fastest(run, _configs(B, D, aligned, mu.dtype), "sample_gauss_backward", mu.dtype, *wanted, L, B, D)
