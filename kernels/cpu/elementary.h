@@ -25,7 +25,7 @@ template <> struct Elementary<float> {
     static constexpr float kLog[] = {3.333333118e-01f,  -2.499999696e-01f, 2.000071575e-01f,
                                      -1.666780232e-01f, 1.424905765e-01f,  -1.242568733e-01f,
                                      1.168541992e-01f,  -1.147973385e-01f, 6.971611471e-02f};
-    static constexpr int32_t kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
+    static constexpr uint32_t kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
     static constexpr float kMinNormal = 0x1p-126f, kEpsilon = 0x1p-23f;
 };
 
@@ -55,7 +55,7 @@ template <> struct Elementary<double> {
                                       2.857142874366239149e-01, 2.222219843214978396e-01,
                                       1.818357216161805012e-01, 1.531383769920937332e-01,
                                       1.479819860511658591e-01};
-    static constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
+    static constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
     static constexpr double kMinNormal = 0x1p-1022, kEpsilon = 0x1p-52;
 };
 
@@ -152,12 +152,12 @@ private:
 
 template <class T> FASTVAE_INLINE Vec<T> exp_(Vec<T> x) { return Exponential<T>(x).value(); }
 
-// ln x for positive, normal, finite x. With x = m 2^e, m in [sqrt(1/2), sqrt(2)) and f = m - 1:
+// ln x for positive, normal, finite x (some number for others). With x = m 2^e, m in [sqrt(1/2), sqrt(2)), f = m - 1:
 // float: ln m = f - f^2/2 + f^3 P(f), P's error 3e-8; double: fdlibm's, with s = f / (2 + f).
 template <class T> FASTVAE_INLINE Vec<T> log_normal(Vec<T> x) {
     using E = Elementary<T>;
-    const IVec<T> shifted = (IVec<T>)x - E::kSqrtHalf;
-    const Vec<T> e = (Vec<T>)((shifted >> E::kMantissa) + (IVec<T>)splat(E::kRound)) - E::kRound;
+    const Bits<T> shifted = (Bits<T>)x - E::kSqrtHalf;
+    const Vec<T> e = (Vec<T>)(((IVec<T>)shifted >> E::kMantissa) + (IVec<T>)splat(E::kRound)) - E::kRound;
     const Vec<T> m = (Vec<T>)((shifted & ((decltype(E::kSqrtHalf)(1) << E::kMantissa) - 1)) + E::kSqrtHalf);
     const Vec<T> f = m - T(1);
     const Vec<T> f2 = f * f;
