@@ -30,6 +30,21 @@ def mixture(draw: Draw, K: int, D: int) -> dict[str, Tensor]:
     }
 
 
+def iterated(
+    x: Tensor, weights: Tensor, means: Tensor, variances: Tensor, max_iter: int, reg_covar: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """EM by its formulas: the parameters, and the smallest share N_k that a component ever had."""
+    least = x.new_tensor(len(x))
+    for _ in range(max_iter):
+        r = (weights.log() + log_normal(x[:, None], means, variances.log()).sum(-1)).softmax(1)  # [S, K]
+        n = r.sum(0)[:, None]  # [K, 1]
+        least = torch.minimum(least, n.min())
+        means = r.T @ x / n
+        variances = (r.T[..., None] * (x - means[:, None]) ** 2).sum(1) / n + reg_covar
+        weights = n[:, 0] / len(x)
+    return weights, means, variances, least
+
+
 @surface
 def gaussian_mixture_from_a_start(draw: Draw) -> Call:
     K, D = draw.sizes(2, least=1, most=30)
@@ -74,24 +89,23 @@ def gaussian_mixture_from_a_start(draw: Draw) -> Call:
         reg_covar: float,
         **_: Any,
     ) -> list[Tensor]:
-        for step in range(max_iter + 1):
-            log_joint = weights.log() + log_normal(x[:, None], means, variances.log()).sum(-1)  # [S, K]
-            log_p, r = log_joint.logsumexp(1), log_joint.softmax(1)
-            if step < max_iter:
-                n = r.sum(0)[:, None]  # [K, 1]
-                means = r.T @ x / n
-                variances = (r.T[..., None] * (x - means[:, None]) ** 2).sum(1) / n + reg_covar
-                weights = n[:, 0] / S
+        weights, means, variances, _ = iterated(x, weights, means, variances, max_iter, reg_covar)
+        log_joint = weights.log() + log_normal(x[:, None], means, variances.log()).sum(-1)  # [S, K]
+        log_p, r = log_joint.logsumexp(1), log_joint.softmax(1)
         complete, n_free = (q * log_joint).sum(1).mean(), 2 * means.numel() + K - 1
         bound = complete - torch.special.xlogy(q, q).sum(1).mean()
         deviance = -2 * log_p.mean()
         scores = [log_p.mean(), complete, bound, deviance + n_free * math.log(S) / S, deviance + 2 * n_free / S]
         return [weights, means, variances, log_p, r, torch.stack(scores)]
 
+    # The formulas know nothing of components that start anew where their share is no more than rounding.
+    start = [given[name].double() for name in ("x", "weights", "means", "variances")]
+    least = iterated(*start, arguments["max_iter"], arguments["reg_covar"])[-1]
+    known = not draw.extreme and least > (1e-12 if x.dtype == torch.float64 else 1e-4)
     return Call(
         function,
         arguments,
-        None if draw.extreme else formula,
+        formula if known else None,
         differentiable=False,
         costly=("max_iter",),
         roundings=1000,  # as EM takes differences of its own
