@@ -230,6 +230,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Target]:
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
+    """It remembers nothing, before and after."""
+    torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 

@@ -287,9 +287,9 @@ def test_the_factor_of_a_half_precision_z_is_applied_in_float32(dtype):
     torch.testing.assert_close(half.float(), exact, rtol=eps, atol=1e-7)  # two roundings: of w · factor, of w² · factor
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_compiles_to_one_graph(gradient):
-    torch.compiler.reset()
     x = MODEL.draw(31)
     W, b = MODEL.W.detach(), MODEL.b.detach()
 

@@ -372,10 +372,10 @@ def make_vae(objective: Any, n: int = 7) -> VAE:
     return VAE(Encoder(n), nn.Linear(D, n), likelihood="gaussian", learned=True, objective=objective).double()
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_on_a_vae_compiled_and_not(name):
     """To one graph, for all sizes of a batch and all steps."""
-    torch.compiler.reset()
     vae = make_vae(OBJECTIVES[name])
     compiled = torch.compile(vae, fullgraph=True, backend="aot_eager", dynamic=True)
     for step, B in ((4, 31), (5, 12)):

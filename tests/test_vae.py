@@ -461,9 +461,9 @@ def test_on_the_meta_device():
         assert vae.sample(2).shape == (2, 4, 5)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("likelihood", DATA)
 def test_compiles_to_one_graph(likelihood):
-    torch.compiler.reset()
     options, draw, _ = DATA[likelihood]
     vae = make_vae(likelihood=likelihood, objective=ELBO(warm_up), **options)
     compiled = torch.compile(vae, fullgraph=True, backend="aot_eager")
@@ -484,8 +484,8 @@ def test_compiles_to_one_graph(likelihood):
         assert compiled.sample(2).shape == (2, 4, 5)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_step_given_as_a_tensor_compiles_to_one_graph():
-    torch.compiler.reset()
     vae = make_vae(objective=ELBO(warm_up))
     compiled = torch.compile(vae, fullgraph=True, backend="eager")
     x = binary(7, 4, 5)
@@ -495,8 +495,8 @@ def test_a_step_given_as_a_tensor_compiles_to_one_graph():
             torch.testing.assert_close(out.loss, out.nell + step / 9 * out.kl)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_batches_of_any_size_compile_to_two_graphs():
-    torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounter()
     vae = make_vae(objective=ELBO(warm_up))
     compiled = torch.compile(vae, fullgraph=True, backend=counter)
@@ -646,6 +646,7 @@ def test_errors_name_the_argument(make, error, message):
         make()
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_by_inductor_with_a_large_batch() -> None:
     """Inductor reuses the memory of one view of z before it has read another, so that there must be but one."""
     encoder = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 20))
@@ -659,4 +660,3 @@ def test_compiled_by_inductor_with_a_large_batch() -> None:
         gradients.append(torch.autograd.grad(step(x), [*encoder.parameters(), *decoder.parameters()]))
     for eager, compiled in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4 * float(eager.abs().max()))
-    torch._dynamo.reset()
