@@ -13,6 +13,7 @@ from conftest import Target
 from helpers import (
     DTYPES,
     LOG_2PI,
+    SEARCH_MARGIN,
     Expected,
     Named,
     assert_accurate,
@@ -202,6 +203,10 @@ def test_terms(backend: Target, shape: str, estimator: str | None, dtype: torch.
         lambda **x: differentiable(formula(**x, log_w=log_w, own=own, analytic=analytic)),
         samples(S, B, 5, dtype),
         ("z", "mu"),
+        # All rows share a few log-weights, so that rounding these does not average out, and the tc is off by it as
+        # often as there are dimensions: in float64 by 1.4e-15 in the formula and 1.8e-15 here (against long doubles),
+        # while the error in float32, by which the rule goes, is as it happens.
+        margin=SEARCH_MARGIN if dtype == torch.float64 else 1.0,
     )
 
 
