@@ -18,7 +18,7 @@ template <class T> struct Stages {
     Stage<T> stages[kStages];
     AsyncCopies<kStages>::Shared copies;
     Balance balance;
-    T tops[kPanel<T>];  // of rows, what their sums are relative to
+    alignas(16) T tops[kPanel<T>];  // of rows, what their sums are relative to
 };
 
 // Which of a panel's samples or columns a thread has, by its lane: pieces of 16 bytes, so that 16 lanes read from
