@@ -330,8 +330,8 @@ def assert_rounded_once(fast: Callable[..., Results], inputs: Named, dtype: torc
 
 
 def negated(x: Tensor) -> Tensor:
-    """The numbers of x in a view that is to be negated when it is read, as complex autograd makes them."""
-    return torch.complex(torch.zeros_like(x), -x).conj().imag
+    """The numbers of x in a view that is to be negated when it is read, as complex autograd makes them; of any dtype."""
+    return torch._neg_view(-x)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
