@@ -330,7 +330,7 @@ def assert_rounded_once(fast: Callable[..., Results], inputs: Named, dtype: torc
 
 
 def negated(x: Tensor) -> Tensor:
-    """The numbers of x in a view that is to be negated when it is read, as complex autograd makes them; of any dtype."""
+    """The numbers of x in a view that is to be negated when it is read, as complex autograd makes them; any dtype."""
     return torch._neg_view(-x)
 
 

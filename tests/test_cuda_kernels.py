@@ -134,7 +134,8 @@ def library_with(tmp_path: Path, bulk: bool, source_name: str, file: str, before
     folders = tmp_path / "kernels" / "include", tmp_path / "kernels" / "cuda"
     library = tmp_path / "library.so"
     defined = ["-DFASTVAE_ISA=cuda", "-DFASTVAE_HOST_SIMT", f"-DFASTVAE_CUDA_BULK={int(bulk)}"]
-    options = ["-xc++", "-std=c++20", "-O0", "-shared", "-fPIC", *defined, f"-I{folders[0]}"]
+    checked = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+    options = ["-xc++", "-std=c++20", "-O0", "-shared", "-fPIC", *checked, *defined, f"-I{folders[0]}"]
     command = ["g++", *options, str(folders[1] / f"{source_name}.cu"), "-o", str(library)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return library
@@ -183,6 +184,7 @@ MISTAKES = {
     "a size not of 16 bytes": Mistake("tile.h", "n * kBytes);", "n * kBytes - 4);", "pieces of 16 bytes"),
     "no barrier after the wait": Mistake("tile.h", BARRIER, NO_BARRIER, "0 False", (False,)),
     "no barrier between bulk copies": Mistake("tile.h", BARRIER, NO_BARRIER, "never come"),
+    "a piece that is not aligned": Mistake("tile.h", "alignas(16) T tops", "T tops", "misaligned address"),
     "a barrier that some skip": Mistake("row_sums.h", SKIP, "if (i() >= p.S) return; __syncthreads();", "never come"),
 }
 

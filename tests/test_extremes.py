@@ -120,7 +120,7 @@ def test_gradients_are_finite_and_right_where_the_formulas_are(backend: Target, 
         assert ((got.double() - exact).abs() <= tolerance)[finite].all(), f"result {n}: {got}, expected {exact}"
 
 
-@pytest.mark.parametrize("n_samples", [2, 9, 2000])
+@pytest.mark.parametrize("n_samples", [2, 9, 90])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_samples_of_both_signs_are_added_before_sigma_overflows(
     backend: Target, dtype: torch.dtype, n_samples: int

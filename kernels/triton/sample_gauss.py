@@ -152,7 +152,7 @@ def _add_parts(
     by_z, by_sigma, d_log_q, d_kl, mu, mu_stride, logvar, logvar_stride, d_mu, d_logvar, P, L, B, D,
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradients [B, D] from partial sums [P, B, D], null where theirs is not wanted, and from d_log_q and d_kl."""
+    """The gradients [B, D] from partial sums [P, B, D], null where not wanted or not there; d_log_q; d_kl."""
     n = tl.cast(B, tl.int64) * D
     element = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     inside = element < n
@@ -183,8 +183,11 @@ def _configs(n_rows: int, D: int, aligned: bool, dtype: torch.dtype) -> list[Con
     """A fixed tile, and others to try where there is enough work for the choice to matter."""
     if n_rows * D < 1 << 20:
         return [tile(n_rows, D)]
-    # 16 elements for each thread, or 8 where 16 take so many registers that too few threads have room
-    sizes = [(2048, 4), (1024, 4), (4096, 8)] if aligned and dtype != torch.float64 else [(1024, 4), (512, 4)]
+    # 16 elements for each thread, or fewer where 16 take so many registers that too few threads have room
+    if dtype == torch.float64:
+        sizes = [(512, 4), (1024, 4)]
+    else:
+        sizes = [(2048, 4), (1024, 4), (4096, 8)] if aligned else [(1024, 4), (512, 4)]
     return [tile(n_rows, D, *size) for size in sizes]
 
 
@@ -239,6 +242,8 @@ def sample_gauss_backward(
     upstream = [None if g is None else g.contiguous() for g in (d_z, d_log_q, d_log_p, d_kl)]
     gradients = [empty_like(x) if want else None for x, want in zip((mu, logvar), wanted, strict=True)]
     inputs = (*rows(mu, B), *rows(logvar, B))
+    of_z, of_log_q, of_log_p, of_kl = upstream
+    from_eps = of_z is not None or of_log_p is not None
     if all(g is None for g in upstream[1:]) and same_layout(B, mu, logvar):
         B, D = 1, B * D
 
@@ -251,15 +256,16 @@ def sample_gauss_backward(
         parts = max(1, cdiv(L, samples))
         targets: Sequence[Tensor | None] = gradients
         if parts > 1:
-            wide, from_eps = accumulation_dtype(mu.dtype), d_z is not None or d_log_p is not None
+            wide = accumulation_dtype(mu.dtype)
             targets = [mu.new_empty((parts, B * D), dtype=wide) if want and from_eps else None for want in wanted]
-        _sample_gauss_backward[(tiles, parts)](
-            *upstream, *inputs, seed, *targets, L, B, D, samples, PART=parts > 1, **config, **meta
-        )
+        if from_eps or parts == 1:
+            _sample_gauss_backward[(tiles, parts)](
+                *upstream, *inputs, seed, *targets, L, B, D, samples, PART=parts > 1, **config, **meta
+            )
         if parts > 1:
             block = columns_of_partials(B * D)
             _add_parts[(cdiv(B * D, block["BLOCK_N"]),)](
-                *targets, *upstream[1:4:2], *inputs, *gradients, parts, L, B, D,
+                *targets, of_log_q, of_kl, *inputs, *gradients, parts, L, B, D,
                 ACC=meta["ACC"], enable_fp_fusion=False, **block,
             )  # fmt: skip
         return [g for g in gradients if g is not None]
