@@ -175,6 +175,7 @@ CASES = {
     ),
     "sample_gauss_backward all": Case(sample_backward(8, MANY, 33, "zqpk"), "_sample_gauss_backward"),
     "sample_gauss_backward parts": Case(sample_backward(8, 507, 33, "zqpk"), "_add_parts"),
+    "sample_gauss_backward parts float64": Case(sample_backward(2, 97, 64, "zqpk", DOUBLE), "_add_parts"),
     "sample_gauss_backward float64": Case(sample_backward(2, 65536, 64, "zqpk", DOUBLE), "_sample_gauss_backward"),
     "cross_log_prob": Case(pairs("cross_log_prob", 8192, 8192, 64), "_cross_log_prob", PACK, loops=FORWARD),
     "cross_log_prob D 512": Case(pairs("cross_log_prob", 8192, 8192, 512), "_cross_log_prob", PACK, loops=HALF_TILE),
