@@ -11,6 +11,7 @@ import fastvae
 from fastvae.backends import native_library
 
 from .harness import in_turns
+from .inputs import samples
 from .peers import compiled_broadcast, compiled_gemm
 
 
@@ -51,7 +52,7 @@ def population(N: int, D: int, active: int, logvar: float) -> list[Tensor]:
     mu[:, inactive] *= 0.01
     widths[:, inactive] = 0
     widths += 0.1 * torch.randn(N, D, generator=generator)
-    return [fastvae.reparameterize(mu, widths, seed=0), mu, widths]
+    return [samples(mu, widths), mu, widths]
 
 
 def run(inputs: list[Tensor], backward: bool, exact_skip: bool) -> Callable[[], list[Tensor]]:

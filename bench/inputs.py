@@ -1,24 +1,30 @@
-"""Inputs as a trained VAE gives them: means about N(0, 1), logvar about −2."""
+"""Inputs as a trained VAE gives them: means about N(0, 1), logvar about −2. Plain torch, on the device asked for: no
+backend of fastvae has a part in what it is measured on."""
 
 import torch
 from torch import Tensor
 
-import fastvae
-
 SEED = 0
 
 
-def posteriors(B: int, D: int, seed: int = SEED) -> tuple[Tensor, Tensor]:
+def posteriors(B: int, D: int, seed: int = SEED, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """mu, logvar [B, D]"""
-    generator = torch.Generator().manual_seed(seed)
-    mu = torch.randn(B, D, generator=generator)
-    return mu, -2 + 0.5 * torch.randn(B, D, generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    mu = torch.randn(B, D, generator=generator, device=device)
+    return mu, -2 + 0.5 * torch.randn(B, D, generator=generator, device=device)
 
 
-def samples_and_posteriors(B: int, D: int, seed: int = SEED) -> tuple[Tensor, Tensor, Tensor]:
+def samples(mu: Tensor, logvar: Tensor, seed: int = SEED) -> Tensor:
+    """z [B, D], each from its own posterior"""
+    generator = torch.Generator(mu.device).manual_seed(seed + 1)
+    eps = torch.randn(mu.shape, generator=generator, device=mu.device)
+    return mu + eps * torch.exp(0.5 * logvar)
+
+
+def samples_and_posteriors(B: int, D: int, seed: int = SEED, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """z, mu, logvar [B, D], each z from its own posterior"""
-    mu, logvar = posteriors(B, D, seed)
-    return fastvae.reparameterize(mu, logvar, seed=seed), mu, logvar
+    mu, logvar = posteriors(B, D, seed, device)
+    return samples(mu, logvar, seed), mu, logvar
 
 
 def binary_images(B: int, D: int, seed: int = SEED) -> tuple[Tensor]:

@@ -46,6 +46,7 @@ settings.register_profile(
     suppress_health_check=(HealthCheck.function_scoped_fixture, HealthCheck.too_slow),
 )
 settings.register_profile("long", settings.get_profile("quick"), derandomize=False, max_examples=500)
+settings.register_profile("gpu", settings.get_profile("quick"), max_examples=3)  # each D compiles kernels of its own
 settings.load_profile(os.environ.get("FASTVAE_HYPOTHESIS", "quick"))
 
 # Memory that torch.empty hands out starts as NaN, so that a result nobody wrote is seen.
@@ -131,7 +132,16 @@ def _in_the_other_dtype(items: list[pytest.Item]) -> set[pytest.Item]:
 BEST = native_library.instruction_sets()[:1] if backends.status("native").available else []
 QUICK = {"reference", *(f"native-{isa}" for isa in BEST)}
 LONG_FILES = ("bench", "bench_compare", "c_interface", "compile", "cuda", "cuda_kernels", "demo", "examples", "fuzz")
-LONG_FILES += ("importance", "installed", "main", "native_library", "triton", "triton_compile", "triton_early_exit")
+LONG_FILES += (
+    "gpu_run",
+    "importance",
+    "installed",
+    "main",
+    "native_library",
+    "triton",
+    "triton_compile",
+    "triton_early_exit",
+)
 LONG_TESTS = ("anchors_of_the_whole", "budget", "compile", "environment", "inductor", "it_learns", "little_terms")
 LONG_TESTS += ("many_rows", "opcheck", "trains", "transforms", "triton", "variable")
 
