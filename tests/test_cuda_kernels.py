@@ -64,6 +64,26 @@ def test_a_workspace_that_is_too_small_is_an_error(library: None, monkeypatch: p
         fastvae.agg_log_prob(z, z, z)
 
 
+# Grids.
+
+
+def test_a_grid_that_no_gpu_takes_is_an_error(library: None) -> None:
+    """Of 2^32 blocks, which would be none in 32 bits."""
+    rows = (None, 0) * 4
+    status = cuda.library().fastvae_cuda_kl_gauss(0, *rows, 2**40, 0, 1, 1.0, None, None, 0, None)
+    assert b"more blocks" in cuda.library().fastvae_cuda_status_string(status)
+
+
+def test_a_row_is_as_long_as_memory_allows(library: None) -> None:
+    """Of more columns than a block for 1024 each could have in a grid's y."""
+    x = torch.linspace(-3, 3, 2**26 + 1)[None]
+    kl = cuda.kl_gauss(x, x, None, None, "none")
+    torch.testing.assert_close(kl, (x * x + x.expm1() - x) / 2, atol=1e-6, rtol=1e-6)
+    upstream = torch.ones(1, 1, device=x.device).expand_as(x)
+    (d_mu,) = cuda.kl_gauss_backward(upstream, x, x, None, None, "none", (True, False, False, False))
+    assert torch.equal(d_mu, x)
+
+
 # Accesses of 16 bytes.
 
 

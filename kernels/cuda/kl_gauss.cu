@@ -47,7 +47,8 @@ FASTVAE_DEVICE void terms_of(const KlInputs<In> &in, int64_t b, int64_t d, Terms
     }
 }
 
-// How rows and columns, `each` of a thread, are spread over a block's threads, and rows over blocks.
+// How rows and columns, `each` of a thread, are spread over a block's threads and over blocks: those of the same rows
+// follow each other, in x alone, as a grid's y is too short for a row of 2^26 columns.
 struct Spread {
     static constexpr int64_t kOfOneBlock = 16384, kOfManyBlocks = 2048, kMaxPartials = 1024;
     int64_t width, column_blocks;
@@ -55,6 +56,7 @@ struct Spread {
     Spread(int64_t B, int64_t D, int each, bool sums)
         : width(clamp_width(D, each)), column_blocks(D < 1 ? 1 : ceil_div(D, width * each)),
           rows(B, wanted(B, D, sums)) {}
+    int64_t blocks() const { return rows.count * column_blocks; }
 
 private:
     static int64_t clamp_width(int64_t D, int each) {
@@ -69,13 +71,15 @@ private:
     }
 };
 
-struct Place {  // a thread's first column, and its first and last row and the step between
-    int64_t d, first, last, step;
-    FASTVAE_DEVICE Place(const Spread &spread, int each, int64_t B)
-        : d((blockIdx.y * spread.width + threadIdx.x % spread.width) * each),
-          first(blockIdx.x * spread.rows.size + threadIdx.x / spread.width),
-          last((blockIdx.x + 1) * spread.rows.size < B ? (blockIdx.x + 1) * spread.rows.size : B),
-          step(kThreads / spread.width) {}
+struct Place {  // which part of the rows; a thread's first column, and its first and last row and the step between
+    int64_t part, d, first, last, step;
+    FASTVAE_DEVICE Place(const Spread &spread, int each, int64_t B) : step(kThreads / spread.width) {
+        const unsigned columns = unsigned(spread.column_blocks), of_rows = blockIdx.x / columns;
+        part = of_rows;
+        d = ((blockIdx.x - of_rows * columns) * spread.width + threadIdx.x % spread.width) * each;
+        first = part * spread.rows.size + threadIdx.x / spread.width;
+        last = (part + 1) * spread.rows.size < B ? (part + 1) * spread.rows.size : B;
+    }
 };
 
 // Adds up the first `count` of what the block's threads of the same columns have, or with a width of 1 all of them, in
@@ -114,12 +118,12 @@ __global__ void kl_of_block(KlInputs<In> in, Spread spread, int reduction, doubl
         if (reduction == FASTVAE_NONE) store<kWide>(out + b * in.D + at.d, there, kl);
     }
     if (reduction == FASTVAE_NONE) return;
-    const bool dim = reduction == FASTVAE_DIM, alone = gridDim.x * (dim ? 1 : gridDim.y) == 1;
+    const bool dim = reduction == FASTVAE_DIM, alone = dim ? spread.rows.count == 1 : gridDim.x == 1;
     FASTVAE_UNROLL
     for (int e = 1; e < n; ++e) sums[0] += dim ? 0.0 : sums[e];
     sum_of_block(sums, dim ? n : 1, dim ? spread.width : 1);
     if (threadIdx.x >= (dim ? spread.width : 1)) return;
-    const int64_t k = dim ? at.d : 0, first = dim ? blockIdx.x * in.D : blockIdx.x * gridDim.y + blockIdx.y;
+    const int64_t k = dim ? at.d : 0, first = dim ? at.part * in.D : blockIdx.x;
     FASTVAE_UNROLL
     for (int e = 0; e < n; ++e) {
         if (e >= (dim ? there : 1)) continue;
@@ -204,7 +208,7 @@ __global__ void kl_backward(KlInputs<In> in, Spread spread, const Accumulator<In
         sum_of_block(sums, n, spread.width);
         FASTVAE_UNROLL
         for (int e = 0; e < n; ++e)
-            if (threadIdx.x < spread.width && e < there) partials[blockIdx.x * in.D + at.d + e] = sums[e];
+            if (threadIdx.x < spread.width && e < there) partials[at.part * in.D + at.d + e] = sums[e];
     }
 }
 
@@ -262,10 +266,10 @@ int fastvae_cuda_kl_gauss(int dtype, const void *mu, int64_t mu_stride, const vo
             return FASTVAE_CUDA_WORKSPACE_TOO_SMALL;
         const Spread spread(B, D, kColumns<In>, reduction != FASTVAE_NONE);
         double *const partials = static_cast<double *>(workspace);
-        FASTVAE_TRY(launch(wide ? kl_of_block<In, true> : kl_of_block<In, false>, spread.rows.count, spread.column_blocks,
-                           kThreads, stream, in, spread, reduction, scale, out, partials));
+        FASTVAE_TRY(launch(wide ? kl_of_block<In, true> : kl_of_block<In, false>, spread.blocks(), 1, kThreads, stream, in,
+                           spread, reduction, scale, out, partials));
         const bool dim = reduction == FASTVAE_DIM;
-        const int64_t parts = spread.rows.count * (dim ? 1 : spread.column_blocks), n = dim ? D : 1;
+        const int64_t parts = dim ? spread.rows.count : spread.blocks(), n = dim ? D : 1;
         if (reduction == FASTVAE_NONE || parts == 1) return FASTVAE_CUDA_OK;
         return launch(add_partials<T>, ceil_div(n * 32, kThreads), 1, kThreads, stream, partials, parts, n, scale, out);
     });
@@ -294,8 +298,8 @@ int fastvae_cuda_kl_gauss_backward(int dtype, const void *grad, int64_t grad_row
         const T *const upstream = static_cast<const T *>(grad);
         const bool wide = is_wide(in) && (grad_col != 1 || aligned(upstream, grad_row)) && aligned(out.d_mu, D) &&
                           aligned(out.d_logvar, D) && aligned(out.d_prior_mu, D) && aligned(out.d_prior_logvar, D);
-        FASTVAE_TRY(launch(wide ? kl_backward<In, true> : kl_backward<In, false>, spread.rows.count, spread.column_blocks,
-                           kThreads, stream, in, spread, upstream, grad_row, grad_col, scale, out));
+        FASTVAE_TRY(launch(wide ? kl_backward<In, true> : kl_backward<In, false>, spread.blocks(), 1, kThreads, stream, in,
+                           spread, upstream, grad_row, grad_col, scale, out));
         for (int k = 0; k < 2; ++k) {
             const double *const partials = k ? out.prior_logvar_partials : out.prior_mu_partials;
             In *const sum = static_cast<In *>(k ? d_prior_logvar : d_prior_mu);

@@ -16,11 +16,15 @@ using Stream = void *;
 using Stream = cudaStream_t;
 #endif
 
+// Of a grid in x and in y, as far as a GPU goes
+constexpr int64_t kMostBlocks = 0x7fffffff, kMostLayers = 0xffff;
+
 // kernel<<<grid, threads, 0, stream>>>(arguments...), or nothing where the grid is empty; a status
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int64_t layers, int threads, [[maybe_unused]] Stream stream,
            const Arguments &...arguments) {
     if (blocks <= 0 || layers <= 0) return FASTVAE_CUDA_OK;
+    if (blocks > kMostBlocks || layers > kMostLayers) return FASTVAE_CUDA_GRID_TOO_LARGE;
 #ifdef FASTVAE_HOST_SIMT
     simt::launch(kernel, dim3(unsigned(blocks), unsigned(layers)), threads, Parameters(arguments)...);
     return FASTVAE_CUDA_OK;

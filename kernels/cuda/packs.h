@@ -40,7 +40,7 @@ FASTVAE_DEVICE void store(Out *to, int there, const Accumulator<Out> (&from)[n])
             Pack<Out> pack;
             FASTVAE_UNROLL
             for (int e = 0; e < size; ++e) store(pack.x + e, from[k * size + e]);
-            reinterpret_cast<Pack<Out> *>(to)[k] = pack;
+            store_16_bytes(to + k * size, pack);
         }
     } else {
         FASTVAE_UNROLL

@@ -60,6 +60,20 @@ FASTVAE_DEVICE float max_or_nan(float a, float b) {
 #endif
 }
 
+// In one access, where the compiler may take several
+template <class Pack> FASTVAE_DEVICE void store_16_bytes(void *to, const Pack &pack) {
+    static_assert(sizeof pack == 16);
+#ifdef FASTVAE_HOST_SIMT
+    *static_cast<Pack *>(to) = pack;
+#else
+    uint32_t words[4];
+    memcpy(words, &pack, sizeof words);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+#endif
+}
+
 // Copies from global to shared memory that go on while the block computes. All threads of the block make the same
 // calls: fetch(), any number of times; commit(), which closes a group; wait<n>(), until the last group but n is there;
 // then a barrier, as each thread may know only of its own part. A group has one of kGroups places, by turns: that which
