@@ -1,4 +1,5 @@
-"""What a GPU can do, by small Triton kernels: bytes copied, fused multiply-adds and exponentials per second."""
+"""What a GPU can do: bytes copied, fused multiply-adds and exponentials per second, by small Triton kernels, and those
+multiply-adds that matrix products make of it, by torch."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +18,9 @@ class Ceilings(NamedTuple):
     copy: float  # bytes, read plus written, of a copy much larger than the cache
     fma: float  # float32
     ex2: float  # the hardware's 2^x, float32
+    bf16: float  # multiply-adds of a matrix product
+    tf32: float
+    fp32: float
 
 
 @triton.jit
@@ -48,14 +52,26 @@ def _ex2(out, repeats, BLOCK: tl.constexpr):
 
 
 def ceilings(device: str, seconds: Seconds, small: bool = False) -> Ceilings:
-    """The best of a few; `small` is for a trial in Triton's interpreter."""
+    """The best of a few; `small` is for a trial."""
     n, programs, repeats, block = (1 << 12, 2, 2, 256) if small else (1 << 29, 132 * 64, 2048, 2048)
     x = torch.randn(n, device=device)
     y = torch.empty_like(x)
-    best = 8 * n / seconds(lambda: _copy[(triton.cdiv(n, block),)](x, y, n, block))
-    best = max(best, 8 * n / seconds(lambda: y.copy_(x)))
+    copy = 8 * n / seconds(lambda: _copy[(triton.cdiv(n, block),)](x, y, n, block))
+    copy = max(copy, 8 * n / seconds(lambda: y.copy_(x)))
     out: Tensor = torch.empty(programs * block, device=device)
     count = 16 * repeats * programs * block
     fma = count / seconds(lambda: _fma[(programs,)](out, 0.999, 1e-3, repeats, block))
     ex2 = count / 4 / seconds(lambda: _ex2[(programs,)](out, max(1, repeats // 4), block))
-    return Ceilings(best, fma, ex2)
+    return Ceilings(copy, fma, ex2, *(product(device, seconds, kind, small) for kind in ("bf16", "tf32", "fp32")))
+
+
+def product(device: str, seconds: Seconds, kind: str, small: bool) -> float:
+    """Multiply-adds per second of a product of two square matrices."""
+    n = 32 if small else 8192
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+    try:
+        return n**3 / seconds(lambda: a @ a)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -132,16 +132,8 @@ def _in_the_other_dtype(items: list[pytest.Item]) -> set[pytest.Item]:
 BEST = native_library.instruction_sets()[:1] if backends.status("native").available else []
 QUICK = {"reference", *(f"native-{isa}" for isa in BEST)}
 LONG_FILES = ("bench", "bench_compare", "c_interface", "compile", "cuda", "cuda_kernels", "demo", "examples", "fuzz")
-LONG_FILES += (
-    "gpu_run",
-    "importance",
-    "installed",
-    "main",
-    "native_library",
-    "triton",
-    "triton_compile",
-    "triton_early_exit",
-)
+LONG_FILES += ("gpu_run", "importance", "installed", "main", "native_library")
+LONG_FILES += ("triton", "triton_compile", "triton_early_exit")
 LONG_TESTS = ("anchors_of_the_whole", "budget", "compile", "environment", "inductor", "it_learns", "little_terms")
 LONG_TESTS += ("many_rows", "opcheck", "trains", "transforms", "triton", "variable")
 
