@@ -1,6 +1,6 @@
 # cmake -P: libfastvae_cuda.so by nvcc, or libfastvae_cuda.txt with the reason why there is none. Never fails, so that
 # the rest of the library is built in any case. Wants SOURCE, OUTPUT, VERSION, WERROR;
-# BULK=0 for kernels without bulk copies.
+# BULK=0 for kernels without bulk copies, ARCHITECTURES="90" or "80;90" instead of all of 80, 90 and 100 that nvcc knows.
 
 function(give_up reason)
   file(REMOVE "${OUTPUT}/libfastvae_cuda.so")
@@ -18,17 +18,25 @@ if(NOT DEFINED BULK)
   set(BULK 1)
 endif()
 
-# Machine code for each architecture that the toolkit knows, and PTX of the last for what comes after.
+# Machine code for each architecture, and PTX of the last for what comes after.
 execute_process(COMMAND ${NVCC} --list-gpu-code RESULT_VARIABLE failed OUTPUT_VARIABLE known ERROR_VARIABLE log)
 if(failed)
   string(STRIP "${log}" log)
   give_up("libfastvae_cuda.so was not built: ${NVCC} does not run: ${log} (${failed})")
   return()
 endif()
-foreach(architecture 80 90 100)
-  if(known MATCHES "sm_${architecture}[\r\n ]")
+set(wanted 80 90 100)
+if(ARCHITECTURES)
+  set(wanted ${ARCHITECTURES})
+  list(SORT wanted COMPARE NATURAL)
+endif()
+foreach(architecture ${wanted})
+  if("${known}\n" MATCHES "sm_${architecture}[\r\n ]")
     list(APPEND targets -gencode=arch=compute_${architecture},code=sm_${architecture})
     set(last ${architecture})
+  elseif(ARCHITECTURES)
+    give_up("libfastvae_cuda.so was not built: ${NVCC} does not know sm_${architecture}, which ARCHITECTURES asks for")
+    return()
   endif()
 endforeach()
 if(NOT last)
