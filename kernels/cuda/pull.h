@@ -54,14 +54,18 @@ template <class T> struct OfMatrix {
     template <bool kFold, bool kOwnsRows>
     FASTVAE_DEVICE void operator()(const Packed<T> &p, Sweep<T, kOwnsRows> &, int64_t owner, int64_t passing,
                                    const Lanes<kOwnsRows> &lanes, Pairs<T> &x) const {
-        const int64_t row_panel = kOwnsRows ? owner : passing, column_panel = kOwnsRows ? passing : owner;
+        const int64_t first_row = (kOwnsRows ? owner : passing) * kPanel<T>;
+        const int64_t first_column = (kOwnsRows ? passing : owner) * kPanel<T>;
+        const int rows = p.S - first_row < kPanel<T> ? int(p.S - first_row) : kPanel<T>;
+        const int columns = p.N - first_column < kPanel<T> ? int(p.N - first_column) : kPanel<T>;
+        const T *const tile = grad + first_row * p.N + first_column;
         FASTVAE_UNROLL
         for (int r = 0; r < kSide<T>; ++r) {
-            const int64_t i = row_panel * kPanel<T> + place<T>(lanes.row, r);
+            const int i = place<T>(lanes.row, r);
             FASTVAE_UNROLL
             for (int c = 0; c < kSide<T>; ++c) {
-                const int64_t j = column_panel * kPanel<T> + place<T>(lanes.column, c);
-                x[r][c] = i < p.S && j < p.N ? grad[i * p.N + j] : T(0);
+                const int j = place<T>(lanes.column, c);
+                x[r][c] = i < rows && j < columns ? tile[i * p.N + j] : T(0);
             }
         }
     }
