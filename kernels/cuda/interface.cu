@@ -20,7 +20,7 @@ int64_t fastvae_cuda_workspace(int op, int dtype, int64_t S, int64_t N, int64_t 
 const char *fastvae_cuda_status_string(int status) {
     if (status == FASTVAE_CUDA_BAD_DTYPE) return "no such dtype";
     if (status == FASTVAE_CUDA_WORKSPACE_TOO_SMALL) return "the workspace is too small";
-    if (status == FASTVAE_CUDA_GRID_TOO_LARGE) return "so many numbers take more blocks than a GPU launches at once";
+    if (status == kGridTooLarge) return "so many numbers take more blocks than a GPU launches at once";
 #ifndef FASTVAE_HOST_SIMT
     if (status >= FASTVAE_CUDA_ERROR) return cudaGetErrorString(cudaError_t(status - FASTVAE_CUDA_ERROR));
 #endif

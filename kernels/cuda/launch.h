@@ -1,6 +1,9 @@
 // Launching kernels, and dividing up what the caller gives as workspace.
 #pragma once
 
+#include <set>
+#include <utility>
+
 #include "numbers.h"
 
 #define FASTVAE_TRY(call)                              \
@@ -14,23 +17,51 @@ namespace fastvae::FASTVAE_ISA {
 using Stream = void *;
 #else
 using Stream = cudaStream_t;
+
+// CUDA loads a kernel at its first launch, which may be refused while a stream is being captured. So a thread's first
+// launch of a kernel on a device asks for it, and is made, in the mode in which this is allowed.
+class Loading {
+public:
+    explicit Loading(const void *kernel) {
+        thread_local std::set<std::pair<int, const void *>> loaded;
+        int device = 0;
+        ok_ = cudaGetDevice(&device) == cudaSuccess;
+        if (!ok_ || loaded.count({device, kernel})) return;
+        first_ = ok_ = cudaThreadExchangeStreamCaptureMode(&mode_) == cudaSuccess;
+        cudaFuncAttributes attributes;
+        ok_ = ok_ && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+        if (ok_) loaded.insert({device, kernel});
+    }
+    ~Loading() {
+        if (first_) cudaThreadExchangeStreamCaptureMode(&mode_);
+    }
+    Loading(const Loading &) = delete;
+    bool ok() const { return ok_; }  // or cudaGetLastError() says why not
+
+private:
+    bool ok_, first_ = false;
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // and then the thread's own
+};
 #endif
 
 // Of a grid in x and in y, as far as a GPU goes
 constexpr int64_t kMostBlocks = 0x7fffffff, kMostLayers = 0xffff;
+constexpr int kGridTooLarge = FASTVAE_CUDA_ERROR + 9;  // cudaErrorInvalidConfiguration, as a GPU says too
 
 // kernel<<<grid, threads, 0, stream>>>(arguments...), or nothing where the grid is empty; a status
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int64_t layers, int threads, [[maybe_unused]] Stream stream,
            const Arguments &...arguments) {
     if (blocks <= 0 || layers <= 0) return FASTVAE_CUDA_OK;
-    if (blocks > kMostBlocks || layers > kMostLayers) return FASTVAE_CUDA_GRID_TOO_LARGE;
+    if (blocks > kMostBlocks || layers > kMostLayers) return kGridTooLarge;
 #ifdef FASTVAE_HOST_SIMT
     simt::launch(kernel, dim3(unsigned(blocks), unsigned(layers)), threads, Parameters(arguments)...);
     return FASTVAE_CUDA_OK;
 #else
-    kernel<<<dim3(unsigned(blocks), unsigned(layers)), threads, 0, stream>>>(Parameters(arguments)...);
-    const cudaError_t error = cudaGetLastError();
+    const Loading loading(reinterpret_cast<const void *>(kernel));
+    if (loading.ok())
+        kernel<<<dim3(unsigned(blocks), unsigned(layers)), threads, 0, stream>>>(Parameters(arguments)...);
+    const cudaError_t error = cudaGetLastError();  // which forgets it
     return error == cudaSuccess ? FASTVAE_CUDA_OK : FASTVAE_CUDA_ERROR + int(error);
 #endif
 }

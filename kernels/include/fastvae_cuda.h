@@ -26,7 +26,6 @@ enum fastvae_cuda_status {
     FASTVAE_CUDA_OK = 0,
     FASTVAE_CUDA_BAD_DTYPE = 1,
     FASTVAE_CUDA_WORKSPACE_TOO_SMALL = 2,
-    FASTVAE_CUDA_GRID_TOO_LARGE = 3, /* more blocks than a GPU launches at once */
     FASTVAE_CUDA_ERROR = 1000
 };
 
