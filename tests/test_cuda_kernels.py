@@ -3,6 +3,7 @@
 That the kernels are right is for the tests of the ops, where `cuda-host` is one of the backends.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -52,13 +53,7 @@ def test_same_bits_every_time(library: None, name: str) -> None:
 
 
 def test_a_workspace_that_is_too_small_is_an_error(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cuda.library()
-
-    class Small:
-        def __getattr__(self, name: str) -> object:
-            return (lambda *sizes: 256) if name == "fastvae_cuda_workspace" else getattr(real, name)
-
-    monkeypatch.setattr(cuda, "library", Small)
+    monkeypatch.setattr(cuda, "_workspace_size", lambda *_: 256)
     z = torch.randn(5, 3)
     with pytest.raises(RuntimeError, match="the workspace is too small"):
         fastvae.agg_log_prob(z, z, z)
@@ -82,6 +77,32 @@ def test_a_row_is_as_long_as_memory_allows(library: None) -> None:
     upstream = torch.ones(1, 1, device=x.device).expand_as(x)
     (d_mu,) = cuda.kl_gauss_backward(upstream, x, x, None, None, "none", (True, False, False, False))
     assert torch.equal(d_mu, x)
+
+
+def test_a_capture_that_refuses_is_an_error_that_helps(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that CUDA does not load while the stream is being captured (900, 901)."""
+    for status, helps in ((1900, True), (1901, True), (1700, False)):
+        monkeypatch.setattr(cuda, "_function", lambda _, status=status: lambda *arguments: status)
+        with pytest.raises(RuntimeError, match=f"status {status}") as error:
+            fastvae.kl_gauss(torch.ones(2, 3), torch.ones(2, 3))
+        assert ("run the step once before it is captured" in str(error.value)) == helps
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_stream_is_that_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch, current: int) -> None:
+    """Which is made the current one where it is not, as a launch is on that."""
+    said: list[object] = []
+
+    def entered(device: torch.device) -> contextlib.AbstractContextManager[None]:
+        said.append(device.index)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream of {index}", raising=False)
+    monkeypatch.setattr(cuda, "_function", lambda name: lambda *arguments: said.append((name, *arguments)))
+    cuda._run("sample_gauss", torch.float64, torch.device("cuda", 1), (), "arguments")
+    assert said == [*([1] if current == 0 else []), ("sample_gauss", 1, "arguments", "stream of 1")]
 
 
 # Accesses of 16 bytes.
@@ -301,14 +322,17 @@ def usage(said: str) -> list[tuple[str, int, int, int]]:
     ]
 
 
-def test_registers_and_shared_memory() -> None:
+@pytest.mark.parametrize(("source_name", "count"), [("agg_log_prob_marginals", 20), ("cross_log_prob", 12)])
+def test_registers_and_shared_memory(source_name: str, count: int) -> None:
     """All fit twice on a multiprocessor in float32, but for many dimensions; nothing spills."""
-    kernels = usage(machine_code("agg_log_prob_marginals")[0])
-    assert len(kernels) > 20
+    kernels = usage(machine_code(source_name)[0])
+    assert len(kernels) > count
     for symbol, spilled, registers, shared in kernels:
         assert spilled == 0, symbol
         assert shared <= 48 << 10
-        wide = "Id" in symbol or re.search("(joint_sumsIf|EEE)Lb1E", symbol)  # float64, or squares in two levels
+        wide = "Id" in symbol or re.search(
+            "(joint_sumsIf|densitiesIf|EE)Lb1E", symbol
+        )  # float64, or squares in two levels
         assert registers <= (255 if wide else 128), symbol
 
 
@@ -397,6 +421,97 @@ def test_elementwise_kernels_read_and_write_16_bytes(source_name: str, name: str
         assert not (wide and any(n.endswith(".U16") for n in names if n.startswith(("LDG", "STG")))), symbol
 
 
+# What the host asks of CUDA, by a runtime that says what it is asked and launches nothing.
+
+RUNTIME = """
+#include <cstdio>
+#include <driver_types.h>
+#include <vector_types.h>
+static thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+static cudaError_t last = cudaSuccess;
+static dim3 grid_, threads_;
+extern "C" {
+int current = 0, refuses = 0;  // the device; how often a kernel is refused
+void **__cudaRegisterFatBinary(void *) { static void *handle; return &handle; }
+void __cudaRegisterFatBinaryEnd(void **) {}
+void __cudaUnregisterFatBinary(void **) {}
+void __cudaRegisterFunction(void **, const char *, char *, const char *, int, uint3 *, uint3 *, dim3 *, dim3 *, int *) {
+}
+char __cudaInitModule(void **) { return 1; }
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 threads, size_t, CUstream_st *) {
+    grid_ = grid, threads_ = threads;
+    return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *threads, size_t *shared, void *stream) {
+    *grid = grid_, *threads = threads_, *shared = 0, *static_cast<void **>(stream) = nullptr;
+    return cudaSuccess;
+}
+cudaError_t cudaGetLastError() { const cudaError_t error = last; last = cudaSuccess; return error; }
+cudaError_t cudaGetDevice(int *device) { *device = current; return cudaSuccess; }
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *other) {
+    const cudaStreamCaptureMode old = mode;
+    mode = *other, *other = old;
+    return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, const void *) {
+    std::printf("load%d ", mode);
+    return last = refuses && refuses-- ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t *, const void *) { return cudaSuccess; }
+cudaError_t cudaLaunchKernel(const void *, dim3 grid, dim3 threads, void **, size_t, cudaStream_t) {
+    std::printf("launch%d(%u,%u;%u) ", mode, grid.x, grid.y, threads.x);
+    return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3 grid, dim3 threads, void **arguments, size_t, cudaStream_t) {
+    return cudaLaunchKernel(nullptr, grid, threads, arguments, 0, nullptr);
+}
+}
+"""
+
+
+def test_what_is_launched(tmp_path: Path) -> None:
+    """A kernel is loaded before its first launch by a thread on a device, in the mode in which a stream's capture
+    allows for it (2, relaxed), which ends with that launch; and grids are in x."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    (tmp_path / "runtime.cpp").write_text(RUNTIME)
+    options = ["-std=c++20", "-O0", "-arch=sm_90", "-shared", "--cudart=none", "-Xcompiler", "-fPIC"]
+    folders = [f"-I{KERNELS / 'include'}", "-DFASTVAE_ISA=cuda"]
+    sources = [str(KERNELS / "cuda" / "kl_gauss.cu"), str(tmp_path / "runtime.cpp")]
+    subprocess.run([nvcc, *options, *folders, "-o", str(tmp_path / "library.so"), *sources], check=True)
+    code = f"""
+import ctypes, threading
+library = ctypes.CDLL({str(tmp_path / "library.so")!r})
+def kl(B, D, reduction):
+    rows = [argument for _ in range(4) for argument in (None, ctypes.c_int64(D))]
+    sizes, workspace = (ctypes.c_int64(B), ctypes.c_int64(D), reduction), ctypes.c_int64(1 << 40)
+    status = library.fastvae_cuda_kl_gauss(0, *rows, *sizes, ctypes.c_double(1), None, None, workspace, None)
+    ctypes.CDLL(None).fflush(None)
+    print(status, flush=True)
+kl(4, 4, 0), kl(4, 4, 0), kl(4, 4, 1)
+kl(1, 2**26 + 1, 0), kl(2**20, 2**12, 2), kl(3, 2**26, 3)
+thread = threading.Thread(target=kl, args=(4, 4, 0))
+thread.start(), thread.join()
+ctypes.c_int.in_dll(library, "current").value = 1
+ctypes.c_int.in_dll(library, "refuses").value = 1
+kl(4, 4, 0), kl(4, 4, 0), kl(4, 4, 0)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == [
+        "load2 launch2(1,1;256) 0",
+        "launch0(1,1;256) 0",
+        "load2 launch2(1,1;256) 0",  # another kernel
+        "load2 launch2(65537,1;256) 0",
+        "launch0(4096,1;256) load2 launch2(512,1;256) 0",
+        "launch0(196608,1;256) launch0(1,1;256) 0",
+        "load2 launch2(1,1;256) 0",  # another thread
+        "load2 1900",  # another device, where it is refused and nothing is launched
+        "load2 launch2(1,1;256) 0",
+        "launch0(1,1;256) 0",
+    ]
+
+
 # Where it is not.
 
 
@@ -442,6 +557,33 @@ def test_a_compiler_that_does_not_run_leaves_its_reason(tmp_path: Path) -> None:
     script = str(KERNELS / "cuda" / "build.cmake")
     subprocess.run([host_simt.tool("cmake"), *options, "-P", script], env=environment, check=True, capture_output=True)
     assert f"{nvcc} does not run: no license" in (tmp_path / cuda.WHY_NOT).read_text()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "built"),
+    [
+        ("", ["80,code=sm_80", "90,code=sm_90", "90,code=compute_90"]),
+        ("90", ["90,code=sm_90", "90,code=compute_90"]),
+        ("90;80", ["80,code=sm_80", "90,code=sm_90", "90,code=compute_90"]),
+        ("9", []),
+        ("90;100", []),
+    ],
+)
+def test_architectures(tmp_path: Path, architectures: str, built: list[str]) -> None:
+    """All that the compiler knows, or those asked for, each of which it has to know; PTX of the last."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n[ $1 = --list-gpu-code ] && printf 'sm_80\\nsm_90\\n' && exit\necho \"$@\"\n")
+    nvcc.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    options = [f"-DSOURCE={host_simt.ROOT}", f"-DOUTPUT={tmp_path}", "-DVERSION=0", "-DWERROR=OFF"]
+    command = [host_simt.tool("cmake"), *options, f"-DARCHITECTURES={architectures}", "-P"]
+    subprocess.run([*command, str(KERNELS / "cuda" / "build.cmake")], env=environment, check=True, capture_output=True)
+    if built:
+        said = (tmp_path / "libfastvae_cuda.log").read_text()
+        assert re.findall(r"-gencode=arch=compute_(\S+)", said) == built
+    else:
+        asked = architectures.split(";")[-1]
+        assert f"does not know sm_{asked}, which ARCHITECTURES asks for" in (tmp_path / cuda.WHY_NOT).read_text()
 
 
 def test_only_by_name() -> None:

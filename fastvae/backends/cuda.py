@@ -6,7 +6,7 @@ one thread at a time, is for tests; it computes on CPU tensors.
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from typing import Any
 
@@ -47,6 +47,7 @@ _WITH_WORKSPACE = (
     "kl_gauss",
     "kl_gauss_backward",
 )  # in the order of fastvae_cuda_op
+_OF_CAPTURE = (1900, 1901)  # FASTVAE_CUDA_ERROR + cudaErrorStreamCaptureUnsupported, cudaErrorStreamCaptureInvalidated
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -92,25 +93,46 @@ def _why_not_built() -> str:
     return reason.read_text().strip() if reason else f"{LIBRARY} was not built; `make cuda` builds it"
 
 
+@functools.cache
+def _function(name: str) -> Callable[..., int]:
+    return getattr(library(), f"fastvae_cuda_{name}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _workspace_size(name: str, dtype: torch.dtype, *sizes: int) -> int:
+    """In bytes; remembered, as a training loop asks for the same again and again."""
+    return library().fastvae_cuda_workspace(_WITH_WORKSPACE.index(name), _DTYPES[dtype], *sizes)
+
+
 def _run(name: str, dtype: torch.dtype, device: torch.device, sizes: Sequence[int], *arguments: Any) -> None:
-    """Calls a function of the library on the current stream of the device; `sizes` of its workspace, if it has one."""
-    lib = library()
-    code = _DTYPES[dtype]
+    """Calls a function of the library on the current stream of the device; `sizes` of its workspace, or none."""
     workspace: tuple[Any, ...] = ()
     if name in _WITH_WORKSPACE:
-        size = lib.fastvae_cuda_workspace(_WITH_WORKSPACE.index(name), code, *sizes)
-        memory = torch.empty(size, dtype=torch.uint8, device=device)  # freed to the same stream's next tensors
-        workspace = (memory.data_ptr(), size)
-    function = getattr(lib, f"fastvae_cuda_{name}")
+        size = _workspace_size(name, dtype, *sizes) if sizes else 0
+        memory = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+        # which is freed to the same stream's next tensors
+        workspace = (c.ptr(memory), size)
+    arguments = (_DTYPES[dtype], *arguments, *workspace)
     if device.type != "cuda":
         if not simulated():
             raise RuntimeError(f"backend 'cuda' does not compute on {device.type} tensors")
-        status = function(code, *arguments, *workspace, None)
+        status = _function(name)(*arguments, None)
+    elif device.index == torch.cuda.current_device():
+        status = _function(name)(*arguments, _current_stream(device))
     else:
         with torch.cuda.device(device):
-            status = function(code, *arguments, *workspace, torch.cuda.current_stream(device).cuda_stream)
+            status = _function(name)(*arguments, _current_stream(device))
     if status:
-        raise RuntimeError(f"fastvae_cuda_{name}: {lib.fastvae_cuda_status_string(status).decode()} (status {status})")
+        raise RuntimeError(f"fastvae_cuda_{name}: {_meaning(status)} (status {status})")
+
+
+def _current_stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index)  # which makes no torch.cuda.Stream of it
+
+
+def _meaning(status: int) -> str:
+    meaning = library().fastvae_cuda_status_string(status).decode()
+    return f"{meaning}; run the step once before it is captured" if status in _OF_CAPTURE else meaning
 
 
 def _row_arguments(*rows: tuple[Tensor | None, int]) -> list[Any]:
@@ -135,7 +157,8 @@ def kl_gauss(
     rows = [c.optional_rows(x, mu.dtype, B) for x in (mu, logvar, prior_mu, prior_logvar)]
     out = torch.empty(kl_shape(reduction, B, D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
     code, scale = c.REDUCTION_CODE.get(reduction, 3), kl_scale(reduction, B, D)
-    _run("kl_gauss", mu.dtype, mu.device, (B, 1, D), *_row_arguments(*rows), B, D, code, scale, out.data_ptr())
+    sizes = (B, 1, D) if code > 1 else ()  # "none" and "sample" have no partial sums
+    _run("kl_gauss", mu.dtype, mu.device, sizes, *_row_arguments(*rows), B, D, code, scale, out.data_ptr())
     return out
 
 
@@ -152,14 +175,14 @@ def kl_gauss_backward(
     likes = (mu, logvar, prior_mu, prior_logvar)
     rows = [c.optional_rows(x, mu.dtype, B) for x in likes]
     outputs = _outputs(likes, wanted)
-    grad = grad.to(accumulation_dtype(mu.dtype))
+    grad = c.cast(grad, accumulation_dtype(mu.dtype))
     grad_row = grad.stride(0) if reduction in ("none", "sample") else 0
     grad_col = grad.stride(-1) if reduction in ("none", "dim") else 0
     _run(
         "kl_gauss_backward",
         mu.dtype,
         mu.device,
-        (B, 1, D),
+        (B, 1, D) if any(wanted[2:]) else (),  # for sums over the rows that share a prior
         *(grad.data_ptr(), grad_row, grad_col, kl_scale(reduction, B, D)),
         *_row_arguments(*rows),
         *(B, D),

@@ -232,7 +232,8 @@ int64_t kl_gauss_workspace(int dtype, int64_t B, int64_t D, bool backward) {
     with_dtype(dtype, [&](auto one) {
         const Spread spread(B, D, kColumns<decltype(one)>, true);
         Arena counting(nullptr);
-        counting.take<double>(spread.rows.count * (D < spread.column_blocks ? spread.column_blocks : D));
+        if (backward || spread.blocks() > 1)
+            counting.take<double>(spread.rows.count * (D < spread.column_blocks ? spread.column_blocks : D));
         if (backward) counting.take<double>(spread.rows.count * D);
         size = counting.used();
         return 0;
