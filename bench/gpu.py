@@ -55,7 +55,7 @@ def determinism(backend: str, progress: Progress) -> Result:
         inputs = (posteriors if name in CHECKED[:3] else samples_and_posteriors)(B, D, device=DEVICE)
         keywords = {"n_samples": 3, "seed": 1} if name in ("reparameterize", "sample_gauss") else {}
         function = functools.partial(getattr(fastvae, name), **keywords)
-        run: Callable[[], Any] = on_backend(backend, forward_backward(_tuple(function), *inputs))
+        run: Callable[[], Any] = on_backend(backend, everything(function, *inputs))
         try:
             first = run()
             same[name] = all(torch.equal(a, b) for _ in range(REPEATS) for a, b in zip(run(), first, strict=True))
@@ -72,9 +72,17 @@ def determinism(backend: str, progress: Progress) -> Result:
     return Result([f"- {line}", *(f"- {failure}" for failure in failures)], [line], failures, same)
 
 
-def _tuple(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A GaussianSample is a tuple, but an ordinary one is what is told apart from a tensor."""
-    return lambda *inputs: x if isinstance(x := function(*inputs), Tensor) else tuple(x)
+def everything(function: Callable[..., Any], *inputs: Tensor) -> Callable[[], list[Tensor]]:
+    """A call that gives outputs and gradients."""
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def run() -> list[Tensor]:
+        results = function(*leaves)
+        outputs = [results] if isinstance(results, Tensor) else list(results)
+        ones = [torch.ones_like(o) for o in outputs]
+        return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, ones)]
+
+    return run
 
 
 def memory(backend: str, progress: Progress) -> Result:

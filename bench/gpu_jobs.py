@@ -5,6 +5,7 @@ A fault poisons a process's CUDA context, and a kernel that hangs keeps it for e
 child, forked before anything has asked CUDA for anything, and its parent looks after it.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -37,6 +38,7 @@ class Job(NamedTuple):
     key: str
     run: Callable[[Progress], Result]
     section: tuple[str, ...] = ()  # Markdown lines that come before the first of its kind
+    work: str = ""  # what hangs for a contestant is not tried again in other jobs of the same work
 
 
 class Work:
@@ -50,6 +52,7 @@ class Work:
         """Do all jobs; no process may be at the same thing for `stall` seconds. Whether everything went well."""
         until = time.monotonic() + seconds
         over = False
+        import_all()
         self.write()
         while not over:
             child = os.fork()
@@ -103,8 +106,12 @@ class Work:
             self._save()
 
         about_to("")
-        start = f"{job.key} | "
-        bad = {mark[len(start) :]: how for mark, how in self.state["bad"].items() if mark.startswith(start)}
+        alike = {other.key for other in self.jobs if other.work and other.work == job.work}
+        bad: dict[str, str] = {}
+        for mark, how in self.state["bad"].items():
+            key, _, name = mark.partition(" | ")
+            if key == job.key or (key in alike and how.startswith("HANG")):
+                bad[name] = how
         try:
             result = job.run(Progress(about_to, bad))
         except Exception as error:
@@ -118,7 +125,8 @@ class Work:
     def failures(self) -> list[str]:
         done, bad = self.state["done"], self.state["bad"]
         found = [line for key in done for line in done[key]["failures"]]
-        found += [f"{mark}: {how}" for mark, how in bad.items()]
+        # A job that went on without a contestant says so itself.
+        found += [f"{mark}: {how}" for mark, how in bad.items() if mark.partition(" | ")[0] not in done]
         return found + [f"{job.key}: missing" for job in self.jobs if job.key not in done and job.key not in bad]
 
     def write(self) -> None:
@@ -148,12 +156,18 @@ class Work:
         new.replace(self._path(suffix))
 
 
+def import_all() -> None:
+    """What each process would import by itself."""
+    for module in ("triton", "torch.fx.experimental.symbolic_shapes", "fastvae.backends.triton"):
+        importlib.import_module(module)
+
+
 def said(error: BaseException) -> str:
     """In one line of a Markdown table."""
     return " ".join(f"{type(error).__name__}: {error}".split()).replace("|", "/")[:300]
 
 
 def about() -> dict[str, str]:
-    commit = os.environ.get("FASTVAE_COMMIT", "unknown")
+    commit = os.environ.get("FASTVAE_COMMIT") or "unknown"
     found = {"commit": commit, "device": torch.cuda.get_device_name(), "torch": torch.__version__}
     return found | ({"trial": "tiny sizes, so no number means anything"} if switch("FASTVAE_TRIAL") else {})

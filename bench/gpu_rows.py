@@ -30,7 +30,7 @@ class Row(NamedTuple):
     sizes: tuple[int, int]  # (S = N, D), or (B, D)
     backward: bool = False
     ceiling: str = ""
-    work: float = 0.0  # of the ceiling's unit, per element of [S, N, D] or [B, D]
+    amount: float = 0.0  # of the ceiling's unit, per element of [S, N, D] or [B, D]
     share: float = 0.0  # to reach
     note: str = ""
     backends: tuple[str, ...] = BACKENDS
@@ -49,6 +49,10 @@ class Row(NamedTuple):
     def __str__(self) -> str:
         mode = "forward + backward" if self.backward else "forward"
         return f"{self.op}{self.note and ', '}{self.note}, {mode}, {list(self.sizes)}"
+
+    @property
+    def work(self) -> str:
+        return f"{self.op}, {self.backward}"
 
     def inputs(self) -> list[Tensor]:
         S, D = self.here
@@ -165,7 +169,7 @@ def large(row: Row, ceiling: Ceilings | None, progress: Progress) -> Result:
     ours = row.ours(inputs)
     runs = ours | {name: row.run(inputs, peer) for name, peer in row.peers.items()}
     times = raced(runs, progress)
-    work = row.work * float(row.here[0]) * row.here[1] * (row.here[0] if row.of_pairs else 1)
+    work = row.amount * float(row.here[0]) * row.here[1] * (row.here[0] if row.of_pairs else 1)
     unit = getattr(ceiling, row.ceiling, math.nan) if row.ceiling and ceiling else math.nan
     errors = errors_of(row, inputs, [name for name in runs if isinstance(times[name], Time)])
     first = next((t for name in ours if isinstance(t := times[name], Time)), None)
@@ -279,12 +283,12 @@ SMALL_TABLE = (
 
 
 def table(ceiling: Ceilings | None) -> list[Job]:
-    return [Job(str(row), functools.partial(large, row, ceiling), TABLE) for row in ROWS]
+    return [Job(str(row), functools.partial(large, row, ceiling), TABLE, row.work) for row in ROWS]
 
 
 def small_table() -> list[Job]:
-    return [Job(str(row), functools.partial(small, row), SMALL_TABLE) for row in SMALL_ROWS]
+    return [Job(str(row), functools.partial(small, row), SMALL_TABLE, row.work) for row in SMALL_ROWS]
 
 
 def peers_table() -> list[Job]:
-    return [Job(str(row), functools.partial(large, row, None), TABLE) for row in PEER_ROWS]
+    return [Job(str(row), functools.partial(large, row, None), TABLE, row.work) for row in PEER_ROWS]

@@ -1,11 +1,11 @@
 """Whether every op on every GPU backend is right, hangs or faults: one process for each, several at a time.
 
     python -m bench.gpu_sanity OUT      forward and backward against float64, and CUDA graphs
+    python -m bench.gpu_sanity OUT --no-bulk   of the CUDA library alone, which is one that makes no bulk copies
     python -m bench.gpu_sanity --here   the ops of the CUDA library once, in this process, for compute-sanitizer
 
 A process that faults has no context any more, and one that hangs is killed: neither says anything about the others.
-They are forked before anything has asked CUDA for anything. Where the CUDA library hangs, its ops are tried once more
-with a build that makes no bulk copies, if there is one in build/gpu/nobulk.
+They are forked before anything has asked CUDA for anything.
 """
 
 import argparse
@@ -25,13 +25,12 @@ from torch import Tensor
 import fastvae
 
 from .gpu_harness import DEVICE, TRIAL
-from .gpu_jobs import said
+from .gpu_jobs import import_all, said
 
 LIMIT = float(os.environ.get("FASTVAE_STALL", "25"))  # seconds of each
 AT_A_TIME = 4 if TRIAL else 8
 SIZES = ((5, 7, 3),) if TRIAL else ((131, 260, 33), (16, 16, 10))
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-NO_BULK = Path("build/gpu/nobulk/libfastvae_cuda.so")
 Results = list[Tensor]
 
 
@@ -158,11 +157,10 @@ class Trial(NamedTuple):
     name: str
     backend: str
     run: Callable[[], tuple[bool, str]]
-    library: str = ""  # of CUDA kernels, another than the usual
 
     @property
     def title(self) -> str:
-        return f"{self.name} on {self.backend}" + (", no bulk copies" if self.library else "")
+        return f"{self.name} on {self.backend}"
 
 
 def trials(backends: Sequence[str]) -> list[Trial]:
@@ -181,8 +179,6 @@ def start(trial: Trial, verdict: Path) -> int:
     log = os.open(verdict.with_suffix(".txt"), os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1), os.dup2(log, 2)
     torch.set_num_threads(1 if TRIAL else 2)
-    if trial.library:
-        os.environ["FASTVAE_CUDA_LIBRARY"] = trial.library
     try:
         good, what = trial.run()
         how = "PASS" if good else "WRONG"
@@ -221,13 +217,12 @@ def verdicts(todo: Sequence[Trial], folder: Path, report: Callable[[dict[str, li
             verdict.unlink(missing_ok=True)
             found[trial.title] = [how, what, f"{seconds:.1f} s"]
             report(found)
-            if how == "HANG" and trial.backend == "cuda" and not trial.library and NO_BULK.exists():
-                waiting.append(trial._replace(library=str(NO_BULK.absolute())))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--no-bulk", action="store_true")
     parser.add_argument("--here", action="store_true")
     options = parser.parse_args()
     if options.here:
@@ -235,16 +230,18 @@ def main() -> None:
             print(op, evaluated(op, drawn(*SIZES[0]), "cuda", DEVICE, torch.float32)[0].flatten()[0], flush=True)
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    todo = trials(("triton", "cuda"))
+    import_all()
+    name = "sanity-nobulk" if options.no_bulk else "sanity"
+    todo = trials(("cuda",) if options.no_bulk else ("triton", "cuda"))
     seen: dict[str, list[str]] = {}
 
     def report(found: dict[str, list[str]]) -> None:
         seen.update(found)
         ordered = sorted(found.items(), key=lambda item: item[1][0] == "PASS")  # what went wrong comes first
         lines = [f"{how} {title}: {what}, {seconds}" for title, (how, what, seconds) in ordered]
-        (options.out / "sanity.json").write_text(json.dumps(found, indent=1) + "\n")
-        (options.out / "sanity.summary").write_text("".join(f"{line}\n" for line in lines))
-        (options.out / "sanity.md").write_text("# Sanity\n\n" + "".join(f"- {line}\n" for line in lines))
+        (options.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (options.out / f"{name}.summary").write_text("".join(f"{line}\n" for line in lines))
+        (options.out / f"{name}.md").write_text(f"# {name}\n\n" + "".join(f"- {line}\n" for line in lines))
 
     verdicts(todo, options.out, report)
     wrong = [title for title, (how, *_) in seen.items() if how != "PASS"]

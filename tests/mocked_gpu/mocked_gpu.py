@@ -261,13 +261,25 @@ def adapt_ops(library: Any) -> None:
     library._PLAIN += (GpuTensor,)
 
 
-def computed(name: str, refusal: str) -> Callable[..., Any]:
-    """A backend's function."""
+def computed(backend: str, name: str, refusal: str) -> Callable[..., Any]:
+    """A backend's function. MOCKED_GPU_FAULTS="hang:cuda.kl_gauss,raise:triton.agg_log_prob" and such make it fail."""
+    faults = [
+        f.split(":")[0] for f in os.environ.get("MOCKED_GPU_FAULTS", "").split(",") if f.endswith(f":{backend}.{name}")
+    ]
 
     def function(*args: Any) -> Any:
         if not all(x.is_cuda for x in tree_leaves(args) if isinstance(x, Tensor)):
             raise RuntimeError(refusal)
-        return done(getattr(importlib.import_module("fastvae.backends.reference"), name), args, {})
+        if "raise" in faults:
+            raise RuntimeError(f"{name} is mocked to fail")
+        if "hang" in faults:
+            time.sleep(1000)
+        if "fault" in faults:
+            os._exit(139)
+        results = done(getattr(importlib.import_module("fastvae.backends.reference"), name), args, {})
+        if "noise" in faults:
+            tree_map_only(Tensor, lambda x: x.mul_(1 + 1e-3 * torch.rand((), dtype=x.dtype, device=GPU)), results)
+        return results
 
     return function
 
@@ -281,10 +293,10 @@ def adapt_backend_cuda(cuda: Any) -> None:
 
     cuda.library = library
     for name in cuda._FUNCTIONS:
-        setattr(cuda, name, computed(name, "backend 'cuda' does not compute on cpu tensors"))
+        setattr(cuda, name, computed("cuda", name, "backend 'cuda' does not compute on cpu tensors"))
 
 
 def adapt_backend_triton(triton: Any) -> None:
     for name in (name for op in triton.OPS for name in (op, op + "_backward")):
         refusal = "backend 'triton' computes on cpu tensors only in Triton's interpreter"
-        setattr(triton, name, computed(name, refusal))
+        setattr(triton, name, computed("triton", name, refusal))

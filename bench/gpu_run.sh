@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# What needs a GPU: bench/gpu_run.sh PART OUT, PART one of sanity, measure, profile, tests, peers; or all, one by one.
+#
+# Runs from the source tree, without installing anything: torch with Triton, pytest, pytest-xdist and hypothesis must be
+# there. The library of CUDA kernels is FASTVAE_CUDA_LIBRARY, or build/gpu/libfastvae_cuda.so, or else is built there.
+# Every step has a limit of its own, and so has the part; the first three parts take under 330 s, and so do the others,
+# but for that build. After every step all there is is in OUT/PART.tar.gz, and nothing else is left in OUT. Prints at most
+# 40 lines, at the end; exits with 1 where anything failed or is missing. FASTVAE_COMMIT names the commit where there is
+# no history, PYTHON the interpreter; FASTVAE_TRIAL=1 is a rehearsal at tiny sizes.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+part=$1
+out=$(cd "$OLDPWD" && mkdir -p "$2" && cd "$2" && pwd) || exit 1
+if [ "$part" = all ]; then
+  status=0
+  for each in sanity measure profile tests peers; do "$0" $each "$out" || status=1; done
+  exit $status
+fi
+declare -A limits=([sanity]=95 [measure]=165 [profile]=65 [tests]=225 [peers]=100)
+budget=${FASTVAE_BUDGET:-${limits[$part]:?"no part $part"}} # seconds
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+trap 'status=1; echo INTERRUPTED >> "$work/steps"; [ -z "$running" ] || kill "$running"; wait; finish' TERM INT HUP
+python=${PYTHON:-python3} status=0 running=''
+: > "$work/steps"
+export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD PYTHONUNBUFFERED=1
+export FASTVAE_COMMIT=${FASTVAE_COMMIT:-$(git describe --always --dirty 2> /dev/null)}
+trial=${FASTVAE_TRIAL:-}
+
+archive() { # renamed when it is whole
+  tar -C "$work" -czf "$out/.$part.new" . && mv "$out/.$part.new" "$out/$part.tar.gz"
+}
+
+finish() { # the summary, what failed first, and the exit status
+  trap '' TERM INT HUP
+  local failed='^(FAILED|ERROR|WRONG|HANG|FAULT)' found=(/dev/null)
+  mapfile -t -O 1 found < <(ls -tr "$work"/*.summary 2> /dev/null)
+  {
+    echo "== $part: $SECONDS s, exit status $status"
+    cat "$work/steps"
+    grep -hE "$failed" "${found[@]}" | awk 'NR <= 16 { print } END { if (NR > 16) print NR - 16 " more failed" }'
+    grep -hvE "$failed" "${found[@]}"
+  } | cut -c 1-200 | head -n 40 > "$work/summary.txt"
+  archive
+  cat "$work/summary.txt"
+  exit $status
+}
+
+step() { # NAME SECONDS COMMAND...: in the background, as only a wait can be interrupted
+  local name=$1 limit=$2 left=$((budget - SECONDS + free)) begin=$SECONDS how=ok code=0
+  shift 2
+  limit=$((limit < left ? limit : left))
+  if ((limit < 2)); then
+    how='NOT STARTED, out of time'
+  else
+    FASTVAE_SECONDS=$limit timeout --signal=INT --kill-after=3 "$limit" "$@" > "$work/$name.txt" 2>&1 &
+    running=$!
+    wait "$running" || code=$?
+    running=''
+    case $code in 0) ;; 124 | 137) how='TIMED OUT' ;; *) how="FAILED ($code): $(tail -n 1 "$work/$name.txt" | cut -c 1-120)" ;; esac
+  fi
+  [ "$how" = ok ] || status=1
+  echo "$name: $((SECONDS - begin)) s, $how" >> "$work/steps"
+  archive
+}
+
+build() { # FOLDER [OPTION...]: the CUDA library, for the machine's own GPU
+  mkdir -p "$1" && rm -f "$1/libfastvae_cuda.so"
+  cmake -DSOURCE="$PWD" -DOUTPUT="$1" -DVERSION="${FASTVAE_COMMIT:-unknown}" -DWERROR=OFF "${@:2}" \
+    -DARCHITECTURES="$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')" \
+    -P kernels/cuda/build.cmake
+  [ -f "$1/libfastvae_cuda.so" ] || { cat "$1/libfastvae_cuda.txt"; return 1; }
+}
+export -f build
+export python built=${FASTVAE_GPU_BUILD:-$PWD/build/gpu}
+
+free=0 # seconds that are not the part's
+if [ -z "${FASTVAE_CUDA_LIBRARY:-}" ]; then
+  export FASTVAE_CUDA_LIBRARY=$built/libfastvae_cuda.so
+  if [ ! -f "$FASTVAE_CUDA_LIBRARY" ]; then
+    free=200
+    step build 200 bash -c 'build "$built"'
+    free=$SECONDS
+  fi
+fi
+
+case $part in
+  sanity)
+    step machine 20 bash -c 'nvidia-smi; nvcc --version; ncu --version; $python -m fastvae info'
+    step sanity 75 "$python" -m bench.gpu_sanity "$work"
+    if grep -q '^HANG.* on cuda' "$work/sanity.summary"; then
+      [ -f "$built/nobulk/libfastvae_cuda.so" ] || step build-nobulk 100 bash -c 'build "$built/nobulk" -DBULK=0'
+      FASTVAE_CUDA_LIBRARY=$built/nobulk/libfastvae_cuda.so \
+        step sanity-nobulk 50 "$python" -m bench.gpu_sanity "$work" --no-bulk
+    fi
+    ;;
+  measure)
+    step checks 60 "$python" -m bench.gpu checks "$work"
+    step table 100 "$python" -m bench.gpu table "$work"
+    step small 40 "$python" -m bench.gpu small "$work"
+    ;;
+  profile)
+    step ncu-triton 35 "$python" -m bench.gpu_profile triton "$work"
+    step ncu-cuda 35 "$python" -m bench.gpu_profile cuda "$work"
+    ;;
+  tests)
+    workers=$(($(nproc) - 2 < 14 ? $(nproc) - 2 : 14)) # none where there are two cores
+    files=(cuda triton triton_early_exit agg_log_prob agg_log_prob_marginals kl_gauss sample_gauss cross_log_prob)
+    files+=(every_op precision extremes) # those that run a compiler of C++ are not among them
+    chosen='(cuda or triton) and not inductor and not more_elements'
+    large=(more_elements_than_32_bits_count more_elements_of_columns_than_32_bits_count)
+    [ -z "$trial" ] || files=(cuda) chosen='test_cuda_graph and kl_gauss' large=("${large[0]}") workers=0
+    pytest=("$python" -m pytest -q -rfE --tb=short -p no:cacheprovider)
+    export FASTVAE_HYPOTHESIS=gpu FASTVAE_BACKEND=''
+    step pytest 125 "${pytest[@]}" -n $workers -k "$chosen" $(printf 'tests/test_%s.py ' "${files[@]}")
+    for name in "${large[@]}"; do # most of the memory, so alone
+      step "$name" 25 "${pytest[@]}" "tests/test_cuda.py::test_$name"
+    done
+    grep -hE '^(FAILED|ERROR)|^[0-9=].*(passed|failed|skipped|error)' "$work"/*.txt > "$work/pytest.summary"
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # so that each tensor has bounds of its own
+    for tool in memcheck racecheck; do
+      step $tool 30 compute-sanitizer --tool $tool --error-exitcode 7 "$python" -m bench.gpu_sanity --here
+    done
+    ;;
+  peers) step peers 100 "$python" -m bench.gpu peers "$work" ;;
+esac
+finish
