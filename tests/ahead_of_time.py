@@ -148,18 +148,18 @@ def pairs(
 MANY = 1 << 20
 HALF, DOUBLE = torch.bfloat16, torch.float64
 PACK = 224  # registers of the kernel that packs, which takes no time; the others launched with it have 128
-FORWARD = ({"FFMA": 0.82},)  # a tile of 8 x 8 pairs
-UNROLLED = ({"FFMA": 0.78},)  # 8 x 4, two dimensions at a time
-LOOKING = ({"FFMA": 0.77},)  # the same, and a look at the end of it
+FORWARD = ({"FFMA": 0.825},)  # a tile of 8 x 8 pairs
+UNROLLED = ({"FFMA": 0.75},)  # 8 x 4, two dimensions at a time
+LOOKING = ({"FFMA": 0.76},)  # the same, and a look at the end of it
 HALF_TILE = ({"FFMA": 0.70},)  # 8 x 4
-SQUARES = {"FFMA": 0.73}  # 2 x 16, two dimensions at a time
+SQUARES = {"FFMA": 0.72}  # 2 x 16, two dimensions at a time
 ONE_AT_A_TIME = {"FFMA": 0.67}  # 2 x 16, where a tile may stop early
 PULLS = {"FFMA": 0.52, "FMUL": 0.19}
 CASES = {
     "kl_gauss sum": Case(kl(MANY, 128, "batchmean"), "_kl_gauss", 64, instructions=46, wide=True),
     "kl_gauss sample": Case(kl(MANY, 128, "sample"), "_kl_gauss", 64, instructions=46, wide=True),
     "kl_gauss none bfloat16": Case(kl(MANY, 128, "none", HALF), "_kl_gauss", 64, instructions=50, wide=True),
-    "kl_gauss dim prior": Case(kl(MANY, 128, "dim", prior=1), "_kl_gauss", instructions=66, wide=True),
+    "kl_gauss dim prior": Case(kl(MANY, 128, "dim", prior=1), "_kl_gauss", instructions=67, wide=True),
     "kl_gauss awkward float64": Case(kl(507, 33, "dim", DOUBLE), "_kl_gauss"),
     "kl_gauss small": Case(kl(256, 32, "batchmean"), "_kl_gauss"),
     "kl_gauss_backward": Case(kl_backward(MANY, 128), "_kl_gauss_backward", 64, instructions=44, wide=True),
@@ -294,12 +294,12 @@ def compiled(case: Case) -> list[tuple[str, int, Any]]:
     found: list[tuple[str, int, Any]] = []
     run = JITFunction.run
 
-    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        """And nothing to launch another time"""
         binary = run(self, *arguments, grid=grid, warmup=True, **options)
         blocks = [v for k, v in options.items() if k in ("BLOCK_B", "BLOCK_D")]
         threads = 32 * binary.metadata.num_warps
         found.append((self.__name__, blocks[0] * blocks[1] // threads if len(blocks) == 2 else 0, binary))
-        return binary
 
     JITFunction.run = compile_only
     try:

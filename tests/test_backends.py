@@ -1,5 +1,6 @@
 """Who computes: the choice of a backend, and the reference's own promise about memory."""
 
+import json
 import os
 import subprocess
 import sys
@@ -207,7 +208,9 @@ def test_triton_has_the_functions_of_the_contract_and_no_others() -> None:
         _ = triton.kl
 
 
-def test_autotuning_measures_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Callable[..., int], list[int]]:
+    """`fastest` of three configurations, of which it then finds the second, and what was timed."""
     triton = pytest.importorskip("triton")
     from fastvae.kernels.triton import _launch
 
@@ -229,6 +232,13 @@ def test_autotuning_measures_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     assert fastest("op", 1000) == 0
     monkeypatch.setattr(_launch, "AUTOTUNE", True)
+    return fastest, timed
+
+
+def test_autotuning_measures_once(tuning: tuple[Callable[..., int], list[int]]) -> None:
+    from fastvae.kernels.triton import _launch
+
+    fastest, timed = tuning
     assert [fastest("op", 1000), fastest("op", 1024), fastest("op", 600)] == [1, 1, 1]  # one size to a power of 2
     assert timed == [0, 1, 2]
     _launch._tuned.clear()  # as in another process
@@ -236,3 +246,52 @@ def test_autotuning_measures_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert timed == [0, 1, 2]
     assert fastest("op", 1025) == 1
     assert timed == [0, 1, 2] * 2
+
+
+def test_what_was_tuned_is_kept_whole(
+    tuning: tuple[Callable[..., int], list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that adds to the file keeps what others have added, and one that is stopped while it writes leaves
+    what was there."""
+    fastest, _ = tuning
+    file = tmp_path / "fastvae-tuned.json"
+    file.write_text('{"another": 2}')
+    fastest("op", 1000)
+    kept = json.loads(file.read_text())
+    assert len(kept) == 2
+    assert kept["another"] == 2
+
+    write = Path.write_text
+
+    def stopped(self: Path, text: str) -> int:
+        write(self, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fastest("op", 5000)
+    monkeypatch.undo()
+    assert json.loads(file.read_text()) == kept
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("found", ['{"half', "[1, 2]", '{"a": "b"}', "\x00"], ids=["half", "list", "words", "bytes"])
+def test_a_file_of_tunings_that_is_broken_is_measured_again(
+    tuning: tuple[Callable[..., int], list[int]], tmp_path: Path, found: str
+) -> None:
+    fastest, timed = tuning
+    file = tmp_path / "fastvae-tuned.json"
+    file.write_text(found)
+    assert fastest("op", 1000) == 1
+    assert timed == [0, 1, 2]
+    assert list(json.loads(file.read_text()).values()) == [1]
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(
+    tuning: tuple[Callable[..., int], list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastest, _ = tuning
+    file = tmp_path / "a file"
+    file.write_text("")
+    monkeypatch.setattr(pytest.importorskip("triton").knobs.cache, "dir", str(file))  # as a folder: even for root
+    assert [fastest("op", 1000), fastest("op", 1000)] == [1, 1]

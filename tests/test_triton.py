@@ -5,6 +5,7 @@ problems, or on a larger GPU, than the interpreter can finish.
 """
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -50,15 +51,23 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def fresh_grids() -> Iterator[None]:
+    """The choice of grids is made again, and not remembered."""
+    grids._grid.cache_clear()
+    yield
+    grids._grid.cache_clear()
+
+
 @pytest.fixture(params=[2, 5])
-def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_grids: None) -> int:
     """So many ranges of whatever passes by, some of them empty."""
     monkeypatch.setattr(grids, "_splits", lambda *_: request.param)
     return request.param
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles(monkeypatch: pytest.MonkeyPatch, fresh_grids: None) -> None:
     """A GPU so large that everything is small."""
     monkeypatch.setattr(grids, "multiprocessors", lambda _: 10**6)
     monkeypatch.setattr(grids, "_splits", lambda *_: 1)
@@ -99,7 +108,7 @@ def test_small_tiles_in_half_precision(backend: Target, name: str, dtype: torch.
 
 
 @pytest.mark.parametrize("name", PAIRS[1:])
-def test_gradcheck_of_ranges(backend: Target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck_of_ranges(backend: Target, name: str, monkeypatch: pytest.MonkeyPatch, fresh_grids: None) -> None:
     monkeypatch.setattr(grids, "_splits", lambda *_: 2)
     op = op_named(name, torch.float64, S=2, N=130, D=2)
     others = {key: x.detach() for key, x in op.inputs.items() if key != "z"}
@@ -170,7 +179,7 @@ def test_same_bits_whatever_else_is_asked_for(backend: Target, splits: int) -> N
 @pytest.mark.parametrize("S", [64, 1000, 16384, 10**6])
 @pytest.mark.parametrize("N", [64, 1000, 16384, 10**6])
 def test_grids_cover_everything_and_fill_the_chip(S: int, N: int) -> None:
-    g = grids.grid(S, N, 64, torch.float32, torch.device("meta"), reduce=False)
+    g = grids.grid(S, N, 64, torch.float32, torch.device("meta"), grids.Kind())
     RO, RP, TO, TP = (g.config[key] for key in ("RO", "RP", "TO", "TP"))
     assert TO * TP == grids.THREADS
     assert packing.PANEL.value % (RO * TO) == packing.PANEL.value % (RP * TP) == 0
@@ -194,5 +203,5 @@ def test_other_tiles_give_the_same(backend: Target) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(agg_log_prob, "fastest", lambda run, configs, *problem, c=config: run(c))
             expected.check([agg_log_prob.agg_log_prob(z, mu, logvar, weights)])
-        chosen.append(grids.grid(10**4, 10**4, 5, torch.float32, torch.device("meta"), False, **config).config)
+        chosen.append(grids.grid(10**4, 10**4, 5, torch.float32, torch.device("meta"), grids.Kind(), **config).config)
     assert len({tuple(c.items()) for c in chosen}) == len(chosen) > 1

@@ -1,8 +1,15 @@
-"""What the launchers share: rows and dtypes as kernels want them, tiles for elementwise work, the choice of a
-configuration, and the kernel that adds up what several programs left."""
+"""What the launchers share: the launch itself, rows and dtypes as kernels want them, tiles for elementwise work, the
+choice of a configuration, and the kernel that adds up what several programs left.
 
+A kernel is compiled for each combination of its constants, the dtypes and alignments of its pointers, and which of them
+are None. None is compiled for a number of rows or of dimensions, nor for a stride: those are `do_not_specialize`, and
+what a kernel must know about them is a constant with few values, such as the unit that they are counted in.
+"""
+
+import contextlib
 import functools
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +26,7 @@ from fastvae.backends.settings import switch
 INTERPRETED: bool = triton.knobs.runtime.interpret
 AUTOTUNE = bool(switch("FASTVAE_AUTOTUNE")) and not INTERPRETED
 
+LARGE = 1 << 20  # elements of elementwise work: enough that every program may have 16 for each thread
 Config = dict[str, Any]  # keyword arguments of a kernel: block sizes, what depends on them, and launch options
 Result = TypeVar("Result")
 
@@ -31,6 +39,45 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of 2 that is not below n, and 1 for n below 1."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """kernel[grid](*arguments, **constants), where all constants come last in the kernel's parameters.
+
+    Triton finds the binary that it has made for such arguments by describing each of them, which takes longer than
+    many a kernel runs. This remembers it by what tells binaries apart: dtypes, alignments, which arguments are None,
+    integers of more than 32 bits or that are 1, and constants."""
+    if INTERPRETED:
+        kernel[grid](*arguments, **constants)
+        return
+    kinds = [
+        a
+        if a is None
+        else (a.dtype, a.data_ptr() % 16)
+        if hasattr(a, "data_ptr")
+        else 2
+        if a == 1
+        else -(2**31) <= a < 2**31
+        for a in arguments
+    ]
+    key = (triton.runtime.driver.active.get_current_device(), *kinds, *constants.values())
+    binaries = _binaries.setdefault(kernel.fn, {})
+    if found := binaries.get(key):
+        binary, last = found
+        binary[(*grid, 1, 1)](*arguments, *last)
+        return
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{kernel.__name__} has not run yet with such arguments, and a CUDA graph is being captured, while which no"
+            " kernel can be compiled and loaded: run what is captured once before, with tensors of the same shapes and"
+            " dtypes, forward and backward"
+        )
+    binary = kernel[grid](*arguments, **constants)
+    if binary is not None:  # as a hook may have it
+        binaries[key] = binary, [constants[name] for name in kernel.arg_names[len(arguments) :]]
+
+
+_binaries: dict[Callable[..., None], dict[tuple[object, ...], tuple[Any, list[Any]]]] = {}  # of each kernel
 
 
 class Target(NamedTuple):
@@ -49,11 +96,11 @@ def target() -> Target:
     return Target("", 32, False) if INTERPRETED else _target_of(triton.runtime.driver.active)
 
 
-def resources(threads: int, registers: int) -> Config:
+def resources(on: Target, threads: int, registers: int) -> Config:
     """Launch options: so many threads, of at most so many registers. Where NVIDIA's compiler is not told how many it
     may use, it would rather spill a few than pass 80 or 128."""
-    warps = {"num_warps": threads // target().warp}
-    return warps | {"maxnreg": registers} if target().backend == "cuda" else warps
+    warps = {"num_warps": threads // on.warp}
+    return warps | {"maxnreg": registers} if on.backend == "cuda" else warps
 
 
 @functools.cache
@@ -78,6 +125,31 @@ def same_layout(n_rows: int, *tensors: Tensor | None) -> bool:
     return all(x is None or (x.shape[0] == n_rows and x.is_contiguous()) for x in tensors)
 
 
+def unit_of(dtype: torch.dtype, *sizes: int) -> int:
+    """How many elements every row length and stride is a multiple of, as a kernel may be told: as many as 16 bytes
+    hold, at least 4, or 1. A kernel gets the sizes divided by it, and multiplies them again."""
+    unit = max(4, 16 // dtype.itemsize)
+    return unit if all(size % unit == 0 for size in sizes) else 1
+
+
+def in_units(inputs: Sequence[tuple[Tensor | None, int]], unit: int) -> list[Tensor | int | None]:
+    """Tensors and their row strides, as a kernel takes them"""
+    return [part for x, stride in inputs for part in (x, stride // unit)]
+
+
+def one_row(B: int, D: int, unit: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """[B, D] taken for one long row, and its unit: that of D, so that a batch with an odd number of rows needs no other
+    kernel, and in large problems that of the row."""
+    n = B * D
+    return 1, n, unit_of(dtype, n) if n >= LARGE else unit
+
+
+@functools.cache
+def nowhere(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Where a launch writes nothing, for a kernel that may: None would make it another kernel."""
+    return torch.empty(0, dtype=dtype, device=device)
+
+
 def empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -86,21 +158,17 @@ def empty_like(x: Tensor) -> Tensor:
 def tile(n_rows: int, n_columns: int, elements: int = 0, num_warps: int = 4) -> Config:
     """Tiles for elementwise work on [n_rows, n_columns]: unless `elements` says how many, 16 for each thread where
     that leaves enough programs, else 4; and columns that waste less than a quarter of a block."""
-    elements = elements or (2048 if n_rows * n_columns >= 1 << 20 else 512)
-    columns = min(elements, max(4, next_power_of_2(n_columns)))
-    while columns > 16 and cdiv(n_columns, columns) * columns > 1.25 * n_columns:
+    elements = elements or (2048 if n_rows * n_columns >= LARGE else 512)
+    columns = elements if n_rows == 1 else min(elements, max(4, next_power_of_2(n_columns)))
+    while n_rows > 1 and columns > 16 and cdiv(n_columns, columns) * columns > 1.25 * n_columns:
         columns //= 2
-    column_blocks = max(1, cdiv(n_columns, columns))
-    return {
-        "column_blocks": column_blocks,
-        "BLOCK_B": elements // columns,
-        "BLOCK_D": columns,
-        "num_warps": num_warps,
-    }
+    return {"BLOCK_B": elements // columns, "BLOCK_D": columns, "num_warps": num_warps}
 
 
-def row_blocks(n_rows: int, config: Config) -> int:
-    return cdiv(n_rows, config["BLOCK_B"])
+def blocks_of(n_rows: int, n_columns: int, config: Config) -> tuple[int, int]:
+    """How many tiles below each other, and, at least one, beside each other. Where one is as wide as rows are, kernels
+    are told (ALONE), but not of one long row, whose length is a batch's."""
+    return cdiv(n_rows, config["BLOCK_B"]), max(1, cdiv(n_columns, config["BLOCK_D"]))
 
 
 def fastest(run: Callable[[Config], Result], configs: Sequence[Config], *problem: Any) -> Result:
@@ -109,22 +177,43 @@ def fastest(run: Callable[[Config], Result], configs: Sequence[Config], *problem
     if not AUTOTUNE or len(configs) == 1 or torch.cuda.is_current_stream_capturing():
         return run(configs[0])
     path = Path(triton.knobs.cache.dir) / "fastvae-tuned.json"
-    if not _tuned and path.exists():
-        _tuned.update(json.loads(path.read_text()))
     rounded = [next_power_of_2(p) if isinstance(p, int) and p > 0 else str(p) for p in problem]
     key = json.dumps([torch.cuda.get_device_name(), *rounded, configs])
     if key not in _tuned:
+        _tuned.update(_read(path))
+    if key not in _tuned:
         times = [triton.testing.do_bench(lambda c=c: run(c), return_mode="median") for c in configs]
         _tuned[key] = times.index(min(times))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_tuned))
+        _write(path, _read(path) | _tuned)  # another process may have added to it
     return run(configs[_tuned[key]])
 
 
 _tuned: dict[str, int] = {}
 
 
-@triton.jit(do_not_specialize=["P"])
+def _read(path: Path) -> dict[str, int]:
+    """What was tuned before; nothing where there is no such file, or one that cannot be understood."""
+    try:
+        found = json.loads(path.read_text())
+        return {str(key): int(choice) for key, choice in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(path: Path, tuned: dict[str, int]) -> None:
+    """Beside its place and then there, so that nobody reads half of it. A folder that cannot be written is no reason
+    to fail: it is measured again next time."""
+    beside = path.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.write_text(json.dumps(tuned))
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@triton.jit(do_not_specialize=["P", "n"], do_not_specialize_on_alignment=["partials", "out", "partials2", "out2"])
 def _add_up(partials, out, partials2, out2, P, n, scale: tl.float64, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """out[i] = scale * sum_p partials[p, i], in the order of p whatever the launch; likewise out2, where given."""
     columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
@@ -155,7 +244,7 @@ def sum_of_rows(x, stride, columns, inside, P, BLOCK_P: tl.constexpr):
 
 def columns_of_partials(n: int) -> Config:
     """A tile of partial sums [P, n]: few columns, so that there are many programs."""
-    columns = min(16, next_power_of_2(n))
+    columns = 1 if n == 1 else 16
     return {"BLOCK_P": 1024 // columns, "BLOCK_N": columns, "num_warps": 4}
 
 
@@ -164,4 +253,5 @@ def add_up(partials: Tensor, outs: Sequence[Tensor], scale: float = 1.0) -> None
     _, P, n = partials.shape
     block = columns_of_partials(n)
     second = (partials[1], outs[1]) if len(outs) == 2 else (None, None)
-    _add_up[(cdiv(n, block["BLOCK_N"]), len(outs))](partials[0], outs[0], *second, P, n, scale, **block)
+    grid = (cdiv(n, block["BLOCK_N"]), len(outs))
+    launch(_add_up, grid, partials[0], outs[0], *second, P, n, scale, **block)

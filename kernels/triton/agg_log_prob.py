@@ -17,11 +17,11 @@ from fastvae.backends import precision
 from fastvae.backends.contract import LogWeights
 
 from . import tensor_cores
-from ._launch import Config, cdiv, empty_like, fastest
+from ._launch import Config, cdiv, empty_like, fastest, launch
 from .early_exit import balanced, early_order, margin, of_rows, of_rows_backward, squares_unless_far, steep, wants_look
 from .elementary import INF, times
-from .grids import Grid, configs, grid, has_tensor_cores
-from .log_sum_exp import combine_ranges, combine_rows, highest, share_factor, summed
+from .grids import Grid, configs, constants, grid, has_tensor_cores, kind_of
+from .log_sum_exp import combine_ranges, highest, put_together, share_factor, summed
 from .packing import Packed, in_order, new, pack
 from .pair_gradients import any_far, clear, columns_gradients, pull_columns
 from .row_sums import joint_rows
@@ -40,10 +40,10 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["grad_stride", "S", "splits"])
+@triton.jit(do_not_specialize=["grad_stride", "S", "D", "splits"])
 def _combine_rows_backward(
-    ms, totals, parts, d_joint, grad_stride, order, m_out, factors, d_z, S, splits,
-    D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr,
+    ms, totals, parts, d_joint, grad_stride, order, m_out, factors, d_z, S, D, splits,
+    BLOCK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
     """Shares are factor 2^(s - m), with those [S]; d_z [S, D] from its parts, each relative to its range's m."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -66,12 +66,12 @@ def _combine_rows_backward(
             tl.store(d_z + i[:, None] * D + in_order(order, d, D), x.to(d_z.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["S", "N", "blocks", "tiles", "one"])
+@triton.jit(do_not_specialize=["S", "N", "D", "blocks", "tiles", "one"])
 def _joint_columns(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
-    ms, factors, margin: tl.float64, sums, shares, common_shares, S, N, blocks, tiles, one,
-    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, EARLY: tl.constexpr,
+    ms, factors, margin: tl.float64, sums, shares, common_shares, S, N, D, blocks, tiles, one,
+    TWO_LEVELS: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, EARLY: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """sums [splits, 2, N, D] of r e and r e^2, shares [splits, N] of r, and of those r that pull on log_w; of ranges of
@@ -92,12 +92,12 @@ def _joint_columns(
     if sums is not None:
         far_sums = far | any_far(far_samples, S)
         to_e = sums + (2 * split * N + first_column + column_lane) * D
-        to_e2 = to_e + N.to(tl.int64) * D
-        clear(to_e, columns * D, inside, D, RO, TO, TP, one)
-        clear(to_e2, columns * D, inside, D, RO, TO, TP, one)
+        apart = N.to(tl.int64) * D
+        clear(to_e, columns * D, inside, D, one, RO, TO, TP)
+        clear(to_e + apart, columns * D, inside, D, one, RO, TO, TP)
     begin, end = split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(S, ROWS))
     if EARLY:
-        balance = tl.full([], D, tl.int32)
+        balance = tl.cast(D, tl.int32)
         strongest = tl.zeros([RO, 1, TO, 1], samples.dtype.element_ty)  # |r| of the column so far
         weight = tl.load(c + first_column + column_lane + columns)
         if OWN or NEXT:
@@ -117,25 +117,25 @@ def _joint_columns(
                 looks = looks & (meets == 0)
             limit = tl.full([], margin, weight.dtype)
             if looks:
-                pull = tl.abs(tl.load(factors + first_row + row_lane + rows, there, other=0.0))
-                floor = tl.load(ms + first_row + row_lane + rows, there, other=INF) - tl.log2(pull)
+                pull = tl.abs(tl.load(factors + (first_row + rows) + row_lane, there, other=0.0))
+                floor = tl.load(ms + (first_row + rows) + row_lane, there, other=INF) - tl.log2(pull)
                 reached = tl.where(weight == -INF, -INF, weight - tl.log2(strongest))
                 limit = steep(limit + tl.max(reached) - tl.min(tl.where(pull < INF, floor, -INF)))
             squares, near, d = squares_unless_far(
-                z, rows, ab, columns, far, looks, limit, D, RO, RP, TO, TP, UNROLL
+                z, rows, ab, columns, far, looks, limit, D, TWO_LEVELS, RO, RP, TO, TP, UNROLL
             )  # fmt: skip
-            balance = balanced(balance, looks, near, d, D)
+            balance = balanced(balance, looks, near, d, D, TWO_LEVELS)
         else:
             near: tl.constexpr = True
-            squares = square_sums(z, rows, ab, columns, far, D, RO, RP, TO, TP, UNROLL)
+            squares = square_sums(z, rows, ab, columns, far, D, TWO_LEVELS, RO, RP, TO, TP, UNROLL)
         if near:
             s = minus_squares(tl.load(c + first_column + column_lane + columns), squares)
             s = add_log_weights(
                 s, log_w, own, log_w_own, log_w_next, meets, first_row + row_lane + rows, column_lane, columns,
                 first_column, N, OWN, NEXT, COLUMNS,
             )  # fmt: skip
-            p = tl.exp2(s - tl.load(ms + first_row + row_lane + rows, there, other=INF))
-            r = p * tl.load(factors + first_row + row_lane + rows, there, other=0.0)
+            p = tl.exp2(s - tl.load(ms + (first_row + rows) + row_lane, there, other=INF))
+            r = p * tl.load(factors + (first_row + rows) + row_lane, there, other=0.0)
             part = summed(r, False)
             share += part
             if EARLY:
@@ -152,7 +152,7 @@ def _joint_columns(
             if sums is not None:  # noqa: SIM102
                 if tl.max(tl.where(tl.sum(tl.abs(r), 1, keep_dims=True) == 0, 0, 1)) != 0:
                     pull_columns(
-                        r, z, rows, ab, columns, far, far_sums, to_e, to_e2, columns * D, inside, one, D, RO, TO, TP
+                        r, z, rows, ab, columns, far, far_sums, to_e, apart, columns * D, inside, one, D, RO, TO, TP
                     )  # fmt: skip
     at = split * N + first_column + column
     tl.store(shares + at, tl.sum(share, 3, keep_dims=True), inside)
@@ -175,16 +175,16 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
     exits = of_rows(packed, weights.own)
 
     def run(config: Config) -> Tensor:
-        g = grid(S, N, D, packed.dtype, z.device, False, any(packed.overridden), packed.order is not None, **config)
-        ms, totals = (None, None) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
-        joint_rows[(g.programs,)](
-            *_operands(packed),
-            *(None, None, *exits, joint if g.splits == 1 else None, ms, totals, S, N, g.blocks, g.tiles, 1),
-            *(D, *packed.overridden, False),
-            **g.config,
+        g = grid(S, N, D, packed.dtype, z.device, kind_of(packed, reduce=False), **config)
+        # Where it writes nothing there, it gets what is there anyway.
+        ms, totals = (joint, joint) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
+        launch(
+            *(joint_rows, (g.programs,), *_operands(packed), None, None, *exits),
+            *(joint, ms, totals, S, N, D, g.blocks, g.splits, g.tiles, 1),
+            **constants(packed, g, BACKWARD=False),
         )
-        if ms is not None:
-            combine_rows[(cdiv(S, 128),)](ms, totals, joint, S, 1, g.splits, 128, num_warps=4)
+        if g.splits > 1:
+            put_together(ms, totals, joint, S, 1, g.splits)
         return joint
 
     return fastest(run, configs(S, N, packed.dtype), "agg_log_prob", packed.dtype, *packed.overridden, S, N, D)
@@ -196,18 +196,18 @@ def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor |
     m, factors = new(packed, S), new(packed, S)
     if S == 0:
         return m, factors
-    g = grid(S, N, D, packed.dtype, d_joint.device, True, early=packed.order is not None)
+    g = grid(S, N, D, packed.dtype, d_joint.device, kind_of(packed, reduce=True))
     ms, totals = new(packed, g.splits, S), new(packed, g.splits, S)
     parts = None if d_z is None else new(packed, g.splits, S, D)
-    joint_rows[(g.programs,)](
-        *_operands(packed),
-        *(joint, parts, *of_rows_backward(packed), None, ms, totals, S, N, g.blocks, g.tiles, 1),
-        *(D, *packed.overridden, True),
-        **g.config,
+    launch(
+        *(joint_rows, (g.programs,), *_operands(packed), joint, parts, *of_rows_backward(packed)),
+        *(None, ms, totals, S, N, D, g.blocks, g.splits, g.tiles, 1),
+        **constants(packed, g, BACKWARD=True),
     )
-    _combine_rows_backward[(cdiv(S, 32),)](
-        *(ms, totals, parts, d_joint, d_joint.stride(0), packed.order, m, factors, d_z, S, g.splits, D, 32, 32),
-        num_warps=4,
+    launch(
+        *(_combine_rows_backward, (cdiv(S, 32),), ms, totals, parts, d_joint, d_joint.stride(0), packed.order),
+        *(m, factors, d_z, S, D, g.splits),
+        **{"BLOCK": 32, "DK": 32, "num_warps": 4},
     )
     return m, factors
 
@@ -218,11 +218,10 @@ def pull_on_columns(
     """Writes sums [splits, 2, N, D], shares [splits, N], and those that pull on log_w."""
     own_apart = common is not None and any(packed.overridden)  # own pairs then are no part of what a column has
     early = packed.order is not None and not own_apart
-    _joint_columns[(g.programs,)](
-        *_operands(packed),
-        *(m, factors, margin(packed, packed.S), sums, shares, common, packed.S, packed.N, g.blocks, g.tiles, 1),
-        *(packed.D, *packed.overridden, early),
-        **g.config,
+    launch(
+        *(_joint_columns, (g.programs,), *_operands(packed), m, factors, margin(packed, packed.S)),
+        *(sums, shares, common, packed.S, packed.N, packed.D, g.blocks, g.tiles, 1),
+        **constants(packed, g, EARLY=early),
     )
 
 
@@ -247,7 +246,7 @@ def agg_log_prob_backward(
     d_z, d_mu, d_logvar, d_log_w = gradients
     m, factors = shares_of_rows(packed, d_joint, joint, d_z)
     if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
-        g = grid(N, S, D, packed.dtype, z.device, True, early=packed.order is not None)
+        g = grid(N, S, D, packed.dtype, z.device, kind_of(packed, reduce=True))
         sums = None if d_mu is None and d_logvar is None else new(packed, g.splits, 2, N, D)
         shares = new(packed, g.splits, N)
         common = None if d_log_w is None else new(packed, g.splits, N)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fastvae.backends.contract import LogWeights
 
-from ._launch import cdiv, empty_like
+from ._launch import empty_like, launch
 from .agg_log_prob import agg_log_prob_backward, pull_on_columns, shares_of_rows
 from .elementary import INF
-from .grids import grid, grid_per_dimension
-from .log_sum_exp import combine_rows, summed
+from .grids import constants, grid, grid_per_dimension, kind_of
+from .log_sum_exp import put_together, summed
 from .marginal_rows import marginal_operands, marginal_program, marginal_shares_of_rows
 from .packing import PANEL, new, pack
 from .pair_gradients import columns_gradients, held_finite
@@ -41,13 +41,18 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["S", "N", "joint_programs", "joint_blocks", "joint_tiles", "blocks", "tiles", "one"])
+@triton.jit(
+    do_not_specialize=[
+        *("S", "N", "D", "joint_programs", "joint_blocks", "joint_splits", "joint_tiles"),
+        *("blocks", "splits", "tiles", "one"),
+    ]
+)
 def _joint_and_marginals(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64, marginal_c,
-    joint, joint_ms, joint_totals, marginals, ms, totals, S, N,
-    joint_programs, joint_blocks, joint_tiles, blocks, tiles, one,
-    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr,
+    joint, joint_ms, joint_totals, marginals, ms, totals, S, N, D,
+    joint_programs, joint_blocks, joint_splits, joint_tiles, blocks, splits, tiles, one,
+    TWO_LEVELS: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
     EACH_RO: tl.constexpr, EACH_RP: tl.constexpr, EACH_TO: tl.constexpr, EACH_TP: tl.constexpr,
 ):  # fmt: skip
@@ -56,18 +61,20 @@ def _joint_and_marginals(
     if program < joint_programs:
         joint_program(
             program, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own,
-            log_w_next, None, None, None, None, 0.0, joint, joint_ms, joint_totals, S, N, joint_blocks, joint_tiles,
-            one, D, OWN, NEXT, False, RO, RP, TO, TP, UNROLL,
+            log_w_next, None, None, None, None, 0.0, joint, joint_ms, joint_totals, S, N, D, joint_blocks,
+            joint_splits, joint_tiles, one, TWO_LEVELS, OWN, NEXT, False, RO, RP, TO, TP, UNROLL,
         )  # fmt: skip
     else:
         marginal_program(
             program - joint_programs, samples, far_samples, planes, far_columns, marginal_c, log_w, own, own_low,
-            own_high, log_w_own, log_w_next, marginals, ms, totals, None, S, N, D, blocks, tiles,
+            own_high, log_w_own, log_w_next, marginals, ms, totals, None, S, N, D, blocks, splits, tiles,
             OWN, NEXT, EACH_RO, EACH_RP, EACH_TO, EACH_TP,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["S", "N", "D", "blocks", "tiles"])
+@triton.jit(
+    do_not_specialize=["S", "N", "D", "blocks", "tiles"], do_not_specialize_on_alignment=["sums", "common_shares"]
+)
 def _marginal_columns(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
@@ -139,21 +146,22 @@ def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWe
     joint, marginals = new(packed, S), new(packed, S, D)
     if S == 0:
         return joint, marginals
-    g = grid(S, N, D, packed.dtype, z.device, False, any(packed.overridden))
-    each = grid_per_dimension(S, N, D, packed.dtype, z.device, False, any(packed.overridden))
-    joint_parts = None if g.splits == 1 else new(packed, 2, g.splits, S)
-    parts = None if each.splits == 1 else new(packed, 2, each.splits, D, S)
-    _joint_and_marginals[(g.programs + each.programs,)](
+    kind = kind_of(packed, reduce=False)
+    g, each = (choose(S, N, D, packed.dtype, z.device, kind) for choose in (grid, grid_per_dimension))
+    # Where it writes nothing there, it gets what is there anyway.
+    joint_parts = (joint, joint) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
+    parts = (joint, joint) if each.splits == 1 else (new(packed, each.splits, D, S), new(packed, each.splits, D, S))
+    launch(
+        *(_joint_and_marginals, (g.programs + each.programs,)),
         *(packed.samples, packed.far_samples, packed.columns, packed.far_columns, *packed.weights, packed.marginal_c),
-        *((joint, None, None) if joint_parts is None else (None, *joint_parts)),
-        *((marginals, None, None) if parts is None else (None, *parts)),
-        *(S, N, g.programs, g.blocks, g.tiles, each.blocks // max(D, 1), each.tiles, 1, D, *packed.overridden),
-        **(g.config | {f"EACH_{k}": v for k, v in each.config.items() if k in ("RO", "RP", "TO", "TP")}),
+        *(joint, *joint_parts, marginals, *parts, S, N, D),
+        *(g.programs, g.blocks, g.splits, g.tiles, each.blocks, each.splits, each.tiles, 1),
+        **constants(packed, g, **{f"EACH_{k}": each.config[k] for k in ("RO", "RP", "TO", "TP")}),
     )
-    if joint_parts is not None:
-        combine_rows[(cdiv(S, 128),)](*joint_parts, joint, S, 1, g.splits, 128, num_warps=4)
-    if parts is not None:
-        combine_rows[(cdiv(S * D, 128),)](*parts, marginals, S, D, each.splits, 128, num_warps=4)
+    if g.splits > 1:
+        put_together(*joint_parts, joint, S, 1, g.splits)
+    if each.splits > 1:
+        put_together(*parts, marginals, S, D, each.splits)
     return joint, marginals
 
 
@@ -185,19 +193,20 @@ def agg_log_prob_marginals_backward(
         joint_shares = shares_of_rows(packed, d_joint, joint, joint_d_z)
     shares = marginal_shares_of_rows(packed, d_marginals, joint_d_z, d_z)
     if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
-        g = grid(N, S, D, packed.dtype, z.device, reduce=True)
-        each = grid_per_dimension(N, S, D, packed.dtype, z.device, True, any(packed.overridden))
+        kind = kind_of(packed, reduce=True)
+        g, each = (choose(N, S, D, packed.dtype, z.device, kind) for choose in (grid, grid_per_dimension))
         n = g.splits if joint_shares else 0
         sums = None if d_mu is None and d_logvar is None else new(packed, n + each.splits, 2, N, D)
         total_shares = new(packed, n, N)
         common = None if d_log_w is None else new(packed, n + each.splits * D, N)
         if joint_shares:
             pull_on_columns(packed, g, *joint_shares, sums, total_shares, common)
-        _marginal_columns[(each.programs,)](
-            *(*marginal_operands(packed), *shares),
+        OWN, NEXT = packed.overridden
+        launch(
+            *(_marginal_columns, (each.programs,), *marginal_operands(packed), *shares),
             *(None if x is None else x[n:] for x in (sums, common)),
-            *(S, N, D, each.blocks // D, each.tiles, *packed.overridden),
-            **each.config,
+            *(S, N, D, each.blocks, each.tiles),
+            **{"OWN": OWN, "NEXT": NEXT, **each.config},
         )
         columns_gradients(packed, sums, total_shares, common, d_mu, d_logvar, d_log_w)
     return [x for x in gradients if x is not None]

@@ -7,19 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import add_up, empty_like
+from ._launch import add_up, empty_like, launch
 from .elementary import LN2
-from .grids import grid
+from .grids import Kind, grid
 from .log_sum_exp import summed
 from .packing import new, pack
 from .pair_gradients import any_far, clear, columns_gradients, pull_columns, pull_samples
-from .tiles import INV_KAPPA2, is_far, minus_squares, offset, owned, passing, square_sums, step
+from .tiles import FOLD, INV_KAPPA2, is_far, minus_squares, offset, owned, passing, square_sums, step
 
 
-@triton.jit(do_not_specialize=["S", "N", "blocks", "tiles"])
+@triton.jit(do_not_specialize=["S", "N", "D", "blocks", "tiles"])
 def _cross_log_prob(
-    samples, planes, far_columns, c, out, S, N, blocks, tiles,
-    D: tl.constexpr, RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+    samples, planes, far_columns, c, out, S, N, D, blocks, tiles,
+    TWO_LEVELS: tl.constexpr,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
@@ -32,16 +33,18 @@ def _cross_log_prob(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, RP * TP))):
         first_column = tl.full([], RP * TP, tl.int64) * tile
         ab = planes + (offset(first_column, D) + column_lane) * step(planes)
-        squares = square_sums(z, rows, ab, columns, is_far(far_columns, first_column), D, RO, RP, TO, TP, UNROLL)
-        log_q = minus_squares(tl.load(c + first_column + column_lane + columns), squares)
+        squares = square_sums(
+            z, rows, ab, columns, is_far(far_columns, first_column), D, TWO_LEVELS, RO, RP, TO, TP, UNROLL
+        )
+        log_q = minus_squares(tl.load(c + (first_column + columns) + column_lane), squares)
         inside = inside_rows & (column_lane + columns < tl.minimum(N - first_column, RP * TP).to(tl.int32))
         tl.store(out + first_column + column_lane + columns, log_q * tl.full([], LN2, log_q.dtype), inside)
 
 
-@triton.jit(do_not_specialize=["grad_row", "grad_column", "S", "N", "blocks", "tiles", "one"])
+@triton.jit(do_not_specialize=["grad_row", "grad_column", "S", "N", "D", "blocks", "tiles", "one"])
 def _cross_rows(
-    samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, S, N, blocks, tiles, one,
-    D: tl.constexpr, RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+    samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, S, N, D, blocks, tiles, one,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """sums [splits, S, D] of r t a over ranges of columns"""
     block = tl.program_id(0) % blocks
@@ -54,7 +57,7 @@ def _cross_rows(
     far_rows = is_far(far_samples, first_row)
     one_time = tl.full([], 1.0, samples.dtype.element_ty)
     to = sums + (split * S + first_row + row_lane) * D
-    clear(to, rows * D, inside_rows, D, RO, TO, TP, one)
+    clear(to, rows * D, inside_rows, D, one, RO, TO, TP)
     grad += (first_row + row_lane + rows) * grad_row
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, RP * TP))):
         first_column = tl.full([], RP * TP, tl.int64) * tile
@@ -67,10 +70,10 @@ def _cross_rows(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["grad_row", "grad_column", "S", "N", "blocks", "tiles", "one"])
+@triton.jit(do_not_specialize=["grad_row", "grad_column", "S", "N", "D", "blocks", "tiles", "one"])
 def _cross_columns(
-    samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, shares, S, N, blocks, tiles, one,
-    D: tl.constexpr, RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
+    samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, shares, S, N, D, blocks, tiles, one,
+    RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """sums [splits, 2, N, D] of r e and r e^2, and shares [splits, N] of r, of ranges of samples"""
     block = tl.program_id(0) % blocks
@@ -83,9 +86,9 @@ def _cross_columns(
     far_column = is_far(far_columns, first_column)
     far = far_column | any_far(far_samples, S)
     to_e = sums + (2 * split * N + first_column + column_lane) * D
-    to_e2 = to_e + N.to(tl.int64) * D
-    clear(to_e, columns * D, inside_columns, D, RO, TO, TP, one)
-    clear(to_e2, columns * D, inside_columns, D, RO, TO, TP, one)
+    apart = N.to(tl.int64) * D
+    clear(to_e, columns * D, inside_columns, D, one, RO, TO, TP)
+    clear(to_e + apart, columns * D, inside_columns, D, one, RO, TO, TP)
     share = tl.zeros([RO, 1, TO, TP], samples.dtype.element_ty)
     grad += (first_column + column_lane + columns) * grad_column
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(S, RP * TP))):
@@ -95,7 +98,7 @@ def _cross_columns(
         r = tl.load(grad + (first_row + row_lane + rows) * grad_row, inside, other=0.0)
         share += summed(r, False)
         pull_columns(
-            r, z, rows, ab, columns, far_column, far, to_e, to_e2, columns * D, inside_columns, one, D, RO, TO, TP
+            r, z, rows, ab, columns, far_column, far, to_e, apart, columns * D, inside_columns, one, D, RO, TO, TP
         )  # fmt: skip
     at = split * N + first_column + column_lane + columns
     tl.store(shares + at, tl.sum(share, 3, keep_dims=True), inside_columns)
@@ -106,9 +109,9 @@ def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     S, N, D = packed.S, packed.N, packed.D
     out = new(packed, S, N)
     if S and N:
-        g = grid(S, N, D, packed.dtype, z.device, reduce=False)
-        arguments = (packed.samples, packed.columns, packed.far_columns, packed.c, out, S, N, g.blocks, g.tiles, D)
-        _cross_log_prob[(g.programs,)](*arguments, **g.config)
+        g = grid(S, N, D, packed.dtype, z.device, Kind(matrix=True))
+        arguments = (packed.samples, packed.columns, packed.far_columns, packed.c, out, S, N, D, g.blocks, g.tiles)
+        launch(_cross_log_prob, (g.programs,), *arguments, **{"TWO_LEVELS": FOLD.value < D, **g.config})
     return out
 
 
@@ -121,14 +124,14 @@ def cross_log_prob_backward(
     d_z, d_mu, d_logvar = gradients = [empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
     operands = (packed.samples, packed.far_samples, packed.columns, packed.far_columns, grad, *grad.stride())
     if d_z is not None and S > 0:
-        g = grid(S, N, D, packed.dtype, z.device, reduce=True)
+        g = grid(S, N, D, packed.dtype, z.device, Kind(reduce=True, matrix=True))
         sums = new(packed, g.splits, S, D)
-        _cross_rows[(g.programs,)](*operands, sums, S, N, g.blocks, g.tiles, 1, D, **g.config)
+        launch(_cross_rows, (g.programs,), *operands, sums, S, N, D, g.blocks, g.tiles, 1, **g.config)
         scale = -1.0 if packed.dtype == torch.float64 else -INV_KAPPA2.value
         add_up(sums.view(1, g.splits, S * D), [d_z.view(-1)], scale)
     if N > 0 and not (d_mu is None and d_logvar is None):
-        g = grid(N, S, D, packed.dtype, z.device, reduce=True)
+        g = grid(N, S, D, packed.dtype, z.device, Kind(reduce=True, matrix=True))
         sums, shares = new(packed, g.splits, 2, N, D), new(packed, g.splits, N)
-        _cross_columns[(g.programs,)](*operands, sums, shares, S, N, g.blocks, g.tiles, 1, D, **g.config)
+        launch(_cross_columns, (g.programs,), *operands, sums, shares, S, N, D, g.blocks, g.tiles, 1, **g.config)
         columns_gradients(packed, sums, shares, None, d_mu, d_logvar, None)
     return [x for x in gradients if x is not None]

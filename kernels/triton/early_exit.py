@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastvae.backends import exact_skip
 
-from ._launch import cdiv
+from ._launch import cdiv, launch
 from .elementary import INF, LOG2E, largest
 from .packing import PANEL, Packed, new
 from .tiles import FOLD, far_t, load_pair, minus_squares, offset, squares_of, step
@@ -39,17 +39,17 @@ def wants_look(balance, tile):
 
 
 @triton.jit
-def balanced(balance, looked, near, d, D: tl.constexpr):
+def balanced(balance, looked, near, d, D, TWO_LEVELS: tl.constexpr):
     """After a tile that stopped, or did not (`near`), at dimension d: its exponentials take as long as 7 dimensions, a
     look as long as 2."""
-    between: tl.constexpr = LOOK if D <= FOLD else FOLD
+    between: tl.constexpr = FOLD if TWO_LEVELS else LOOK
     change = tl.where(near, 0, D - d + 7) - 2 * tl.cdiv(d, between)
-    return tl.where(looked, tl.clamp((balance + change).to(tl.float32), -4.0 * D, 16.0 * D).to(tl.int32), balance)
+    return tl.where(looked, tl.clamp((balance + change).to(tl.float32), D * -4.0, D * 16.0).to(tl.int32), balance)
 
 
 @triton.jit
 def squares_unless_far(
-    z, rows, planes, columns, far, looks, limit, D: tl.constexpr,
+    z, rows, planes, columns, far, looks, limit, D, TWO_LEVELS: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """`tiles.square_sums`, to the same bits; whether any pair's are up to `limit`; and the dimension by which none's
@@ -57,17 +57,17 @@ def squares_unless_far(
     squares = tl.zeros([RO, RP, TO, TP], z.dtype.element_ty)
     d = tl.full([], 0, tl.int32)
     near = d == 0
-    if D <= FOLD:
-        between = tl.where(looks, LOOK, D).to(tl.int32)
-    else:
+    if TWO_LEVELS:
         between = tl.full([], FOLD, tl.int32)
+    else:
+        between = tl.where(looks, LOOK, D)
     while near & (d < D):
         n = tl.minimum(D - d, between)
         z_d, planes_d = z + d * PANEL, planes + d * (PANEL * step(planes))
-        if D <= FOLD:
-            squares = squares_of(squares, z_d, rows, planes_d, columns, far, n, UNROLL)
-        else:
+        if TWO_LEVELS:
             squares += squares_of(tl.zeros_like(squares), z_d, rows, planes_d, columns, far, n, UNROLL)
+        else:
+            squares = squares_of(squares, z_d, rows, planes_d, columns, far, n, UNROLL)
         d += n
         if looks:
             near = (tl.min(squares) > limit) == 0
@@ -152,7 +152,10 @@ def _spread(mu, mu_row, mu_col, logvar, lv_row, lv_col, d, N, D):
     return tl.where(spread >= 0, spread, 0.0)  # NaN tells nothing apart
 
 
-@triton.jit(do_not_specialize=["N", "D"])
+@triton.jit(
+    do_not_specialize=["mu_row", "mu_col", "lv_row", "lv_col", "N", "D"],
+    do_not_specialize_on_alignment=["mu", "logvar"],
+)
 def _order(mu, mu_row, mu_col, logvar, lv_row, lv_col, order, N, D, DK: tl.constexpr):
     """order [D]: dimensions that tell columns apart come first. A program finds the places of DK of them."""
     d = tl.program_id(0) * DK + tl.arange(0, DK)
@@ -173,7 +176,7 @@ def early_order(mu: Tensor, logvar: Tensor) -> Tensor | None:
     if not exact_skip(otherwise=False) or N < MIN_COLUMNS or 2 * LOOK.value > D:
         return None
     order = torch.empty(D, dtype=torch.int32, device=mu.device)
-    _order[(cdiv(D, 16),)](mu, *mu.stride(), logvar, *logvar.stride(), order, N, D, 16, num_warps=4)
+    launch(_order, (cdiv(D, 16),), mu, *mu.stride(), logvar, *logvar.stride(), order, N, D, DK=16, num_warps=4)
     return order
 
 
@@ -184,9 +187,11 @@ def _launch_bounds(packed: Packed, own: Tensor | None, samples: bool) -> tuple[T
     reach, steepest, least = (new(packed, *packed.far_columns.shape) for _ in range(3))
     terms = new(packed, packed.S) if samples else None
     panels = packed.far_columns.numel()
-    _bounds[(panels + (packed.far_samples.numel() if samples else 0),)](
+    launch(
+        *(_bounds, (panels + (packed.far_samples.numel() if samples else 0),)),
         *(packed.samples, packed.columns, packed.far_columns, packed.c, packed.log_w, own, packed.log_w_own),
-        *(reach, steepest, least, terms, packed.S, packed.N, packed.D, panels, packed.overridden[0]),
+        *(reach, steepest, least, terms, packed.S, packed.N, packed.D, panels),
+        OWN=packed.overridden[0],
         num_warps=4,
     )
     return reach, steepest, least, terms

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import torch
 
-from ._launch import INTERPRETED, Config, cdiv, resources, target
+from ._launch import INTERPRETED, Config, Target, cdiv, resources, target
+from .packing import Packed
 from .tiles import FOLD
 
 THREADS = 256
-SMALL = (2, 4, 8, 32, 4)  # 16 x 128 pairs, for problems that have few tiles
+SMALL = (2, 4, 8, 32, 4)  # 16 x 128 pairs, for problems that have few tiles, or little to own
 Tile = tuple[int, int, int, int, int]  # RO, RP, TO, TP, UNROLL
 
 
@@ -17,15 +18,13 @@ class Grid(NamedTuple):
     """Programs own blocks of samples (or columns), and take one of `splits` ranges of what passes by."""
 
     config: Config  # RO, RP, TO, TP, UNROLL and the launch options
-    blocks: int  # in all dimensions, where each has its own
+    programs: int  # blocks * splits, for each dimension where they have programs of their own
+    blocks: int
     splits: int
     tiles: int  # that pass by in one range
 
-    @property
-    def programs(self) -> int:
-        return self.blocks * self.splits
 
-
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many to fill; an H200's where there is no GPU to ask, and few for the interpreter."""
     if device.type == "cuda":
@@ -33,54 +32,67 @@ def multiprocessors(device: torch.device) -> int:
     return 1 if INTERPRETED and device.type == "cpu" else 132
 
 
-def _grid(tile: Tile, owned: int, passing: int, copies: int, steps: int, device: torch.device) -> Grid:
-    sms, per_sm = multiprocessors(device), 2
+@functools.lru_cache(4096)
+def _grid(tile: Tile, owned: int, passing: int, copies: int, steps: int, sms: int, on: Target) -> Grid:
+    """Sizes decide between two tiles alone, so that a kernel is compiled for no batch size."""
+    per_sm = 2
     RO, RP, TO, TP, unroll = tile
-    if cdiv(owned, RO * TO) * cdiv(passing, RP * TP) * copies < sms:
+    if cdiv(owned, RO * TO) * cdiv(passing, RP * TP) * copies < sms or 4 * owned <= RO * TO:
         RO, RP, TO, TP, unroll = SMALL
-    while RO > 1 and 2 * owned <= RO * TO:
-        RO, unroll = RO // 2, max(unroll, 2)
-    config = {"RO": RO, "RP": RP, "TO": TO, "TP": TP, "UNROLL": unroll} | resources(THREADS, 65536 // THREADS // per_sm)
+    config = {"RO": RO, "RP": RP, "TO": TO, "TP": TP, "UNROLL": unroll} | resources(
+        on, THREADS, 65536 // THREADS // per_sm
+    )
     blocks, tiles = cdiv(owned, RO * TO), cdiv(passing, RP * TP)
     splits = _splits(blocks * copies, tiles, steps, per_sm * sms)
-    return Grid(config, blocks * copies, splits, max(1, cdiv(tiles, splits)))
+    return Grid(config, blocks * copies * splits, blocks, splits, max(1, cdiv(tiles, splits)))
 
 
-def _tile(D: int, dtype: torch.dtype, reduce: bool, overridden: bool, early: bool) -> Tile:
+class Kind(NamedTuple):
+    """What a kernel does with pairs, which decides how many of them a thread has room for."""
+
+    reduce: bool = False  # each dimension is summed over what passes by
+    overridden: bool = False  # own columns have weights of their own
+    early: bool = False  # tiles may stop early
+    matrix: bool = False  # each pair has an address of its own, in a matrix
+
+
+def _tile(D: int, dtype: torch.dtype, kind: Kind) -> Tile:
     """A program has 256 threads of at most 128 registers, so that two share a multiprocessor, and none may spill. In
     the register tile of 8 x 8 pairs a step in d loads 16 words for 128 FMAs, where a pair keeps one sum. Half of that
     where squares are summed in two levels, where pairs are compared with own columns, where a tile may stop early, and
     where a compiler makes FMAs in pairs, whose registers have to be neighbours. Gradients keep a tile's shares while
     they sum each dimension over what passes by, across lanes, which should then be few: 2 x 16 pairs and 4 lanes.
     Numbers in float64 take two."""
-    folded = FOLD.value < D
-    half = folded or overridden or early
+    folded, in_pairs = FOLD.value < D, target().pairs_fmas
+    half = folded or kind.overridden or kind.early or kind.matrix
     if dtype == torch.float64:
-        return (2, 2 if folded else 4, 64, 4, 1) if reduce else (4, 2 if half else 4, 32, 8, 1)
-    if reduce:
-        return (2, 8, 64, 4, 2) if folded else (2, 16, 64, 4, 1 if early else 2)
-    if folded and early:
+        return (2, 2 if folded else 4, 64, 4, 1) if kind.reduce else (4, 2 if half else 4, 32, 8, 1)
+    if kind.reduce:
+        half = folded or kind.matrix or (kind.overridden and (kind.early or in_pairs))
+        return (2, 8, 64, 4, 2) if half else (2, 16, 64, 4, 1 if kind.early else 2)
+    if folded and kind.early:
         return 4, 4, 32, 8, 2
-    if half or target().pairs_fmas:
+    if half or in_pairs:
         return 8, 4, 16, 16, 1 if folded else 2
     return 8, 8, 16, 16, 1
 
 
 def grid(
-    owned: int,
-    passing: int,
-    D: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    reduce: bool,
-    overridden: bool = False,
-    early: bool = False,
-    tile: Tile | None = None,
+    owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, kind: Kind, tile: Tile | None = None
 ) -> Grid:
-    """For `owned` samples against `passing` columns, or the other way round. `reduce`: whether each dimension is summed
-    over what passes by; `overridden`: whether own columns have weights of their own; `early`: whether tiles may stop
-    early."""
-    return _grid(tile or _tile(D, dtype, reduce, overridden, early), owned, passing, 1, D + 8, device)
+    """For `owned` samples against `passing` columns, or the other way round."""
+    tile = tile or _tile(D, dtype, kind)
+    return _grid(tile, owned, passing, 1, D + 8, multiprocessors(device), target())
+
+
+def kind_of(packed: Packed, reduce: bool) -> Kind:
+    return Kind(reduce, any(packed.overridden), packed.order is not None)
+
+
+def constants(packed: Packed, g: Grid, **others: bool) -> Config:
+    """Of a kernel that goes through all dimensions of a pair"""
+    OWN, NEXT = packed.overridden
+    return {"TWO_LEVELS": FOLD.value < packed.D, "OWN": OWN, "NEXT": NEXT, **others, **g.config}
 
 
 def configs(owned: int, passing: int, dtype: torch.dtype) -> list[Config]:
@@ -90,16 +102,16 @@ def configs(owned: int, passing: int, dtype: torch.dtype) -> list[Config]:
     return [{"tile": tile} for tile in (None, *others)]
 
 
-def grid_per_dimension(
-    owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, reduce: bool, overridden: bool
-) -> Grid:
+def grid_per_dimension(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, kind: Kind) -> Grid:
     """The same with programs for each dimension alone. An exponential takes as long as eight FMAs: what is left to save
     is what is done once for a row and a tile, so many columns pass at a time, and fewer where there is more to keep."""
     if dtype == torch.float64:
-        tile = (2, 4, 64, 4, 1) if reduce or overridden else (4, 4, 32, 8, 1)
+        tile = (2, 4, 64, 4, 1) if kind.reduce or kind.overridden else (4, 4, 32, 8, 1)
+    elif kind.reduce:
+        tile = (4, 4 if kind.overridden or target().pairs_fmas else 8, 32, 8, 1)
     else:
-        tile = (4, (4 if overridden or target().pairs_fmas else 8) if reduce else 8 if overridden else 16, 32, 8, 1)
-    return _grid(tile, owned, passing, D, 6, device)
+        tile = (4, 8 if kind.overridden else 16, 32, 8, 1)
+    return _grid(tile, owned, passing, D, 6, multiprocessors(device), target())
 
 
 @functools.cache
@@ -120,7 +132,7 @@ def matrix_grid(owned: int, passing: int, D: int, device: torch.device) -> Grid:
     config = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}
     blocks, tiles = cdiv(owned, config["ROWS"]), cdiv(passing, config["COLUMNS"])
     splits = _splits(blocks, tiles, D + 8, 2 * multiprocessors(device))
-    return Grid(config, blocks, splits, max(1, cdiv(tiles, splits)))
+    return Grid(config, blocks * splits, blocks, splits, max(1, cdiv(tiles, splits)))
 
 
 def has_tensor_cores() -> bool:

@@ -3,7 +3,8 @@
 With x = logvar - prior_logvar and u = (mu - prior_mu) e^(-prior_logvar / 2): KL = ((e^x - 1 - x) + u^2) / 2.
 Programs walk over tiles [BLOCK_B, BLOCK_D]; a prior that is one row has row stride 0, one that is not given is 0.
 Sums over tiles are kept element by element of a tile and meet at the end: in a row, in the columns that a program
-stays in, or altogether. Sums of several programs become partials in float64, which a second launch adds up.
+stays in, or altogether. Sums of several programs become partials in float64, which a second launch adds up. Strides and
+D are counted in units (`unit_of`).
 """
 
 import functools
@@ -16,7 +17,23 @@ from torch import Tensor
 
 from fastvae.backends.contract import accumulation_dtype, kl_scale, kl_shape
 
-from ._launch import Config, accumulator, add_up, empty_like, fastest, row_blocks, rows, same_layout, tile
+from ._launch import (
+    LARGE,
+    Config,
+    accumulator,
+    add_up,
+    blocks_of,
+    empty_like,
+    fastest,
+    in_units,
+    launch,
+    nowhere,
+    one_row,
+    rows,
+    same_layout,
+    tile,
+    unit_of,
+)
 from .elementary import exp, exp_tail, expm1, times
 
 # What is summed over. (A string: Triton looks up each global constant of a kernel again at every launch.)
@@ -27,24 +44,24 @@ ONE_PROGRAM = 16384  # elements that one program sums in less time than a second
 
 
 @triton.jit
-def _load(x, stride, row, column, inside, ACC: tl.constexpr):
-    return tl.load(x + row[:, None] * stride + column[None, :], inside, other=0.0).to(ACC)
+def _load(x, stride, row, column, inside, ACC: tl.constexpr, UNIT: tl.constexpr):
+    return tl.load(x + row[:, None] * (tl.cast(stride, tl.int64) * UNIT) + column[None, :], inside, other=0.0).to(ACC)
 
 
 @triton.jit
 def _terms(
     mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
-    row, column, inside, ACC: tl.constexpr,
+    row, column, inside, ACC: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """x, e^x, u / 2 before and after the division by prior_sigma, and 1 / prior_sigma of a tile; the halves keep
     differences of finite numbers finite. Outside of the tensors all inputs are 0, and so is the KL."""
-    half_x = 0.5 * _load(logvar, logvar_stride, row, column, inside, ACC)
-    half_difference = 0.5 * _load(mu, mu_stride, row, column, inside, ACC)
+    half_x = 0.5 * _load(logvar, logvar_stride, row, column, inside, ACC, UNIT)
+    half_difference = 0.5 * _load(mu, mu_stride, row, column, inside, ACC, UNIT)
     inverse_sigma = tl.full(half_difference.shape, 1.0, ACC)
     if prior_mu is not None:
-        half_difference -= 0.5 * _load(prior_mu, prior_mu_stride, row, column, inside, ACC)
+        half_difference -= 0.5 * _load(prior_mu, prior_mu_stride, row, column, inside, ACC, UNIT)
     if prior_logvar is not None:
-        half_prior = 0.5 * _load(prior_logvar, prior_logvar_stride, row, column, inside, ACC)
+        half_prior = 0.5 * _load(prior_logvar, prior_logvar_stride, row, column, inside, ACC, UNIT)
         half_x -= half_prior
         LARGEST: tl.constexpr = 1.7976931348623157e308 if ACC.is_fp64() else 3.4028234663852886e38
         inverse_sigma = tl.clamp(exp(-half_prior, ACC), 0.0, LARGEST, propagate_nan=tl.PropagateNan.ALL)
@@ -52,13 +69,21 @@ def _terms(
     return x, exp(x, ACC), half_difference, half_difference * inverse_sigma, inverse_sigma
 
 
-@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["column_blocks"])
+_SIZES = ["mu_stride", "logvar_stride", "prior_mu_stride", "prior_logvar_stride", "B", "D", "column_blocks"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _kl_gauss(
     mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
-    out, B, D, scale: tl.float64, column_blocks,
-    OVER: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    out, partials, B, D, scale: tl.float64, column_blocks,
+    OVER: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr, ALONE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Out: [B, D], [B], partials [programs / column_blocks, D] or partials [programs], by OVER."""
+    """Out: [B, D], [B], [D] or a number, by OVER. Where several programs share a sum, that of each, before it is
+    scaled, is in partials, [programs / column_blocks, D] or [programs]."""
+    D = tl.cast(D, tl.int64) * UNIT
+    if ALONE:
+        column_blocks = 1
     program = tl.program_id(0)
     if OVER == "rows":
         first, last, step = program * column_blocks, (program + 1) * column_blocks, 1
@@ -72,7 +97,7 @@ def _kl_gauss(
         inside = (row < B)[:, None] & (column < D)[None, :]
         x, e_x, _, half_u, _ = _terms(
             mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
-            row, column, inside, ACC,
+            row, column, inside, ACC, UNIT,
         )  # fmt: skip
         kl = tl.fma(2 * half_u, half_u, 0.5 * exp_tail(x, e_x, ACC))
         if OVER == "nothing":
@@ -84,22 +109,36 @@ def _kl_gauss(
         tl.store(out + row, tl.sum(total, 1), row < B)
     elif OVER == "columns":
         column = (program % column_blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-        partial = (program // column_blocks).to(tl.int64) * D
-        result = tl.sum(total, 0).to(tl.float64) * tl.full([BLOCK_D], scale, tl.float64)
-        tl.store(out + partial + column, result.to(out.dtype.element_ty), column < D)
+        result = tl.sum(total, 0).to(tl.float64)
+        if tl.num_programs(0) == column_blocks:
+            result *= tl.full([BLOCK_D], scale, tl.float64)
+            tl.store(out + column, result.to(out.dtype.element_ty), column < D)
+        else:
+            tl.store(partials + (program // column_blocks).to(tl.int64) * D + column, result, column < D)
     elif OVER == "all":
-        result = tl.sum(total).to(tl.float64) * tl.full((), scale, tl.float64)
-        tl.store(out + program, result.to(out.dtype.element_ty))
+        result = tl.sum(total).to(tl.float64)
+        if tl.num_programs(0) == 1:
+            tl.store(out, (result * tl.full((), scale, tl.float64)).to(out.dtype.element_ty))
+        else:
+            tl.store(partials + program, result)
 
 
-@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["column_blocks"])
+@triton.jit(
+    do_not_specialize=[*_SIZES, "grad_row", "grad_column"],
+    do_not_specialize_on_alignment=["mu_partials", "logvar_partials"],
+)
 def _kl_gauss_backward(
     mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
     grad, grad_row, grad_column, d_mu, d_logvar, d_prior_mu, d_prior_logvar, mu_partials, logvar_partials,
     B, D, scale: tl.float64, column_blocks,
-    OVER: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVER: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr, ALONE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients [B, D], those not wanted None; partials [programs / column_blocks, D] of priors that are one row."""
+    """Gradients [B, D], those not wanted None; partials [programs / column_blocks, D] of priors that are one row.
+    Where OVER is nothing, grad has contiguous rows."""
+    D = tl.cast(D, tl.int64) * UNIT
+    if ALONE:
+        column_blocks = 1
     program, step = tl.program_id(0), tl.num_programs(0)
     factor = tl.full((), scale, ACC)
     d_mu_total = tl.zeros([BLOCK_B, BLOCK_D], ACC)
@@ -109,7 +148,7 @@ def _kl_gauss_backward(
         column = (i % column_blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = (row < B)[:, None] & (column < D)[None, :]
         if OVER == "nothing":
-            g = tl.load(grad + row[:, None] * grad_row + column[None, :] * grad_column, inside, other=0.0)
+            g = _load(grad, grad_row, row, column, inside, ACC, UNIT)
         elif OVER == "rows":
             g = tl.load(grad + row * grad_row, row < B, other=0.0)[:, None]
         elif OVER == "columns":
@@ -119,7 +158,7 @@ def _kl_gauss_backward(
         g = g.to(ACC) * factor
         x, e_x, half_difference, half_u, inverse_sigma = _terms(
             mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
-            row, column, inside, ACC,
+            row, column, inside, ACC, UNIT,
         )  # fmt: skip
         out = row[:, None] * D + column[None, :]
         # Factor by factor, so that what overflows is the product alone
@@ -149,21 +188,32 @@ def _kl_gauss_backward(
 @functools.lru_cache
 def _configs(B: int, D: int, over: str) -> list[Config]:
     """A fixed tile, and others to try where there is enough work for the choice to matter."""
-    if B * D <= ONE_PROGRAM and over in ("columns", "all"):
+    if over == "all":  # the same one from a single program on
+        return [tile(B, D, 4096, 8), *(tile(B, D, 2048, 4) for _ in range(B * D >= LARGE))]
+    if B * D <= ONE_PROGRAM and over == "columns":
         return [tile(B, D, 8192, 8)]
-    return [tile(B, D), *(tile(B, D, *other) for other in ((1024, 4), (4096, 8)) if B * D >= 1 << 20)]
+    return [tile(B, D), *(tile(B, D, *other) for other in ((1024, 4), (4096, 8)) if B * D >= LARGE)]
 
 
-def _programs(B: int, D: int, over: str, config: Config) -> int:
-    """How many programs, of which a multiple of column_blocks where they keep to their columns."""
-    blocks, tiles = config["column_blocks"], row_blocks(B, config) * config["column_blocks"]
+def _programs(B: int, D: int, over: str, config: Config) -> tuple[int, int]:
+    """How many programs, of which a multiple of the columns' blocks where they keep to their columns; and those."""
+    down, across = blocks_of(B, D, config)
     if over == "rows":
-        return row_blocks(B, config)
-    if over == "nothing":
-        return tiles
-    if B * D <= ONE_PROGRAM:
-        return blocks if over == "columns" else 1
-    return max(1, min(tiles, MAX_PROGRAMS) // blocks) * blocks if over == "columns" else min(tiles, MAX_PROGRAMS)
+        programs = down
+    elif over == "nothing":
+        programs = down * across
+    elif B * D <= ONE_PROGRAM:
+        programs = across if over == "columns" else 1
+    elif over == "columns":
+        programs = max(1, min(down * across, MAX_PROGRAMS) // across) * across
+    else:
+        programs = min(down * across, MAX_PROGRAMS)
+    return programs, across
+
+
+def _constants(config: Config, over: str, dtype: torch.dtype, unit: int, alone: bool) -> Config:
+    of_rows = {"ACC": accumulator(dtype), "UNIT": unit, "ALONE": alone}
+    return {"OVER": over, **of_rows, **config, "enable_fp_fusion": False}
 
 
 def kl_gauss(
@@ -172,19 +222,23 @@ def kl_gauss(
     B, D = mu.shape
     over, scale = _SUMS_OVER.get(reduction, "all"), kl_scale(reduction, B, D)
     out = torch.empty(kl_shape(reduction, B, D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
-    inputs = [a for x in (mu, logvar, prior_mu, prior_logvar) for a in rows(x, B)]
+    inputs = [rows(x, B) for x in (mu, logvar, prior_mu, prior_logvar)]
+    unit = unit_of(mu.dtype, D, *(stride for _, stride in inputs))
     if over in ("nothing", "all") and same_layout(B, mu, logvar, prior_mu, prior_logvar):
-        B, D = 1, B * D
+        B, D, unit = one_row(B, D, unit, mu.dtype)
 
     def run(config: Config) -> Tensor:
-        meta = {**config, "OVER": over, "ACC": accumulator(mu.dtype), "enable_fp_fusion": False}
-        programs = _programs(B, D, over, config)
-        P = programs // config["column_blocks"] if over == "columns" else programs  # partial sums of each result
-        if over in ("nothing", "rows") or P == 1:
-            _kl_gauss[(programs,)](*inputs, out, B, D, scale, **meta)
-        else:
+        programs, across = _programs(B, D, over, config)
+        P = programs // across if over == "columns" else programs  # partial sums of each result
+        several = over in ("columns", "all") and P > 1
+        partials = nowhere(torch.float64, mu.device)
+        if several:
             partials = torch.empty((1, P, out.numel()), dtype=torch.float64, device=mu.device)
-            _kl_gauss[(programs,)](*inputs, partials, B, D, 1.0, **meta)
+        launch(
+            *(_kl_gauss, (programs,), *in_units(inputs, unit), out, partials, B, D // unit, scale, across),
+            **_constants(config, over, mu.dtype, unit, across == 1 < B),
+        )
+        if several:
             add_up(partials, [out], scale)
         return out
 
@@ -207,25 +261,30 @@ def kl_gauss_backward(
     # A prior that is one row for many has the sum of their gradients.
     summed = [g is not None and g.shape[0] == 1 != B for g in gradients]
     sums = [g for g, is_sum in zip(gradients, summed, strict=True) if is_sum and g is not None]
-    inputs = [a for x in likes for a in rows(x, B)]
-    grad_row = grad.stride(0) if over in ("nothing", "rows") else 0
-    grad_column = grad.stride(-1) if over in ("nothing", "columns") else 0
+    inputs = [rows(x, B) for x in likes]
+    strides = [stride for _, stride in inputs]
+    if over == "nothing":
+        grad, grad_row = rows(grad, B)
+        strides.append(grad_row)
+    unit = unit_of(mu.dtype, D, *strides)
+    grad_row = grad_row // unit if over == "nothing" else grad.stride(0) if over == "rows" else 0
+    grad_column = grad.stride(0) if over == "columns" else 0
     if not sums and same_layout(B, *likes) and (over == "all" or (over == "nothing" and grad.is_contiguous())):
-        B, D = 1, B * D
+        B, D, unit = one_row(B, D, unit, mu.dtype)
 
     def run(config: Config) -> list[Tensor]:
-        programs = _programs(B, D, "columns" if sums else "nothing", config)
+        programs, across = _programs(B, D, "columns" if sums else "nothing", config)
         targets = [*gradients, None, None]  # [B, D], and the partials of priors
         if sums:
-            shape = (len(sums), programs // config["column_blocks"], D)
+            shape = (len(sums), programs // across, D)
             partials = torch.empty(shape, dtype=torch.float64, device=mu.device)
             remaining = iter(partials)
             targets[2:] = [None if s else g for g, s in zip(gradients[2:], summed[2:], strict=True)]
             targets += [next(remaining) if s else None for s in summed[2:]]
-        _kl_gauss_backward[(programs,)](
-            *(*inputs, grad, grad_row, grad_column, *targets),
-            *(B, D, scale),
-            **(config | {"OVER": over, "ACC": accumulator(mu.dtype), "enable_fp_fusion": False}),
+        launch(
+            *(_kl_gauss_backward, (programs,), *in_units(inputs, unit), grad, grad_row, grad_column, *targets),
+            *(B, D // unit, scale, across),
+            **_constants(config, over, mu.dtype, unit, across == 1 < B),
         )
         if sums:
             add_up(partials, sums)

@@ -7,7 +7,9 @@ is. NaN is passed over by the maximum, and found in the total.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ._launch import cdiv, launch
 from .elementary import LN2, LOG2E, largest
 
 
@@ -92,9 +94,13 @@ def combine_ranges(ms, totals, splits, stride, inside):
 
 
 @triton.jit(do_not_specialize=["S", "D", "splits"])
-def combine_rows(ms, totals, out, S, D, splits, BLOCK: tl.constexpr):
+def _combine_rows(ms, totals, out, S, D, splits, BLOCK: tl.constexpr):
     """out [S, D] from m and total of each range of columns, [splits, D, S]"""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = S.to(tl.int64) * D
     m, total = combine_ranges(ms + i, totals + i, splits, size, i < size)
     tl.store(out + i % S * D + i // S, log_of(m, total), i < size)
+
+
+def put_together(ms: Tensor, totals: Tensor, out: Tensor, S: int, D: int, splits: int) -> None:
+    launch(_combine_rows, (cdiv(S * D, 128),), ms, totals, out, S, D, splits, BLOCK=128, num_warps=4)

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv
+from ._launch import cdiv, launch
 from .elementary import times
-from .grids import grid_per_dimension
+from .grids import grid_per_dimension, kind_of
 from .log_sum_exp import across_lanes, add_terms, combine_ranges, log_of, nothing, share_factor, summed
 from .packing import PANEL, Packed, new
 from .pair_gradients import held_finite
@@ -71,11 +71,11 @@ def marginal_sums(
 @triton.jit
 def marginal_program(
     program, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own, log_w_next,
-    marginals, ms, totals, pulls, S, N, D, blocks, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
+    marginals, ms, totals, pulls, S, N, D, blocks, splits, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
-    """marginals [S, D], or where that is None m, total and the pull on z of each range, [splits, D, S]; the last may be
-    None."""
+    """marginals [S, D]; or where that is None, or there are several ranges, m, total and the pull on z of each,
+    [splits, D, S]; the last may be None."""
     block = program % blocks
     d = program // blocks % D
     split = program // blocks // D
@@ -86,8 +86,8 @@ def marginal_program(
     lane, rows = owned(RO, TO)
     i = block.to(tl.int64) * (RO * TO) + lane + rows
     if marginals is not None:
-        tl.store(marginals + i * D + d, log_of(m, total), i < S)
-    else:
+        tl.store(marginals + i * D + d, log_of(m, total), (i < S) & (splits == 1))
+    if splits > 1 or marginals is None:
         at = (split.to(tl.int64) * D + d) * S + i
         tl.store(ms + at, m, i < S)
         tl.store(totals + at, total, i < S)
@@ -95,16 +95,16 @@ def marginal_program(
             tl.store(pulls + at, pull, i < S)
 
 
-@triton.jit(do_not_specialize=["S", "N", "D", "blocks", "tiles"])
+@triton.jit(do_not_specialize=["S", "N", "D", "blocks", "splits", "tiles"])
 def _marginal_rows(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
-    ms, totals, pulls, S, N, D, blocks, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
+    ms, totals, pulls, S, N, D, blocks, splits, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     marginal_program(
         tl.program_id(0), samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own,
-        log_w_next, None, ms, totals, pulls, S, N, D, blocks, tiles, OWN, NEXT, RO, RP, TO, TP,
+        log_w_next, None, ms, totals, pulls, S, N, D, blocks, splits, tiles, OWN, NEXT, RO, RP, TO, TP,
     )  # fmt: skip
 
 
@@ -148,16 +148,18 @@ def marginal_shares_of_rows(
     m, factors = new(packed, D, S), new(packed, D, S)
     if S == 0:
         return m, factors
-    each = grid_per_dimension(S, N, D, packed.dtype, d_marginals.device, True, any(packed.overridden))
+    each = grid_per_dimension(S, N, D, packed.dtype, d_marginals.device, kind_of(packed, reduce=True))
     ms, totals = new(packed, each.splits, D, S), new(packed, each.splits, D, S)
     pulls = None if d_z is None else new(packed, each.splits, D, S)
-    _marginal_rows[(each.programs,)](
-        *(*marginal_operands(packed), ms, totals, pulls, S, N, D, each.blocks // D, each.tiles, *packed.overridden),
-        **each.config,
+    OWN, NEXT = packed.overridden
+    launch(
+        *(_marginal_rows, (each.programs,), *marginal_operands(packed), ms, totals, pulls),
+        *(S, N, D, each.blocks, each.splits, each.tiles),
+        **{"OWN": OWN, "NEXT": NEXT, **each.config},
     )
-    _combine_rows_backward[(cdiv(S * D, 128),)](
-        *(ms, totals, pulls, d_marginals, *d_marginals.stride(), m, factors, joint_d_z, d_z, S, D, each.splits),
-        BLOCK=128,
-        num_warps=4,
+    launch(
+        *(_combine_rows_backward, (cdiv(S * D, 128),), ms, totals, pulls, d_marginals, *d_marginals.stride()),
+        *(m, factors, joint_d_z, d_z, S, D, each.splits),
+        **{"BLOCK": 128, "num_warps": 4},
     )
     return m, factors

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastvae.backends.contract import LogWeights, accumulation_dtype
 
-from ._launch import accumulator, cdiv, next_power_of_2, resources
+from ._launch import accumulator, cdiv, launch, resources, target
 from .elementary import INF, LOG2E, largest
 
 PANEL = tl.constexpr(128)
@@ -173,7 +173,10 @@ def _pack_samples(
         tl.store(own_high + panel, tl.max(tl.where(drawn, column, -2), 0))
 
 
-@triton.jit(do_not_specialize=["S", "N", "D", "column_panels"])
+_SIZES = ["z_row", "z_col", "mu_row", "mu_col", "lv_row", "lv_col", "S", "N", "D", "column_panels"]
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["z", "mu", "logvar", "log_w", "own"])
 def _pack(
     z, z_row, z_col, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all: tl.float64, own,
     order, samples, packed_own, own_low, own_high, far_samples, planes, marginal_c, c, log2_w, far_columns,
@@ -288,9 +291,11 @@ def pack(
         *(log_w, 0.0 if weights is None else weights.common(N), own, order),
         *(packed.samples, packed.own, packed.own_low, packed.own_high, packed.far_samples),
         *(planes, packed.marginal_c, packed.c, packed.log_w, packed.far_columns),
-        *(S, N, D, column_panels, weights is not None, not overridden, accumulator(z.dtype), *limits),
-        min(8, next_power_of_2(max(D, 1))),
+        *(S, N, D, column_panels),
     )
+    constants = {"WEIGHTED": weights is not None, "FOLDED": not overridden, "ACC": accumulator(z.dtype)}
+    constants |= {"MAX_OFFSET": limits.offset, "MODERATE": limits.moderate, "DK": 8}
     if row_panels + column_panels:
-        _pack[(row_panels + column_panels,)](*arguments, **resources(256, 128 if dtype == torch.float32 else 168))
+        options = resources(target(), 256, 128 if dtype == torch.float32 else 168)
+        launch(_pack, (row_panels + column_panels,), *arguments, **constants, **options)
     return packed

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, resources
+from ._launch import cdiv, launch, resources, target
 from .elementary import largest
 from .log_sum_exp import summed
 from .packing import DIRECT, PANEL, Packed, in_order
@@ -57,7 +57,7 @@ def far_e(z, a, b, far_columns):
 
 
 @triton.jit
-def clear(to, owned, inside, D: tl.constexpr, RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, one):
+def clear(to, owned, inside, D, one, RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr):
     """The owned sums [D] to 0, from a pointer to the thread's first and the constants that make the others."""
     lane = tl.arange(0, TP)[None, None, None, :]
     for first in range(0, D, TP):
@@ -83,7 +83,7 @@ def _samples_sums(
 
 @triton.jit
 def pull_samples(
-    r, rescale, z, rows, planes, columns, far_columns, far_rows, to, owned, inside, one, D: tl.constexpr,
+    r, rescale, z, rows, planes, columns, far_columns, far_rows, to, owned, inside, one, D,
     RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
     """sum_j r t a, added to `rescale` times the owned samples' sums [D]."""
@@ -119,10 +119,11 @@ def _columns_sums(
 
 @triton.jit
 def pull_columns(
-    r, z, rows, planes, columns, far_columns, far, to_e, to_e2, owned, inside, one, D: tl.constexpr,
+    r, z, rows, planes, columns, far_columns, far, to_e, apart, owned, inside, one, D,
     RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
-    """sum_i r e and sum_i r e^2, added to the owned columns' sums [D]; where nothing is `far`, e is t."""
+    """sum_i r e and sum_i r e^2, added to the owned columns' sums [D], which are `apart`; where nothing is `far`, e is
+    t."""
     lane = tl.arange(0, TP)[None, None, None, :]
     for first in range(0, D, TP):
         x = tl.zeros([RO, 1, TO, TP], r.dtype)
@@ -134,10 +135,11 @@ def pull_columns(
             x, x2 = _columns_sums(r, x, x2, z_d, rows, planes_d, columns, far_columns, n, lane, True)
         else:
             x, x2 = _columns_sums(r, x, x2, z_d, rows, planes_d, columns, far_columns, n, lane, False)
-        at = first + lane * one + owned
+        at = to_e + first + lane * one + owned
         mask = inside & (lane < D - first)
-        tl.store(to_e + at, tl.load(to_e + at, mask, other=0.0) + x, mask)
-        tl.store(to_e2 + at, tl.load(to_e2 + at, mask, other=0.0) + x2, mask)
+        tl.store(at, tl.load(at, mask, other=0.0) + x, mask)
+        at += apart
+        tl.store(at, tl.load(at, mask, other=0.0) + x2, mask)
 
 
 @triton.jit
@@ -156,10 +158,10 @@ def _add_sums(x, x2, sums, at, mask, first, last, size):
     return x, x2
 
 
-@triton.jit(do_not_specialize=["S", "N", "n_sums", "n_shares", "n_common"])
+@triton.jit(do_not_specialize=["S", "N", "D", "n_sums", "n_shares", "n_common"])
 def _combine_columns(
     sums, shares, common_shares, far_samples, planes, far_columns, order, d_mu, d_logvar, d_log_w,
-    S, N, n_sums, n_shares, n_common, D: tl.constexpr, BLOCK: tl.constexpr, DK: tl.constexpr,
+    S, N, D, n_sums, n_shares, n_common, BLOCK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
     """The gradients from the sums [n_sums, 2, N, D], the first n_shares of r e and r e^2, the others of r t and r t^2;
     the shares [n_shares, N] of r; and those that pull on log_w, [n_common, N]. Each gradient may be None."""
@@ -206,24 +208,9 @@ def columns_gradients(
 ) -> None:
     """Writes those gradients that are not None, from what programs left along the first axes."""
     counts = [0 if x is None else x.shape[0] for x in (sums, shares, common_shares)]
-    _combine_columns[(cdiv(packed.N, 32),)](
-        *(
-            sums,
-            shares,
-            common_shares,
-            packed.far_samples,
-            packed.columns,
-            packed.far_columns,
-            packed.order,
-            d_mu,
-            d_logvar,
-            d_log_w,
-            packed.S,
-            packed.N,
-            *counts,
-            packed.D,
-            32,
-            32,
-        ),
-        **resources(128, 168),
+    launch(
+        *(_combine_columns, (cdiv(packed.N, 32),), sums, shares, common_shares),
+        *(packed.far_samples, packed.columns, packed.far_columns, packed.order, d_mu, d_logvar, d_log_w),
+        *(packed.S, packed.N, packed.D, *counts),
+        **{"BLOCK": 32, "DK": 16, **resources(target(), 128, 168)},
     )

@@ -16,8 +16,8 @@ from .tiles import add_log_weights, is_far, meets_own, minus_squares, offset, ow
 @triton.jit
 def joint_sums(
     block, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own, log_w_next,
-    known, d_z, likely, reach, margin, S, N, tiles, one,
-    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
+    known, d_z, likely, reach, margin, S, N, D, tiles, one,
+    TWO_LEVELS: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """m and total [RO, 1, TO, 1] of a block of samples over a range of columns. `known`: the result, in the backward;
@@ -44,7 +44,7 @@ def joint_sums(
             likely_term = tl.load(likely + first_row + row, inside, other=INF)
     if d_z is not None:
         to = d_z + (split.to(tl.int64) * S + first_row + row_lane) * D
-        clear(to, rows * D, inside, D, RO, TO, TP, one)
+        clear(to, rows * D, inside, D, one, RO, TO, TP)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, COLUMNS))):
         first_column = tl.full([], COLUMNS, tl.int64) * tile
         ab = planes + (offset(first_column, D) + column_lane) * step(planes)
@@ -62,14 +62,14 @@ def joint_sums(
                 else:
                     limit -= tl.min(tl.maximum(m, likely_term))
             squares, near, d = squares_unless_far(
-                z, rows, ab, columns, far, looks, limit, D, RO, RP, TO, TP, UNROLL
+                z, rows, ab, columns, far, looks, limit, D, TWO_LEVELS, RO, RP, TO, TP, UNROLL
             )  # fmt: skip
-            balance = balanced(balance, looks, near, d, D)
+            balance = balanced(balance, looks, near, d, D, TWO_LEVELS)
         else:
             near: tl.constexpr = True
-            squares = square_sums(z, rows, ab, columns, far, D, RO, RP, TO, TP, UNROLL)
+            squares = square_sums(z, rows, ab, columns, far, D, TWO_LEVELS, RO, RP, TO, TP, UNROLL)
         if near:
-            s = minus_squares(tl.load(c + first_column + column_lane + columns), squares)
+            s = minus_squares(tl.load(c + (first_column + columns) + column_lane), squares)
             s = add_log_weights(
                 s, log_w, own, log_w_own, log_w_next, meets, first_row + row_lane + rows, column_lane, columns,
                 first_column, N, OWN, NEXT, COLUMNS,
@@ -89,36 +89,37 @@ def joint_sums(
 def joint_program(
     program, samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own, log_w_next,
-    known, d_z, likely, reach, margin, joint, ms, totals, S, N, blocks, tiles, one,
-    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
+    known, d_z, likely, reach, margin, joint, ms, totals, S, N, D, blocks, splits, tiles, one,
+    TWO_LEVELS: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """joint [S], or where that is None m and total of each range, [splits, S]."""
+    """joint [S]; or where that is None, or there are several ranges, m and total of each, [splits, S]."""
     block = program % blocks
     split = program // blocks
     m, total = joint_sums(
         block, split, samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own,
-        log_w_next, known, d_z, likely, reach, margin, S, N, tiles, one, D, OWN, NEXT, BACKWARD, RO, RP, TO, TP, UNROLL,
+        log_w_next, known, d_z, likely, reach, margin, S, N, D, tiles, one, TWO_LEVELS, OWN, NEXT, BACKWARD,
+        RO, RP, TO, TP, UNROLL,
     )  # fmt: skip
     lane, rows = owned(RO, TO)
     i = block.to(tl.int64) * (RO * TO) + lane + rows
     if joint is not None:
-        tl.store(joint + i, log_of(m, total), i < S)
-    else:
+        tl.store(joint + i, log_of(m, total), (i < S) & (splits == 1))
+    if splits > 1 or joint is None:
         tl.store(ms + split.to(tl.int64) * S + i, m, i < S)
         tl.store(totals + split.to(tl.int64) * S + i, total, i < S)
 
 
-@triton.jit(do_not_specialize=["S", "N", "blocks", "tiles", "one"])
+@triton.jit(do_not_specialize=["S", "N", "D", "blocks", "splits", "tiles", "one"])
 def joint_rows(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
-    known, d_z, likely, reach, margin: tl.float64, joint, ms, totals, S, N, blocks, tiles, one,
-    D: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
+    known, d_z, likely, reach, margin: tl.float64, joint, ms, totals, S, N, D, blocks, splits, tiles, one,
+    TWO_LEVELS: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     joint_program(
         tl.program_id(0), samples, far_samples, planes, far_columns, c, log_w, own, own_low, own_high, log_w_own,
-        log_w_next, known, d_z, likely, reach, margin, joint, ms, totals, S, N, blocks, tiles, one, D, OWN, NEXT,
-        BACKWARD, RO, RP, TO, TP, UNROLL,
+        log_w_next, known, d_z, likely, reach, margin, joint, ms, totals, S, N, D, blocks, splits, tiles, one,
+        TWO_LEVELS, OWN, NEXT, BACKWARD, RO, RP, TO, TP, UNROLL,
     )  # fmt: skip

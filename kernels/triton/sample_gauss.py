@@ -1,7 +1,8 @@
 """Reparameterized samples and their densities in one pass, and the gradients at the same eps, drawn again.
 
 The rows of a sample are counted l B + b, so that element e = (l B + b) D + d has the normal of index e. Where the rows
-start at multiples of 4, each Philox block is computed once for its four elements; else once for each of them.
+start at multiples of 4, each Philox block is computed once for its four elements; else once for each of them. Strides
+and D are counted in units (`unit_of`).
 """
 
 import functools
@@ -15,22 +16,32 @@ from torch import Tensor
 from fastvae.backends.contract import accumulation_dtype
 
 from ._launch import (
+    LARGE,
     Config,
     accumulator,
+    blocks_of,
     cdiv,
     columns_of_partials,
     empty_like,
     fastest,
-    row_blocks,
+    in_units,
+    launch,
+    one_row,
     rows,
     same_layout,
     sum_of_rows,
     tile,
+    unit_of,
 )
 from .elementary import exp, exp_tail, expm1, times
 from .philox import normals_of_elements, normals_of_groups
 
 FULL = 1024  # programs that fill any GPU: with fewer tiles of [B, D], the backward splits L over programs
+
+
+@triton.jit
+def _load(x, stride, row, column, inside, ACC: tl.constexpr, UNIT: tl.constexpr):
+    return tl.load(x + row[:, None] * (tl.cast(stride, tl.int64) * UNIT) + column[None, :], inside, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -44,12 +55,19 @@ def _normals(row, first_column, D, seed, ALIGNED: tl.constexpr, ACC: tl.constexp
     return eps
 
 
-@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["L", "column_blocks"])
+_SIZES = ["mu_stride", "logvar_stride", "B", "D", "column_blocks"]  # L, a model's, may be known to be 1
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["L"])
 def _sample_gauss(
     mu, mu_stride, logvar, logvar_stride, seed, z, log_q, log_p, kl, L, B, D, column_blocks,
-    WRAPS: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    WRAPS: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr, ALONE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """z [L B, D], log_q and log_p [L B], kl [B], those not wanted None. With sums, a program has whole rows."""
+    D = tl.cast(D, tl.int64) * UNIT
+    if ALONE:
+        column_blocks = 1
     SUMS: tl.constexpr = log_q is not None or log_p is not None or kl is not None
     program = tl.program_id(0)
     if SUMS:
@@ -71,8 +89,8 @@ def _sample_gauss(
         first_column = tl.cast(block, tl.int64) * BLOCK_D
         column = first_column + tl.arange(0, BLOCK_D)
         inside = (row < n_rows)[:, None] & (column < D)[None, :]
-        m = tl.load(mu + posterior[:, None] * mu_stride + column[None, :], inside, other=0.0).to(ACC)
-        v = tl.load(logvar + posterior[:, None] * logvar_stride + column[None, :], inside, other=0.0).to(ACC)
+        m = _load(mu, mu_stride, posterior, column, inside, ACC, UNIT)
+        v = _load(logvar, logvar_stride, posterior, column, inside, ACC, UNIT)
         eps = _normals(row, first_column, D, key, ALIGNED, ACC, BLOCK_D)
         x = m + times(eps, exp(v, ACC, 0.5))
         if z is not None:
@@ -92,26 +110,33 @@ def _sample_gauss(
         tl.store(kl + row, 0.5 * k, row < B)
 
 
-@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["L", "samples", "column_blocks"])
+@triton.jit(do_not_specialize=[*_SIZES, "samples"], do_not_specialize_on_alignment=["L"])
 def _sample_gauss_backward(
     d_z, d_log_q, d_log_p, d_kl, mu, mu_stride, logvar, logvar_stride, seed, d_mu, d_logvar, L, B, D, samples,
     column_blocks,
-    PART: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    PART: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr, ALONE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """d_mu and d_logvar [B, D]; or as a PART partial sums [programs of a tile, B, D] of d/dz and d/dz eps, over
     `samples` samples each."""
+    D = tl.cast(D, tl.int64) * UNIT
+    if ALONE:
+        column_blocks = 1
     program = tl.program_id(0)
     row = (program // column_blocks).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BB]
     first_column = (program % column_blocks).to(tl.int64) * BLOCK_D
     column = first_column + tl.arange(0, BLOCK_D)
     inside = (row < B)[:, None] & (column < D)[None, :]
-    m = tl.load(mu + row[:, None] * mu_stride + column[None, :], inside, other=0.0).to(ACC)
-    v = tl.load(logvar + row[:, None] * logvar_stride + column[None, :], inside, other=0.0).to(ACC)
+    m = _load(mu, mu_stride, row, column, inside, ACC, UNIT)
+    v = _load(logvar, logvar_stride, row, column, inside, ACC, UNIT)
     part = tl.program_id(1)
     by_z, by_sigma = tl.zeros([BLOCK_B, BLOCK_D], ACC), tl.zeros([BLOCK_B, BLOCK_D], ACC)
     by_log_q = tl.zeros([BLOCK_B], ACC)
     key = tl.load(seed)
-    for l in range(part * samples, tl.minimum(part * samples + samples, L)):  # noqa: E741
+    first, last = 0, L
+    if PART:
+        first, last = part * samples, tl.minimum(part * samples + samples, L)
+    for l in range(first, last):  # noqa: E741
         sample = tl.cast(l, tl.int64) * B + row
         if d_z is not None or d_log_p is not None:
             eps = _normals(sample, first_column, D, key, ALIGNED, ACC, BLOCK_D)
@@ -147,7 +172,7 @@ def _gradients(by_z, by_sigma, by_log_q, g_kl, m, v, ACC: tl.constexpr):
     return d_mu, d_logvar
 
 
-@triton.jit(do_not_specialize=["B", "P"], do_not_specialize_on_alignment=["L"])
+@triton.jit(do_not_specialize=["mu_stride", "logvar_stride", "P", "L", "B", "D"])
 def _add_parts(
     by_z, by_sigma, d_log_q, d_kl, mu, mu_stride, logvar, logvar_stride, d_mu, d_logvar, P, L, B, D,
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -181,7 +206,7 @@ def _aligned(n_rows: int, D: int) -> bool:
 @functools.lru_cache
 def _configs(n_rows: int, D: int, aligned: bool, dtype: torch.dtype) -> list[Config]:
     """A fixed tile, and others to try where there is enough work for the choice to matter."""
-    if n_rows * D < 1 << 20:
+    if n_rows * D < LARGE:
         return [tile(n_rows, D)]
     # 16 elements for each thread, or fewer where 16 take so many registers that too few threads have room
     if dtype == torch.float64:
@@ -191,8 +216,9 @@ def _configs(n_rows: int, D: int, aligned: bool, dtype: torch.dtype) -> list[Con
     return [tile(n_rows, D, *size) for size in sizes]
 
 
-def _meta(aligned: bool, dtype: torch.dtype) -> Config:
-    return {"ALIGNED": aligned, "ACC": accumulator(dtype), "enable_fp_fusion": False}
+def _constants(config: Config, aligned: bool, dtype: torch.dtype, unit: int, alone: bool) -> Config:
+    of_rows = {"ALIGNED": aligned, "ACC": accumulator(dtype), "UNIT": unit, "ALONE": alone}
+    return {**of_rows, **config, "enable_fp_fusion": False}
 
 
 def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]) -> list[Tensor]:
@@ -210,17 +236,21 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
     targets = list(results)
     if L == 0:
         L, targets[:3] = 1, [None] * 3  # the KL is still asked for
-    inputs = (*rows(mu, B), *rows(logvar, B))
+    inputs = (rows(mu, B), rows(logvar, B))
+    unit = unit_of(mu.dtype, D, *(stride for _, stride in inputs))
     sums = any(t is not None for t in targets[1:])
     if not sums and same_layout(B, mu, logvar):
-        B, D = 1, B * D
-
+        B, D, unit = one_row(B, D, unit, mu.dtype)
     aligned = _aligned(L * B, D)
-    meta = _meta(aligned, mu.dtype)
 
     def run(config: Config) -> list[Tensor]:
-        programs = row_blocks(L * B, config) * (1 if sums else config["column_blocks"])
-        _sample_gauss[(programs,)](*inputs, seed, *targets, L, B, D, WRAPS=L > 1, **config, **meta)
+        down, across = blocks_of(L * B, D, config)
+        launch(
+            *(_sample_gauss, (down if sums else down * across,), *in_units(inputs, unit), seed, *targets),
+            *(L, B, D // unit, across),
+            WRAPS=L > 1,
+            **_constants(config, aligned, mu.dtype, unit, across == 1 < L * B),
+        )
         return [r for r in results if r is not None]
 
     return fastest(run, _configs(L * B, D, aligned, mu.dtype), "sample_gauss", mu.dtype, *outputs, L, B, D)
@@ -241,17 +271,17 @@ def sample_gauss_backward(
     L = n_samples
     upstream = [None if g is None else g.contiguous() for g in (d_z, d_log_q, d_log_p, d_kl)]
     gradients = [empty_like(x) if want else None for x, want in zip((mu, logvar), wanted, strict=True)]
-    inputs = (*rows(mu, B), *rows(logvar, B))
+    inputs = (rows(mu, B), rows(logvar, B))
+    unit = unit_of(mu.dtype, D, *(stride for _, stride in inputs))
     of_z, of_log_q, of_log_p, of_kl = upstream
     from_eps = of_z is not None or of_log_p is not None
     if all(g is None for g in upstream[1:]) and same_layout(B, mu, logvar):
-        B, D = 1, B * D
-
+        B, D, unit = one_row(B, D, unit, mu.dtype)
     aligned = _aligned(L * B, D)
-    meta = _meta(aligned, mu.dtype)
 
     def run(config: Config) -> list[Tensor]:
-        tiles = row_blocks(B, config) * config["column_blocks"]
+        down, across = blocks_of(B, D, config)
+        tiles = down * across
         samples = max(1, cdiv(L, max(1, FULL // max(1, tiles))))  # of one program
         parts = max(1, cdiv(L, samples))
         targets: Sequence[Tensor | None] = gradients
@@ -259,15 +289,21 @@ def sample_gauss_backward(
             wide = accumulation_dtype(mu.dtype)
             targets = [mu.new_empty((parts, B * D), dtype=wide) if want and from_eps else None for want in wanted]
         if from_eps or parts == 1:
-            _sample_gauss_backward[(tiles, parts)](
-                *upstream, *inputs, seed, *targets, L, B, D, samples, PART=parts > 1, **config, **meta
+            launch(
+                *(_sample_gauss_backward, (tiles, parts), *upstream, *in_units(inputs, unit), seed, *targets),
+                *(L, B, D // unit, samples, across),
+                PART=parts > 1,
+                **_constants(config, aligned, mu.dtype, unit, across == 1 < B),
             )
         if parts > 1:
             block = columns_of_partials(B * D)
-            _add_parts[(cdiv(B * D, block["BLOCK_N"]),)](
-                *targets, of_log_q, of_kl, *inputs, *gradients, parts, L, B, D,
-                ACC=meta["ACC"], enable_fp_fusion=False, **block,
-            )  # fmt: skip
+            launch(
+                *(_add_parts, (cdiv(B * D, block["BLOCK_N"]),), *targets, of_log_q, of_kl, *in_units(inputs, 1)),
+                *(*gradients, parts, L, B, D),
+                ACC=accumulator(mu.dtype),
+                **block,
+                enable_fp_fusion=False,
+            )
         return [g for g in gradients if g is not None]
 
     return fastest(run, _configs(B, D, aligned, mu.dtype), "sample_gauss_backward", mu.dtype, *wanted, L, B, D)

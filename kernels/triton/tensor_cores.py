@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fastvae.backends.contract import LogWeights
 
-from ._launch import cdiv
+from ._launch import launch
 from .grids import matrix_grid
-from .log_sum_exp import add_terms, combine_rows, log_of, nothing
+from .log_sum_exp import add_terms, log_of, nothing, put_together
 from .packing import PANEL, Limits, new, pack
 from .tiles import add_log_weights, far_t, is_far, load_pair, meets_own, minus_squares, offset, step
 
@@ -61,14 +61,14 @@ def _multiplied_out(z, planes, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEP
     return squares + b2[None, :]
 
 
-@triton.jit(do_not_specialize=["S", "N", "D", "blocks", "tiles"])
+@triton.jit(do_not_specialize=["S", "N", "D", "blocks", "splits", "tiles"])
 def _joint_rows_tf32x3(
     samples, far_samples, planes, far_columns,
     c, log_w, own, own_low, own_high, log_w_own: tl.float64, log_w_next: tl.float64,
-    joint, ms, totals, S, N, D, blocks, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
+    joint, ms, totals, S, N, D, blocks, splits, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """joint [S], or where that is None m and total of each range of columns, [splits, S]."""
+    """joint [S], or where there are several ranges of columns m and total of each, [splits, S]."""
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
     first_row = block.to(tl.int64) * ROWS
@@ -93,7 +93,7 @@ def _joint_rows_tf32x3(
         )  # fmt: skip
         m, total, carry, _, _, _ = add_terms(m, total, carry, tl.trans(s)[None, :, :, None], False)
     i = first_row + row[None, None, :, None]
-    if joint is not None:
+    if splits == 1:
         tl.store(joint + i, log_of(m, total), i < S)
     else:
         tl.store(ms + split.to(tl.int64) * S + i, m, i < S)
@@ -107,12 +107,14 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
     if S == 0:
         return joint
     g = matrix_grid(S, N, D, z.device)
-    ms, totals = (None, None) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
-    _joint_rows_tf32x3[(g.programs,)](
+    ms, totals = (joint, joint) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
+    OWN, NEXT = packed.overridden
+    launch(
+        *(_joint_rows_tf32x3, (g.programs,)),
         *(packed.samples, packed.far_samples, packed.columns, packed.far_columns, *packed.weights),
-        *(joint if g.splits == 1 else None, ms, totals, S, N, D, g.blocks, g.tiles, *packed.overridden),
-        **g.config,
+        *(joint, ms, totals, S, N, D, g.blocks, g.splits, g.tiles),
+        **{"OWN": OWN, "NEXT": NEXT, **g.config},
     )
-    if ms is not None:
-        combine_rows[(cdiv(S, 128),)](ms, totals, joint, S, 1, g.splits, 128, num_warps=4)
+    if g.splits > 1:
+        put_together(ms, totals, joint, S, 1, g.splits)
     return joint

@@ -11,7 +11,7 @@ import triton.language as tl
 from .elementary import LOG2E
 from .packing import PANEL
 
-FOLD = tl.constexpr(128)  # squares are summed over so many dimensions at a time
+FOLD = tl.constexpr(128)  # squares are summed over so many dimensions at a time: TWO_LEVELS is whether there are more
 INV_KAPPA2 = tl.constexpr(1.38629436111989061883)  # 1 / kappa^2 = 2 ln 2, in float32
 
 
@@ -111,13 +111,13 @@ def squares_of(acc, z, rows, planes, columns, far, n, UNROLL: tl.constexpr):
 
 @triton.jit
 def square_sums(
-    z, rows, planes, columns, far, D: tl.constexpr,
+    z, rows, planes, columns, far, D, TWO_LEVELS: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """sum_d t^2 of a tile, from pointers to dimension 0 of its thread's first sample and column, and the constants that
     make the others of these (`owned`, `passing`). The same bits for a pair in every tile that it may be in."""
     zeros = tl.zeros([RO, RP, TO, TP], z.dtype.element_ty)
-    if D <= FOLD:
+    if not TWO_LEVELS:
         total = squares_of(zeros, z, rows, planes, columns, far, D, UNROLL)
     else:
         total = squares_of(zeros, z, rows, planes, columns, far, FOLD, UNROLL)
@@ -175,7 +175,7 @@ def add_log_weights(
 ):  # fmt: skip
     """To a tile's log densities, where they are not in them yet."""
     if OWN or NEXT:
-        w = tl.load(log_w + first_column + lane + columns)
+        w = tl.load(log_w + (first_column + columns) + lane)
         if meets:
             w_own, w_next = tl.full([], log_w_own, s.dtype), tl.full([], log_w_next, s.dtype)
             s += override(w, w_own, w_next, own, row, lane, columns, first_column, N, OWN, NEXT, COLUMNS)
