@@ -13,15 +13,16 @@ part=$1
 out=$(cd "$OLDPWD" && mkdir -p "$2" && cd "$2" && pwd) || exit 1
 if [ "$part" = all ]; then
   status=0
-  for each in sanity measure profile tests peers; do "$0" $each "$out" || status=1; done
+  for each in sanity measure profile tests peers; do bench/gpu_run.sh $each "$out" || status=1; done
   exit $status
 fi
 declare -A limits=([sanity]=95 [measure]=165 [profile]=65 [tests]=225 [peers]=100)
 budget=${FASTVAE_BUDGET:-${limits[$part]:?"no part $part"}} # seconds
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-trap 'status=1; echo INTERRUPTED >> "$work/steps"; [ -z "$running" ] || kill "$running"; wait; finish' TERM INT HUP
-python=${PYTHON:-python3} status=0 running=''
+# A process that has been forked and is not yet what it will be has these too.
+trap '[ $BASHPID != $$ ] || rm -rf "$work"' EXIT
+trap '[ $BASHPID = $$ ] || exit 1; status=1; echo INTERRUPTED >> "$work/steps"; stop; finish' TERM INT HUP
+python=${PYTHON:-python3} status=0
 : > "$work/steps"
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD PYTHONUNBUFFERED=1
 export FASTVAE_COMMIT=${FASTVAE_COMMIT:-$(git describe --always --dirty 2> /dev/null)}
@@ -46,6 +47,15 @@ finish() { # the summary, what failed first, and the exit status
   exit $status
 }
 
+stop() {
+  local pid
+  for pid in $(jobs -pr); do # of timeout, which passes it on, and kills what does not heed it
+    kill "$pid"
+    wait "$pid"
+    kill -KILL -- "-$pid" 2> /dev/null
+  done
+}
+
 step() { # NAME SECONDS COMMAND...: in the background, as only a wait can be interrupted
   local name=$1 limit=$2 left=$((budget - SECONDS + free)) begin=$SECONDS how=ok code=0
   shift 2
@@ -53,11 +63,16 @@ step() { # NAME SECONDS COMMAND...: in the background, as only a wait can be int
   if ((limit < 2)); then
     how='NOT STARTED, out of time'
   else
-    FASTVAE_SECONDS=$limit timeout --signal=INT --kill-after=3 "$limit" "$@" > "$work/$name.txt" 2>&1 &
-    running=$!
-    wait "$running" || code=$?
-    running=''
-    case $code in 0) ;; 124 | 137) how='TIMED OUT' ;; *) how="FAILED ($code): $(tail -n 1 "$work/$name.txt" | cut -c 1-120)" ;; esac
+    # An interrupt, so that pytest says what it has; it is ignored in the background, unless set back.
+    FASTVAE_SECONDS=$limit timeout --signal=INT --kill-after=3 "$limit" env --default-signal=INT "$@" \
+      > "$work/$name.txt" 2>&1 &
+    wait $! || code=$?
+    kill -KILL -- "-$!" 2> /dev/null # what is left of its processes, as kernels that hang keep the GPU
+    case $code in
+      0) ;;
+      124 | 137) how='TIMED OUT' ;;
+      *) how="FAILED ($code): $(tail -n 1 "$work/$name.txt" | cut -c 1-120)" ;;
+    esac
   fi
   [ "$how" = ok ] || status=1
   echo "$name: $((SECONDS - begin)) s, $how" >> "$work/steps"

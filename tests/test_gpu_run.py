@@ -1,24 +1,37 @@
 """What is run on a GPU, rehearsed on a mocked one (mocked_gpu/), in processes of their own."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+MOCK = ROOT / "tests" / "mocked_gpu"
+PARTS = ("sanity", "measure", "profile", "tests", "peers")
+OPS = ("kl_gauss", "reparameterize", "sample_gauss", "cross_log_prob", "agg_log_prob", "agg_log_prob_marginals")
+BACKENDS = ("triton", "cuda")
+
+
+def mocked(**more: str) -> dict[str, str]:
+    """The environment of a machine with a GPU."""
+    usual = {name: value for name, value in os.environ.items() if not name.startswith(("FASTVAE", "TRITON"))}
+    return usual | {"PYTHONPATH": f"{MOCK}:{ROOT}", "OMP_NUM_THREADS": "1"} | more
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Of a machine with a GPU, and with a library of CUDA kernels."""
+    """With a library of CUDA kernels."""
     library = tmp_path / "libfastvae_cuda.so"
     library.touch()
-    changed = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTVAE_BACKEND")}
-    paths = {"PYTHONPATH": f"{ROOT / 'tests' / 'mocked_gpu'}:{ROOT}", "FASTVAE_CUDA_LIBRARY": str(library)}
-    return changed | paths
+    return mocked(FASTVAE_CUDA_LIBRARY=str(library))
 
 
 def run(program: str, environment: dict[str, str], **more: str) -> None:
@@ -116,3 +129,155 @@ def test_inputs_need_no_backend(environment: dict[str, str]) -> None:
         population(16, 8, 4, -3.0)
     """
     run(program, environment, FASTVAE_BACKEND="cuda")
+
+
+# The script, at tiny sizes and with mocked tools.
+
+
+def started(part: str, folder: Path, **more: str) -> subprocess.Popen[str]:
+    tools = {"PATH": f"{MOCK / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    tools |= {"FASTVAE_TRIAL": "1", "FASTVAE_GPU_BUILD": str(folder / "build"), "FASTVAE_COMMIT": "abc123"}
+    return subprocess.Popen(
+        [str(ROOT / "bench" / "gpu_run.sh"), part, "out"],
+        env=mocked(**tools | more),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def result(process: subprocess.Popen[str]) -> tuple[int, str]:
+    said = process.communicate(timeout=300)[0]
+    return process.returncode, said
+
+
+def kept(folder: Path, part: str) -> dict[str, str]:
+    """The files in a part's archive."""
+    with tarfile.open(folder / "out" / f"{part}.tar.gz") as archive:
+        members = {m.name.removeprefix("./"): archive.extractfile(m) for m in archive.getmembers()}
+        return {name: file.read().decode() for name, file in members.items() if file}
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """All parts, where nothing goes wrong: where they left their archives, and what was printed."""
+    folder = tmp_path_factory.mktemp("gpu")
+    status, said = result(started("all", folder))
+    assert status == 0, said
+    return folder, said
+
+
+def test_all_parts(rehearsal: tuple[Path, str]) -> None:
+    folder, said = rehearsal
+    assert sorted(path.name for path in (folder / "out").iterdir()) == sorted(f"{part}.tar.gz" for part in PARTS)
+    promised = {
+        "sanity": ["build.txt", "machine.txt", "sanity.json", "sanity.md"],
+        "measure": [f"{name}.{kind}" for name in ("checks", "table", "small") for kind in ("json", "md", "txt")],
+        "profile": [f"ncu-{backend}.csv" for backend in BACKENDS],
+        "tests": ["pytest.txt", "memcheck.txt", "racecheck.txt", "more_elements_than_32_bits_count.txt"],
+        "peers": ["peers.json", "peers.md"],
+    }
+    for part, text in zip(PARTS, said.split("== ")[1:], strict=True):
+        assert text.startswith(part)
+        assert text.count("\n") <= 40
+        files = kept(folder, part)
+        assert {*promised[part], "steps", "summary.txt"} <= files.keys()
+        assert all(line.endswith(" s, ok") for line in files["steps"].splitlines())
+    assert "abc123" in kept(folder, "measure")["table.md"]
+    assert "joint_sums: 1.2 us, issue 88%" in said
+    assert "stalls: math_pipe_throttle 2.50, wait 0.50" in said
+
+
+def test_every_op_and_backend_has_a_number(rehearsal: tuple[Path, str]) -> None:
+    folder, _ = rehearsal
+    sanity = json.loads(kept(folder, "sanity")["sanity.json"])
+    what = (*OPS, "a graph", "a first call in a graph")
+    assert {title: how for title, (how, *_) in sanity.items()} == {
+        f"{w} on {b}": "PASS" for w in what for b in BACKENDS
+    }
+    files = kept(folder, "measure")
+    parts: dict[str, Any] = {name: json.loads(files[f"{name}.json"])["done"] for name in ("checks", "table", "small")}
+    for backend in BACKENDS:
+        assert parts["checks"][f"determinism on {backend}"]["numbers"] == dict.fromkeys(OPS, True)
+        for check in ("memory", "dsprites"):
+            assert parts["checks"][f"{check} on {backend}"]["numbers"] is not None
+    assert all(value > 0 for value in parts["checks"]["ceilings"]["numbers"].values())
+    seen = set()
+    for name in ("table", "small"):
+        for key, row in parts[name].items():
+            times = row["numbers"]["seconds"]
+            assert times, key
+            assert all(isinstance(x, float) and x > 0 for t in times.values() for x in t), key
+            seen |= {(name, key.partition(",")[0], "backward" in key, who) for who in times}
+    mode = (False, True)
+    assert {("table", op, b, w) for op in OPS if op != "cross_log_prob" for b in mode for w in BACKENDS} <= seen
+    assert {("small", op, b, w + g) for op in OPS[-2:] for b in mode for w in BACKENDS for g in ("", ", graph")} <= seen
+
+
+def test_what_fails_is_said_and_the_rest_goes_on(tmp_path: Path) -> None:
+    faults = "raise:triton.kl_gauss,noise:triton.agg_log_prob,hang:cuda.agg_log_prob_marginals_backward"
+    faults += ",fault:cuda.kl_gauss_backward"
+    status, said = result(started("measure", tmp_path, MOCKED_GPU_FAULTS=faults, FASTVAE_STALL="2"))
+    assert status == 1
+    assert said.count("\n") <= 40
+    for line in (
+        "kl_gauss on triton: RuntimeError: kl_gauss is mocked to fail",
+        "agg_log_prob on triton: not deterministic",
+        "agg_log_prob_marginals on cuda: HANG",
+        "kl_gauss on cuda: FAULT (exit status 139)",
+        "agg_log_prob_marginals, forward + backward, [8192, 32]: cuda: HANG",
+    ):
+        assert f"FAILED {line}" in said
+    done = json.loads(kept(tmp_path, "measure")["table.json"])["done"]
+    seconds = done["agg_log_prob_marginals, forward + backward, [8192, 32]"]["numbers"]["seconds"]
+    assert seconds["triton"][0] > 0
+    assert isinstance(seconds["cuda"], str)
+
+
+def test_no_profiler_and_no_library(tmp_path: Path) -> None:
+    """Neither ends the part; both are said, and the exit status is 1."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "cmake").symlink_to(MOCK / "bin" / "cmake")
+    path = f"{tools}:/usr/bin:/bin"
+    status, said = result(started("profile", tmp_path, MOCKED_GPU_FAULTS="build", PATH=path))
+    assert status == 1
+    assert "FAILED (1): kl_gauss.cu(1): error: mocked" in said
+    assert said.count("FAILED (1): ncu is missing") == 2
+
+
+def test_what_takes_too_long_is_kept_so_far(tmp_path: Path) -> None:
+    more = {"MOCKED_GPU_FAULTS": "hang:cuda.agg_log_prob", "FASTVAE_STALL": "600", "FASTVAE_BUDGET": "12"}
+    status, said = result(started("measure", tmp_path, **more))
+    assert status == 1
+    assert "FAILED determinism on cuda" in said
+    assert "small: 0 s, NOT STARTED, out of time" in said
+    done = json.loads(kept(tmp_path, "measure")["checks.json"])["done"]
+    assert done.keys() == {"ceilings", "determinism on triton"}
+
+
+def test_a_step_over_its_limit_is_killed(tmp_path: Path) -> None:
+    library = tmp_path / "libfastvae_cuda.so"
+    library.touch()
+    more = {"MOCKED_GPU_FAULTS": "hang:triton.kl_gauss", "FASTVAE_BUDGET": "4", "FASTVAE_CUDA_LIBRARY": str(library)}
+    begin = time.monotonic()
+    status, said = result(started("profile", tmp_path, **more))
+    assert time.monotonic() - begin < 20
+    assert status == 1
+    assert "ncu-triton: 4 s, TIMED OUT" in said
+    assert "KeyboardInterrupt" in kept(tmp_path, "profile")["ncu-triton.txt"]
+
+
+def test_an_interruption(tmp_path: Path) -> None:
+    process = started("sanity", tmp_path)
+    archive = tmp_path / "out" / "sanity.tar.gz"
+    until = time.monotonic() + 60
+    while not (archive.exists() and "machine.txt" in kept(tmp_path, "sanity")) and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    status, said = result(process)
+    assert status == 1
+    assert "INTERRUPTED" in said
+    assert {"machine.txt", "summary.txt"} <= kept(tmp_path, "sanity").keys()
+    assert [path.name for path in archive.parent.iterdir()] == [archive.name]

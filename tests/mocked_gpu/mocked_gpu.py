@@ -203,7 +203,7 @@ def always(answer: Any) -> Callable[..., Any]:
 
 def adapt_torch(_: ModuleType) -> None:
     memory = 2**36
-    about = SimpleNamespace(name="mocked GPU", multi_processor_count=4, major=9, minor=0, total_memory=memory)
+    about = SimpleNamespace(name="mocked GPU", multi_processor_count=132, major=9, minor=0, total_memory=memory)
     here = Stream()
     answers: dict[str, Any] = {
         **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True),
@@ -250,9 +250,16 @@ def adapt_torch(_: ModuleType) -> None:
 # Triton and fastvae
 
 
+COMPILES = os.environ.get("MOCKED_GPU_COMPILES") == "1"  # Triton's kernels, for sm_90, though nothing is launched
+
+
 def adapt_triton(jit: Any) -> None:
+    compile_and_launch = jit.JITFunction.run
+
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
         assert all(x.is_cuda for x in args if isinstance(x, Tensor)), f"{self}: a pointer to memory of the CPU"
+        if COMPILES:
+            compile_and_launch(self, *args, **{**kwargs, "warmup": True})
 
     jit.JITFunction.run = run
 
@@ -297,6 +304,21 @@ def adapt_backend_cuda(cuda: Any) -> None:
 
 
 def adapt_backend_triton(triton: Any) -> None:
-    for name in (name for op in triton.OPS for name in (op, op + "_backward")):
-        refusal = "backend 'triton' computes on cpu tensors only in Triton's interpreter"
-        setattr(triton, name, computed("triton", name, refusal))
+    for op, name in ((op, name) for op in triton.OPS for name in (op, op + "_backward")):
+        function = computed("triton", name, "backend 'triton' computes on cpu tensors only in Triton's interpreter")
+        setattr(triton, name, launched(op, name, function) if COMPILES else function)
+
+
+def launched(op: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, after its kernels were launched for nothing."""
+
+    def launch(*args: Any) -> Any:
+        from ahead_of_time import Absent
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
+
+        driver.set_active(Absent(0, GPUTarget("cuda", 90, 32)))
+        getattr(importlib.import_module(f"fastvae.kernels.triton.{op}"), name)(*args)
+        return function(*args)
+
+    return launch
