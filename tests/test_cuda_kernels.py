@@ -105,6 +105,14 @@ def test_the_stream_is_that_of_the_tensors_device(monkeypatch: pytest.MonkeyPatc
     assert said == [*([1] if current == 0 else []), ("sample_gauss", 1, "arguments", "stream of 1")]
 
 
+def test_partial_sums_take_little_memory() -> None:
+    """None where there is one block; one for each block, or in each column."""
+    for dtype in DTYPES:
+        assert cuda._workspace_size("kl_gauss", dtype, 256, 0, 32) == 0
+        assert cuda._workspace_size("kl_gauss", dtype, 1, 0, 2**26) <= 2**20
+        assert cuda._workspace_size("kl_gauss", dtype, 2**20, 1, 128) <= 2**20
+
+
 # Accesses of 16 bytes.
 
 

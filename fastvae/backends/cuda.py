@@ -157,7 +157,7 @@ def kl_gauss(
     rows = [c.optional_rows(x, mu.dtype, B) for x in (mu, logvar, prior_mu, prior_logvar)]
     out = torch.empty(kl_shape(reduction, B, D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
     code, scale = c.REDUCTION_CODE.get(reduction, 3), kl_scale(reduction, B, D)
-    sizes = (B, 1, D) if code > 1 else ()  # "none" and "sample" have no partial sums
+    sizes = {"none": (), "sample": (), "dim": (B, 1, D)}.get(reduction, (B, 0, D))  # of partial sums
     _run("kl_gauss", mu.dtype, mu.device, sizes, *_row_arguments(*rows), B, D, code, scale, out.data_ptr())
     return out
 

@@ -12,7 +12,7 @@ int64_t fastvae_cuda_workspace(int op, int dtype, int64_t S, int64_t N, int64_t 
         case FASTVAE_CUDA_CROSS_LOG_PROB: return cross_log_prob_workspace(dtype, S, N, D, backward);
         case FASTVAE_CUDA_AGG_LOG_PROB: return agg_log_prob_workspace(dtype, S, N, D, backward);
         case FASTVAE_CUDA_AGG_LOG_PROB_MARGINALS: return agg_log_prob_marginals_workspace(dtype, S, N, D, backward);
-        case FASTVAE_CUDA_KL_GAUSS: return kl_gauss_workspace(dtype, S, D, backward);
+        case FASTVAE_CUDA_KL_GAUSS: return kl_gauss_workspace(dtype, S, N == 0, D, backward);
     }
     return 0;
 }

@@ -227,14 +227,15 @@ template <class In> bool is_wide(const KlInputs<In> &in) {
 
 }  // namespace
 
-int64_t kl_gauss_workspace(int dtype, int64_t B, int64_t D, bool backward) {
+int64_t kl_gauss_workspace(int dtype, int64_t B, bool sums_columns, int64_t D, bool backward) {
     int64_t size = 0;
     with_dtype(dtype, [&](auto one) {
         const Spread spread(B, D, kColumns<decltype(one)>, true);
         Arena counting(nullptr);
-        if (backward || spread.blocks() > 1)
-            counting.take<double>(spread.rows.count * (D < spread.column_blocks ? spread.column_blocks : D));
-        if (backward) counting.take<double>(spread.rows.count * D);
+        if (backward)
+            counting.take<double>(spread.rows.count * D), counting.take<double>(spread.rows.count * D);
+        else if (spread.blocks() > 1)
+            counting.take<double>(sums_columns ? spread.blocks() : spread.rows.count * D);
         size = counting.used();
         return 0;
     });
@@ -263,13 +264,13 @@ int fastvae_cuda_kl_gauss(int dtype, const void *mu, int64_t mu_stride, const vo
             return launch(wide ? kl_of_rows<In, true> : kl_of_rows<In, false>, ceil_div(B * lanes, kThreads), 1, kThreads,
                           stream, in, lanes, scale, out);
         }
-        if (reduction != FASTVAE_NONE && workspace_size < kl_gauss_workspace(dtype, B, D, false))
+        const bool dim = reduction == FASTVAE_DIM;
+        if (reduction != FASTVAE_NONE && workspace_size < kl_gauss_workspace(dtype, B, !dim, D, false))
             return FASTVAE_CUDA_WORKSPACE_TOO_SMALL;
         const Spread spread(B, D, kColumns<In>, reduction != FASTVAE_NONE);
         double *const partials = static_cast<double *>(workspace);
         FASTVAE_TRY(launch(wide ? kl_of_block<In, true> : kl_of_block<In, false>, spread.blocks(), 1, kThreads, stream, in,
                            spread, reduction, scale, out, partials));
-        const bool dim = reduction == FASTVAE_DIM;
         const int64_t parts = dim ? spread.rows.count : spread.blocks(), n = dim ? D : 1;
         if (reduction == FASTVAE_NONE || parts == 1) return FASTVAE_CUDA_OK;
         return launch(add_partials<T>, ceil_div(n * 32, kThreads), 1, kThreads, stream, partials, parts, n, scale, out);

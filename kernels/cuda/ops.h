@@ -6,7 +6,7 @@
 
 namespace fastvae::FASTVAE_ISA {
 
-int64_t kl_gauss_workspace(int dtype, int64_t B, int64_t D, bool backward);
+int64_t kl_gauss_workspace(int dtype, int64_t B, bool sums_columns, int64_t D, bool backward);
 int64_t cross_log_prob_workspace(int dtype, int64_t S, int64_t N, int64_t D, bool backward);
 int64_t agg_log_prob_workspace(int dtype, int64_t S, int64_t N, int64_t D, bool backward);
 int64_t agg_log_prob_marginals_workspace(int dtype, int64_t S, int64_t N, int64_t D, bool backward);

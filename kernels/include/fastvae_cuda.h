@@ -36,7 +36,7 @@ enum fastvae_cuda_op {
     FASTVAE_CUDA_AGG_LOG_PROB_BACKWARD = 3,
     FASTVAE_CUDA_AGG_LOG_PROB_MARGINALS = 4,
     FASTVAE_CUDA_AGG_LOG_PROB_MARGINALS_BACKWARD = 5,
-    FASTVAE_CUDA_KL_GAUSS = 6,          /* S and N: the batch and 1 */
+    FASTVAE_CUDA_KL_GAUSS = 6,          /* S and N: the batch and 1, or 0 for a sum over columns too */
     FASTVAE_CUDA_KL_GAUSS_BACKWARD = 7
 };
 
