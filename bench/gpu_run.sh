@@ -26,6 +26,7 @@ python=${PYTHON:-python3} status=0
 : > "$work/steps"
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD PYTHONUNBUFFERED=1
 export FASTVAE_COMMIT=${FASTVAE_COMMIT:-$(git describe --always --dirty 2> /dev/null)}
+export PYTORCH_NVML_BASED_CUDA_CHECK=1 # whether there is a GPU is asked without a context, which a fork could not have
 trial=${FASTVAE_TRIAL:-}
 
 archive() { # renamed when it is whole

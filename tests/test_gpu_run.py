@@ -131,6 +131,26 @@ def test_inputs_need_no_backend(environment: dict[str, str]) -> None:
     run(program, environment, FASTVAE_BACKEND="cuda")
 
 
+def test_nothing_asks_cuda_before_processes_are_forked() -> None:
+    """A process whose parent has a context can have none."""
+    program = """
+        import torch
+
+        def refuse(*_):
+            raise AssertionError("CUDA was asked")
+
+        for name in ("is_available", "device_count", "_lazy_init", "current_device", "get_device_properties"):
+            setattr(torch.cuda, name, refuse)
+        from bench import gpu, gpu_sanity
+        from bench.gpu_jobs import import_all
+
+        import_all()
+        assert [*gpu.checks(), *gpu.table(None), *gpu.small_table(), *gpu.peers_table()]
+        assert gpu_sanity.trials(("triton", "cuda"))
+    """
+    run(program, mocked(PYTHONPATH=str(ROOT)))
+
+
 # The script, at tiny sizes and with mocked tools.
 
 

@@ -304,7 +304,8 @@ def adapt_backend_cuda(cuda: Any) -> None:
 
 
 def adapt_backend_triton(triton: Any) -> None:
-    for op, name in ((op, name) for op in triton.OPS for name in (op, op + "_backward")):
+    for name in (name for each in triton.OPS for name in (each, each + "_backward")):
+        op = name.removesuffix("_backward")
         function = computed("triton", name, "backend 'triton' computes on cpu tensors only in Triton's interpreter")
         setattr(triton, name, launched(op, name, function) if COMPILES else function)
 
