@@ -131,7 +131,18 @@ def _in_the_other_dtype(items: list[pytest.Item]) -> set[pytest.Item]:
 # for GPUs, which are slow on a CPU, what the compiler compiles, and what starts programs or trains.
 BEST = native_library.instruction_sets()[:1] if backends.status("native").available else []
 QUICK = {"reference", *(f"native-{isa}" for isa in BEST)}
-LONG_FILES = ("bench", "bench_compare", "c_interface", "compile", "cuda", "cuda_kernels", "demo", "examples", "fuzz")
+LONG_FILES = (
+    "bench",
+    "bench_compare",
+    "c_interface",
+    "cold_start",
+    "compile",
+    "cuda",
+    "cuda_kernels",
+    "demo",
+    "examples",
+    "fuzz",
+)
 LONG_FILES += ("gpu_run", "importance", "installed", "main", "native_library")
 LONG_FILES += ("triton", "triton_compile", "triton_early_exit")
 LONG_TESTS = ("anchors_of_the_whole", "budget", "compile", "environment", "inductor", "it_learns", "little_terms")
@@ -153,7 +164,7 @@ def _takes_long(item: pytest.Item) -> bool:
 
 
 # Files in which many tests look at what was made once, at some cost: they are run by one worker.
-OF_ONE_WORKER = ("test_triton_compile", "test_cuda_kernels", "test_importance")
+OF_ONE_WORKER = ("test_triton_compile", "test_cold_start", "test_cuda_kernels", "test_importance")
 
 
 BACKEND = re.compile(rf"(?<=[\[-])({'|'.join(map(re.escape, TARGETS))})(?=[\]-])")  # in the name of a test

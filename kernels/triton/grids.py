@@ -10,7 +10,7 @@ from .packing import Packed
 from .tiles import FOLD
 
 THREADS = 256
-SMALL = (2, 4, 8, 32, 4)  # 16 x 128 pairs, for problems that have few tiles, or little to own
+SMALL = (2, 4, 8, 32, 4)  # 16 x 128 pairs, for problems that have few pairs, or little to own
 Tile = tuple[int, int, int, int, int]  # RO, RP, TO, TP, UNROLL
 
 
@@ -34,11 +34,11 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.lru_cache(4096)
 def _grid(tile: Tile, owned: int, passing: int, copies: int, steps: int, sms: int, on: Target) -> Grid:
-    """Sizes decide between two tiles alone, so that a kernel is compiled for no batch size."""
+    """Sizes decide between two tiles alone, the same way for all kernels of a problem, so that another batch size
+    seldom compiles another kernel: below 132 multiprocessors' 128 x 128 pairs each, batches of some 1,450, never."""
     per_sm = 2
-    RO, RP, TO, TP, unroll = tile
-    if cdiv(owned, RO * TO) * cdiv(passing, RP * TP) * copies < sms or 4 * owned <= RO * TO:
-        RO, RP, TO, TP, unroll = SMALL
+    few = owned * passing < sms * 128**2 or 4 * owned <= tile[0] * tile[2]
+    RO, RP, TO, TP, unroll = SMALL if few else tile
     config = {"RO": RO, "RP": RP, "TO": TO, "TP": TP, "UNROLL": unroll} | resources(
         on, THREADS, 65536 // THREADS // per_sm
     )

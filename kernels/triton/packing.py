@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastvae.backends.contract import LogWeights, accumulation_dtype
 
-from ._launch import accumulator, cdiv, launch, resources, target
+from ._launch import accumulator, cdiv, launch, nowhere, resources, target
 from .elementary import INF, LOG2E, largest
 
 PANEL = tl.constexpr(128)
@@ -89,8 +89,8 @@ def _inverse_sigma(logvar, ACC: tl.constexpr):
 @triton.jit
 def _pack_columns(
     panel, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, order, planes, marginal_c, c, log2_w, far,
-    N, D, WEIGHTED: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr,
-    MODERATE: tl.constexpr, DK: tl.constexpr,
+    N, D, folded, WEIGHTED: tl.constexpr, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr,
+    DK: tl.constexpr,
 ):  # fmt: skip
     j = panel * PANEL + tl.arange(0, PANEL)
     at = (panel * PANEL * D + tl.arange(0, PANEL))[:, None]
@@ -103,6 +103,7 @@ def _pack_columns(
             w = tl.load(log_w + j, inside, other=0.0).to(tl.float64)
     w *= tl.full([], LOG2E, tl.float64)
     unweighted = tl.where(inside, 0.0, -INF)
+    in_c = tl.where(folded != 0, w, 0.0)
 
     sum_logvar = tl.zeros([PANEL], tl.float64)
     too_far = tl.zeros([PANEL, DK], tl.int32)
@@ -122,8 +123,7 @@ def _pack_columns(
         tl.store(plane + 1, tl.where(mask, b, 0.0), (d < D)[None, :])
         if marginal_c is not None:
             c_d = (lv + LOG_2PI) * tl.full([], -0.5 * LOG2E, tl.float64)
-            if FOLDED:
-                c_d += w[:, None]
+            c_d += in_c[:, None]
             c_d = tl.where(mask, _to_finite(c_d, ACC), unweighted.to(ACC)[:, None])
             tl.store(marginal_c + at + d[None, :] * PANEL, c_d, (d < D)[None, :])
         sum_logvar += tl.sum(lv, 1)
@@ -140,17 +140,16 @@ def _pack_columns(
             tl.store(planes + 2 * (at + d[None, :] * PANEL) + 1, centre - mean, mask)
 
     sum_c = (sum_logvar + tl.full([], LOG_2PI, tl.float64) * D) * tl.full([], -0.5 * LOG2E, tl.float64)
-    if FOLDED:
-        sum_c += w
+    sum_c += in_c
     tl.store(c + j, tl.where(inside, _to_finite(sum_c, ACC), unweighted.to(ACC)))
-    if log2_w is not None:
+    if folded == 0:
         tl.store(log2_w + j, tl.where(inside, _to_finite(w, ACC), unweighted.to(ACC)))
 
 
 @triton.jit
 def _pack_samples(
-    panel, z, z_row, z_col, mu, mu_row, mu_col, own, order, samples, packed_own, own_low, own_high, far, S, N, D,
-    ACC: tl.constexpr, MODERATE: tl.constexpr, DK: tl.constexpr,
+    panel, z, z_row, z_col, mu, mu_row, mu_col, own, order, samples, packed_own, own_low, own_high, far,
+    S, N, D, folded, ACC: tl.constexpr, MODERATE: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
     i = panel * PANEL + tl.arange(0, PANEL)
     at = (panel * PANEL * D + tl.arange(0, PANEL))[:, None]
@@ -165,7 +164,7 @@ def _pack_samples(
         too_far |= tl.where(mask & ((tl.abs(x) <= MODERATE / 2) == 0), 1, 0)
         tl.store(samples + at + d[None, :] * PANEL, tl.where(mask, x, 0.0), (d < D)[None, :])
     tl.store(far + panel, tl.max(tl.max(too_far, 1), 0))
-    if own is not None:
+    if folded == 0:
         column = tl.load(own + i, inside, other=-1)
         drawn = (column >= 0) & (column < N)
         tl.store(packed_own + i, tl.where(drawn, column, -2))  # so that the next one is no column either
@@ -173,36 +172,35 @@ def _pack_samples(
         tl.store(own_high + panel, tl.max(tl.where(drawn, column, -2), 0))
 
 
-_SIZES = ["z_row", "z_col", "mu_row", "mu_col", "lv_row", "lv_col", "S", "N", "D", "column_panels"]
+_SIZES = ["z_row", "z_col", "mu_row", "mu_col", "lv_row", "lv_col", "S", "N", "D", "folded", "column_panels"]
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["z", "mu", "logvar", "log_w", "own"])
 def _pack(
     z, z_row, z_col, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all: tl.float64, own,
     order, samples, packed_own, own_low, own_high, far_samples, planes, marginal_c, c, log2_w, far_columns,
-    S, N, D, column_panels,
-    WEIGHTED: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr,
-    DK: tl.constexpr,
+    S, N, D, folded, column_panels,
+    WEIGHTED: tl.constexpr, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """Panels of columns, then panels of samples."""
+    """Panels of columns, then panels of samples. Weights are `folded` into c, or else log2_w and own columns written."""
     panel = tl.program_id(0).to(tl.int64)
     if panel < column_panels:
         _pack_columns(
             panel, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, order, planes, marginal_c, c, log2_w,
-            far_columns, N, D, WEIGHTED, FOLDED, ACC, MAX_OFFSET, MODERATE, DK,
+            far_columns, N, D, folded, WEIGHTED, ACC, MAX_OFFSET, MODERATE, DK,
         )  # fmt: skip
     else:
         _pack_samples(
             panel - column_panels, z, z_row, z_col, mu, mu_row, mu_col, own, order, samples, packed_own, own_low,
-            own_high, far_samples, S, N, D, ACC, MODERATE, DK,
+            own_high, far_samples, S, N, D, folded, ACC, MODERATE, DK,
         )  # fmt: skip
 
 
 class Limits(NamedTuple):
     """What is far."""
 
-    offset: float  # |mu - centre| / sigma, but for kappa
-    moderate: float  # of a, and twice |z - centre|: t^2 cannot overflow within it
+    MAX_OFFSET: float  # |mu - centre| / sigma, but for kappa
+    MODERATE: float  # of a, and twice |z - centre|: t^2 cannot overflow within it
 
 
 DIRECT = Limits(128.0, 2.0**30)
@@ -286,15 +284,17 @@ def pack(
         order,
         *overrides,
     )
+    # Where it writes or reads nothing, it gets a pointer all the same: one kernel serves both.
+    no_number, no_index = nowhere(dtype, z.device), nowhere(torch.int64, z.device)
     arguments = (
         *(z, *z.stride(), mu, *mu.stride(), logvar, *logvar.stride()),
-        *(log_w, 0.0 if weights is None else weights.common(N), own, order),
-        *(packed.samples, packed.own, packed.own_low, packed.own_high, packed.far_samples),
-        *(planes, packed.marginal_c, packed.c, packed.log_w, packed.far_columns),
-        *(S, N, D, column_panels),
+        *(log_w, 0.0 if weights is None else weights.common(N), no_index if own is None else own, order, packed.samples),
+        *(no_index if x is None else x for x in (packed.own, packed.own_low, packed.own_high)),
+        *(packed.far_samples, planes, packed.marginal_c, packed.c),
+        *(no_number if packed.log_w is None else packed.log_w, packed.far_columns),
+        *(S, N, D, int(not overridden), column_panels),
     )
-    constants = {"WEIGHTED": weights is not None, "FOLDED": not overridden, "ACC": accumulator(z.dtype)}
-    constants |= {"MAX_OFFSET": limits.offset, "MODERATE": limits.moderate, "DK": 8}
+    constants = {"WEIGHTED": weights is not None, "ACC": accumulator(z.dtype), **limits._asdict(), "DK": 8}
     if row_panels + column_panels:
         options = resources(target(), 256, 128 if dtype == torch.float32 else 168)
         launch(_pack, (row_panels + column_panels,), *arguments, **constants, **options)

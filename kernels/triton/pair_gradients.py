@@ -23,7 +23,7 @@ from .log_sum_exp import summed
 from .packing import DIRECT, PANEL, Packed, in_order
 from .tiles import far_t, inverse_kappa2, is_far, load_pair, offset, step
 
-MODERATE = tl.constexpr(DIRECT.moderate)
+MODERATE = tl.constexpr(DIRECT.MODERATE)
 
 
 @triton.jit
