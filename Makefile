@@ -10,6 +10,7 @@
 #   make check       ruff, ruff format, mypy
 #   make sanitize    the native tests under the address, undefined-behaviour and thread sanitizers
 #   make cuda        the CUDA C++ kernels too, by nvcc; without one, or where it fails, `fastvae info` says why
+#   make triton-3.6  the compile checks with Triton 3.6, which belongs to torch 2.11, where `make test` has 3.7
 #   make neon        the kernels for AArch64, by a cross-compiler, checked on an emulated CPU (qemu-user)
 #   make clean       remove everything that was built or drawn
 
@@ -24,7 +25,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/* kernels/cp
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-quick test-long fuzz bench bench-cpu bench-smoke bench-compare check sanitize neon clean
+.PHONY: demo test test-quick test-long fuzz bench bench-cpu bench-smoke bench-compare check sanitize triton-3.6 neon clean
 
 demo: $(BUILT)
 	$(BIN)/python -m fastvae demo
@@ -83,6 +84,13 @@ sanitize: $(BUILT)
 cuda: $(BUILT)
 	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings=cmake.define.FASTVAE_CUDA=ON $(WERROR)
 	$(BIN)/python -m fastvae info
+
+# Triton alone, from a folder that comes first: torch is the same.
+build/triton-3.6: $(BUILT)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
+
+triton-3.6: build/triton-3.6
+	PYTHONPATH=$(CURDIR)/build/triton-3.6 $(BIN)/python -m pytest -q tests/test_triton_compile.py tests/test_cold_start.py
 
 neon: $(BUILT)
 	$(BIN)/cmake -S . -B build/neon -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_THREADS_TEST=ON \

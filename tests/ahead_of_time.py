@@ -63,6 +63,7 @@ class Report(NamedTuple):
     loops: list[dict[str, int]]  # the same of each innermost loop
     accesses: dict[str, int]  # global loads and stores by their width in bits
     tensor_cores: list[str]  # their instructions, with modifiers
+    layouts: dict[str, list[str]]  # of a program's own sums in memory: how their accesses are spread over its threads
 
 
 def op(name: str, *arguments: Any) -> object:
@@ -181,7 +182,7 @@ CASES = {
     "cross_log_prob D 512": Case(pairs("cross_log_prob", 8192, 8192, 512), "_cross_log_prob", PACK, loops=HALF_TILE),
     "cross_log_prob float64": Case(pairs("cross_log_prob", 512, 512, 10, False, DOUBLE), "_cross_log_prob", PACK),
     "cross_log_prob_backward": Case(
-        pairs("cross_log_prob_backward", 8192, 8192, 64), "_cross_rows", PACK, loops=({"FFMA": 0.45, "FMUL": 0.25},)
+        pairs("cross_log_prob_backward", 8192, 8192, 64), "_cross_rows", PACK, loops=({"FFMA": 0.37, "FMUL": 0.23},)
     ),
     "cross_log_prob_backward D 512 float64": Case(
         pairs("cross_log_prob_backward", 4096, 4096, 512, False, DOUBLE), "_cross_columns", PACK
@@ -232,12 +233,15 @@ CASES = {
         loops=(ONE_AT_A_TIME, PULLS),
     ),
     "agg_log_prob_backward early own": Case(
-        pairs("agg_log_prob_backward", 16384, 16384, 64, True, early=True), "joint_rows", PACK, loops=(ONE_AT_A_TIME,)
+        pairs("agg_log_prob_backward", 16384, 16384, 64, True, early=True), "joint_rows", PACK, loops=({"FFMA": 0.65},)
     ),
     "agg_log_prob_backward early D 512 float64": Case(
         pairs("agg_log_prob_backward", 4096, 4096, 512, False, DOUBLE, early=True), "_joint_columns", PACK
     ),
     "agg_log_prob_backward small own": Case(pairs("agg_log_prob_backward", 256, 256, 33, True), "_joint_columns", PACK),
+    "agg_log_prob_backward few columns float64": Case(
+        pairs("agg_log_prob_backward", 10**5, 10, 10, False, DOUBLE), "_joint_columns", PACK
+    ),
     "agg_log_prob_backward float64": Case(
         pairs("agg_log_prob_backward", 4096, 4096, 10, True, DOUBLE), "joint_rows", PACK, loops=({"DFMA": 0.45},)
     ),
@@ -261,6 +265,9 @@ CASES = {
         "_marginal_columns",
         PACK,
         loops=({"MUFU": 0.02},),
+    ),
+    "agg_log_prob_marginals_backward small own": Case(
+        pairs("agg_log_prob_marginals_backward", 256, 256, 10, True), "_marginal_columns", PACK
     ),
     "agg_log_prob_marginals_backward own float64": Case(
         pairs("agg_log_prob_marginals_backward", 4096, 4096, 10, True, DOUBLE), "_marginal_columns", PACK
@@ -358,6 +365,21 @@ def read(binary: Any) -> dict[str, Any]:
     }
 
 
+def layouts_of_sums(ttgir: str) -> dict[str, list[str]]:
+    """The layouts of all loads and stores of sums of a tile's owned samples or columns, [RO, 1, TO, TP], by type.
+
+    No barrier is between them: where each sum is accessed by the same thread, none is needed (pair_gradients.py)."""
+    named = dict(re.findall(r"^(#\w+) = (#ttg\.[^\n]*)$", ttgir, re.M))
+    found: dict[str, set[str]] = {}
+    for sizes, dtype, layout in re.findall(
+        r"tt\.(?:load|store) [^\n]*? : tensor<((?:\d+x)+)!tt\.ptr<(\w+)>, (#\w+)>", ttgir
+    ):
+        _, passing, *lanes = map(int, sizes.strip("x").split("x")) if sizes.count("x") == 4 else (0, 0)
+        if passing == 1 and min(lanes) > 1:
+            found.setdefault(sizes + dtype, set()).add(named[layout])
+    return {kind: sorted(layouts) for kind, layouts in found.items()}
+
+
 UNREAD: dict[str, Any] = {"instructions": {}, "loops": [], "accesses": {}, "tensor_cores": []}
 
 
@@ -386,7 +408,8 @@ def main(part: int = 0, parts: int = 1) -> None:
                 is_read = target == READ or (case.tensor_cores and description[0] == "cuda")
                 code = read(binary) if is_read and kernel == case.kernel else UNREAD
                 used = resources(binary) | {"shared": binary.metadata.shared}
-                reports.append(Report(name, target, kernel, elements=elements, **used, **code)._asdict())
+                sums = layouts_of_sums(binary.asm["ttgir"])
+                reports.append(Report(name, target, kernel, elements=elements, layouts=sums, **used, **code)._asdict())
     json.dump(reports, sys.stdout)
 
 

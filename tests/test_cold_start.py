@@ -25,7 +25,7 @@ with fastvae.use_backend("triton"):
 @pytest.fixture(scope="module")
 def counted() -> list[Any]:
     """[objective, stage, D, {kernel: new binaries}], from a process that sees a GPU and is not in the interpreter."""
-    path = os.pathsep.join(map(str, (HERE.parent, HERE / "mocked_gpu", HERE)))
+    path = os.pathsep.join(map(str, (HERE.parent, HERE / "mocked_gpu", HERE, os.environ.get("PYTHONPATH", ""))))
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTVAE_CUDA_LIBRARY")}
     environment |= {"PYTHONPATH": path, "MOCKED_GPU_COMPILES": "1"}
     ran = subprocess.run([sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True, timeout=600)

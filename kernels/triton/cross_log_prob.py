@@ -16,6 +16,13 @@ from .pair_gradients import any_far, clear, columns_gradients, pull_columns, pul
 from .tiles import FOLD, INV_KAPPA2, is_far, minus_squares, offset, owned, passing, square_sums, step
 
 
+@triton.jit
+def again(stride, tile):
+    """The stride in int64, as if it depended on the tile: else its products with a tile's rows, which do not, would take
+    registers while d runs."""
+    return stride.to(tl.int64) + tl.where(tile < 0, 1, 0)
+
+
 @triton.jit(do_not_specialize=["S", "N", "D", "blocks", "tiles"])
 def _cross_log_prob(
     samples, planes, far_columns, c, out, S, N, D, blocks, tiles,
@@ -29,7 +36,7 @@ def _cross_log_prob(
     column_lane, columns = passing(RP, TP)
     z = samples + offset(first_row, D) + row_lane
     inside_rows = row_lane + rows < tl.minimum(S - first_row, RO * TO).to(tl.int32)
-    out += (first_row + row_lane + rows) * N
+    out += first_row * N
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, RP * TP))):
         first_column = tl.full([], RP * TP, tl.int64) * tile
         ab = planes + (offset(first_column, D) + column_lane) * step(planes)
@@ -38,7 +45,8 @@ def _cross_log_prob(
         )
         log_q = minus_squares(tl.load(c + (first_column + columns) + column_lane), squares)
         inside = inside_rows & (column_lane + columns < tl.minimum(N - first_column, RP * TP).to(tl.int32))
-        tl.store(out + first_column + column_lane + columns, log_q * tl.full([], LN2, log_q.dtype), inside)
+        at = (row_lane + rows) * again(N, tile) + (first_column + columns) + column_lane
+        tl.store(out + at, log_q * tl.full([], LN2, log_q.dtype), inside)
 
 
 @triton.jit(do_not_specialize=["grad_row", "grad_column", "S", "N", "D", "blocks", "tiles", "one"])
@@ -58,12 +66,13 @@ def _cross_rows(
     one_time = tl.full([], 1.0, samples.dtype.element_ty)
     to = sums + (split * S + first_row + row_lane) * D
     clear(to, rows * D, inside_rows, D, one, RO, TO, TP)
-    grad += (first_row + row_lane + rows) * grad_row
+    grad += first_row * grad_row
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(N, RP * TP))):
         first_column = tl.full([], RP * TP, tl.int64) * tile
         ab = planes + (offset(first_column, D) + column_lane) * step(planes)
         inside = inside_rows & (column_lane + columns < tl.minimum(N - first_column, RP * TP).to(tl.int32))
-        r = tl.load(grad + (first_column + column_lane + columns) * grad_column, inside, other=0.0)
+        at = (row_lane + rows) * again(grad_row, tile) + (first_column + column_lane + columns) * again(grad_column, tile)
+        r = tl.load(grad + at, inside, other=0.0)
         far = is_far(far_columns, first_column)
         pull_samples(
             r, one_time, z, rows, ab, columns, far, far_rows, to, rows * D, inside_rows, one, D, RO, TO, TP
@@ -90,12 +99,13 @@ def _cross_columns(
     clear(to_e, columns * D, inside_columns, D, one, RO, TO, TP)
     clear(to_e + apart, columns * D, inside_columns, D, one, RO, TO, TP)
     share = tl.zeros([RO, 1, TO, TP], samples.dtype.element_ty)
-    grad += (first_column + column_lane + columns) * grad_column
+    grad += first_column * grad_column
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(S, RP * TP))):
         first_row = tl.full([], RP * TP, tl.int64) * tile
         z = samples + offset(first_row, D) + row_lane
         inside = inside_columns & (row_lane + rows < tl.minimum(S - first_row, RP * TP).to(tl.int32))
-        r = tl.load(grad + (first_row + row_lane + rows) * grad_row, inside, other=0.0)
+        at = (first_row + row_lane + rows) * again(grad_row, tile) + (column_lane + columns) * again(grad_column, tile)
+        r = tl.load(grad + at, inside, other=0.0)
         share += summed(r, False)
         pull_columns(
             r, z, rows, ab, columns, far_column, far, to_e, apart, columns * D, inside_columns, one, D, RO, TO, TP

@@ -64,7 +64,7 @@ def _tile(D: int, dtype: torch.dtype, kind: Kind) -> Tile:
     they sum each dimension over what passes by, across lanes, which should then be few: 2 x 16 pairs and 4 lanes.
     Numbers in float64 take two."""
     folded, in_pairs = FOLD.value < D, target().pairs_fmas
-    half = folded or kind.overridden or kind.early or kind.matrix
+    half = folded or kind.overridden or kind.early
     if dtype == torch.float64:
         return (2, 2 if folded else 4, 64, 4, 1) if kind.reduce else (4, 2 if half else 4, 32, 8, 1)
     if kind.reduce:
