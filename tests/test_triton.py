@@ -5,7 +5,9 @@ problems, or on a larger GPU, than the interpreter can finish.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ import fastvae
 from fastvae import ColumnWeights
 
 pytest.importorskip("triton")
-from fastvae.kernels.triton import agg_log_prob, grids, packing, sample_gauss
+from fastvae.kernels.triton import _launch, agg_log_prob, grids, packing, sample_gauss
 
 from fastvae.backends.contract import LogWeights
 
@@ -205,3 +207,79 @@ def test_other_tiles_give_the_same(backend: Target) -> None:
             expected.check([agg_log_prob.agg_log_prob(z, mu, logvar, weights)])
         chosen.append(grids.grid(10**4, 10**4, 5, torch.float32, torch.device("meta"), grids.Kind(), **config).config)
     assert len({tuple(c.items()) for c in chosen}) == len(chosen) > 1
+
+
+class Compiler:
+    """A kernel of Triton, that counts what it compiles and what is launched, where there is no GPU."""
+
+    arg_names = ("x", "y", "n", "scale", "BLOCK", "WIDE")
+    __name__ = "a kernel"
+
+    def __init__(self) -> None:
+        self.compiled = 0
+        self.launched: list[tuple[object, ...]] = []
+
+    fn = property(id)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        def compile_and_launch(*arguments: object, **constants: object) -> object:
+            self.compiled += 1
+            self.launched.append((grid, *arguments, *(constants[name] for name in self.arg_names[len(arguments) :])))
+            return Binary(self)
+
+        return compile_and_launch
+
+
+class Binary:
+    def __init__(self, compiler: Compiler):
+        self.compiler = compiler
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self.compiler.launched.append((grid[:1], *arguments))
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
+    monkeypatch.setattr(_launch, "_binaries", {})
+    device = SimpleNamespace(get_current_device=lambda: 0)
+    monkeypatch.setattr(_launch.triton.runtime, "driver", SimpleNamespace(active=device))
+    return Compiler()
+
+
+def test_a_launch_finds_the_binary_again(compiler: Compiler) -> None:
+    """By what Triton compiles for"""
+    x, unaligned = torch.zeros(9), torch.zeros(9)[1:]
+    launches: list[tuple[tuple[Any, ...], dict[str, int], bool]] = [
+        ((x, None, 100, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
+        ((x.clone(), None, 2**31 - 1, math.nan), {"BLOCK": 16, "WIDE": 0}, False),
+        ((x, None, 2**31, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
+        ((x, None, 1, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
+        ((x, x, 100, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
+        ((unaligned, None, 100, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
+        ((x.double(), None, 100, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
+        ((x, None, 100, 1.0), {"BLOCK": 32, "WIDE": 0}, True),
+        ((x, None, 7, 2.0), {"BLOCK": 32, "WIDE": 0}, False),
+    ]
+    for arguments, constants, compiles in launches:
+        before = compiler.compiled
+        _launch.launch(compiler, (3,), *arguments, **constants)
+        assert (compiler.compiled > before) == compiles, (arguments, constants)
+        last = compiler.launched[-1]
+        assert last[0] == (3,)
+        assert all(a is b for a, b in zip(last[1:5], arguments, strict=True))
+        assert last[5:] == (constants["BLOCK"], constants["WIDE"])
+    assert len(compiler.launched) == len(launches)
+
+
+def test_a_first_launch_while_a_graph_is_captured(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says what to do, before anything is captured; what has run before is captured."""
+    x = torch.zeros(4)
+    _launch.launch(compiler, (1,), x, None, 4, 1.0, BLOCK=16, WIDE=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    _launch.launch(compiler, (1,), x, None, 5, 1.0, BLOCK=16, WIDE=0)
+    assert len(compiler.launched) == 2
+    with pytest.raises(RuntimeError, match=r"CUDA graph is being captured.*run what is captured once before"):
+        _launch.launch(compiler, (1,), x.double(), None, 5, 1.0, BLOCK=16, WIDE=0)
+    assert (compiler.compiled, len(compiler.launched)) == (1, 2)

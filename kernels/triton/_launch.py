@@ -50,17 +50,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if INTERPRETED:
         kernel[grid](*arguments, **constants)
         return
-    kinds = [
-        a
-        if a is None
-        else (a.dtype, a.data_ptr() % 16)
-        if hasattr(a, "data_ptr")
-        else 2
-        if a == 1
-        else -(2**31) <= a < 2**31
-        for a in arguments
-    ]
-    key = (triton.runtime.driver.active.get_current_device(), *kinds, *constants.values())
+    key = (triton.runtime.driver.active.get_current_device(), *_kinds(arguments), *constants.items())
     binaries = _binaries.setdefault(kernel.fn, {})
     if found := binaries.get(key):
         binary, last = found
@@ -75,6 +65,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     binary = kernel[grid](*arguments, **constants)
     if binary is not None:  # as a hook may have it
         binaries[key] = binary, [constants[name] for name in kernel.arg_names[len(arguments) :]]
+
+
+def _kinds(arguments: tuple[Any, ...]) -> list[object]:
+    """Of a launch's arguments, what its binary depends on"""
+    kinds: list[object] = []
+    for a in arguments:
+        if a is None:
+            kinds.append(None)
+        elif type(a) is int:
+            kinds.append(1 if a == 1 else int if -(2**31) <= a < 2**31 else "wide")
+        elif type(a) is float:
+            kinds.append(float)
+        else:
+            kinds.append(a.dtype if a.data_ptr() % 16 == 0 else (a.dtype,))
+    return kinds
 
 
 _binaries: dict[Callable[..., None], dict[tuple[object, ...], tuple[Any, list[Any]]]] = {}  # of each kernel

@@ -17,9 +17,9 @@ from .tiles import FOLD, INV_KAPPA2, is_far, minus_squares, offset, owned, passi
 
 
 @triton.jit
-def again(stride, tile):
-    """The stride in int64, as if it depended on the tile: else its products with a tile's rows, which do not, would take
-    registers while d runs."""
+def _again(stride, tile):
+    """The stride in int64, as if it depended on the tile: else its products with a tile's rows, which do not, would
+    take registers while d runs."""
     return stride.to(tl.int64) + tl.where(tile < 0, 1, 0)
 
 
@@ -45,7 +45,7 @@ def _cross_log_prob(
         )
         log_q = minus_squares(tl.load(c + (first_column + columns) + column_lane), squares)
         inside = inside_rows & (column_lane + columns < tl.minimum(N - first_column, RP * TP).to(tl.int32))
-        at = (row_lane + rows) * again(N, tile) + (first_column + columns) + column_lane
+        at = (row_lane + rows) * _again(N, tile) + (first_column + columns) + column_lane
         tl.store(out + at, log_q * tl.full([], LN2, log_q.dtype), inside)
 
 
@@ -71,7 +71,9 @@ def _cross_rows(
         first_column = tl.full([], RP * TP, tl.int64) * tile
         ab = planes + (offset(first_column, D) + column_lane) * step(planes)
         inside = inside_rows & (column_lane + columns < tl.minimum(N - first_column, RP * TP).to(tl.int32))
-        at = (row_lane + rows) * again(grad_row, tile) + (first_column + column_lane + columns) * again(grad_column, tile)
+        at = (row_lane + rows) * _again(grad_row, tile) + (first_column + column_lane + columns) * _again(
+            grad_column, tile
+        )
         r = tl.load(grad + at, inside, other=0.0)
         far = is_far(far_columns, first_column)
         pull_samples(
@@ -104,7 +106,9 @@ def _cross_columns(
         first_row = tl.full([], RP * TP, tl.int64) * tile
         z = samples + offset(first_row, D) + row_lane
         inside = inside_columns & (row_lane + rows < tl.minimum(S - first_row, RP * TP).to(tl.int32))
-        at = (first_row + row_lane + rows) * again(grad_row, tile) + (column_lane + columns) * again(grad_column, tile)
+        at = (first_row + row_lane + rows) * _again(grad_row, tile) + (column_lane + columns) * _again(
+            grad_column, tile
+        )
         r = tl.load(grad + at, inside, other=0.0)
         share += summed(r, False)
         pull_columns(

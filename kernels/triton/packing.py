@@ -182,7 +182,8 @@ def _pack(
     S, N, D, folded, column_panels,
     WEIGHTED: tl.constexpr, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """Panels of columns, then panels of samples. Weights are `folded` into c, or else log2_w and own columns written."""
+    """Panels of columns, then panels of samples. Weights are `folded` into c, or else log2_w and own columns are
+    written."""
     panel = tl.program_id(0).to(tl.int64)
     if panel < column_panels:
         _pack_columns(
@@ -288,7 +289,13 @@ def pack(
     no_number, no_index = nowhere(dtype, z.device), nowhere(torch.int64, z.device)
     arguments = (
         *(z, *z.stride(), mu, *mu.stride(), logvar, *logvar.stride()),
-        *(log_w, 0.0 if weights is None else weights.common(N), no_index if own is None else own, order, packed.samples),
+        *(
+            log_w,
+            0.0 if weights is None else weights.common(N),
+            no_index if own is None else own,
+            order,
+            packed.samples,
+        ),
         *(no_index if x is None else x for x in (packed.own, packed.own_low, packed.own_high)),
         *(packed.far_samples, planes, packed.marginal_c, packed.c),
         *(no_number if packed.log_w is None else packed.log_w, packed.far_columns),
