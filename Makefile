@@ -10,6 +10,7 @@
 #   make check       ruff, ruff format, mypy
 #   make sanitize    the native tests under the address, undefined-behaviour and thread sanitizers
 #   make cuda        the CUDA C++ kernels too, by nvcc; without one, or where it fails, `fastvae info` says why
+#   make gpu-library the same for an H100 or H200 alone, with bulk copies and without, where bench/gpu_run.sh looks
 #   make triton-3.6  the compile checks with Triton 3.6, which belongs to torch 2.11, where `make test` has 3.7
 #   make neon        the kernels for AArch64, by a cross-compiler, checked on an emulated CPU (qemu-user)
 #   make clean       remove everything that was built or drawn
@@ -25,7 +26,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/* kernels/cp
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-quick test-long fuzz bench bench-cpu bench-smoke bench-compare check sanitize triton-3.6 neon clean
+.PHONY: demo test test-quick test-long fuzz bench bench-cpu bench-smoke bench-compare check sanitize gpu-library triton-3.6 neon clean
 
 demo: $(BUILT)
 	$(BIN)/python -m fastvae demo
@@ -84,6 +85,15 @@ sanitize: $(BUILT)
 cuda: $(BUILT)
 	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings=cmake.define.FASTVAE_CUDA=ON $(WERROR)
 	$(BIN)/python -m fastvae info
+
+gpu-library: build/gpu/libfastvae_cuda.so build/gpu/nobulk/libfastvae_cuda.so
+build/gpu/libfastvae_cuda.so: BULK := 1
+build/gpu/nobulk/libfastvae_cuda.so: BULK := 0
+build/gpu/libfastvae_cuda.so build/gpu/nobulk/libfastvae_cuda.so: $(BUILT) $(wildcard kernels/include/* kernels/cuda/*)
+	mkdir -p $(@D)
+	$(BIN)/cmake -DSOURCE=$(CURDIR) -DOUTPUT=$(CURDIR)/$(@D) -DVERSION="$$(git describe --always --dirty)" -DWERROR=ON \
+	  -DARCHITECTURES=90 -DBULK=$(BULK) -P kernels/cuda/build.cmake
+	test -f $@
 
 # Triton alone, from a folder that comes first: torch is the same.
 build/triton-3.6: $(BUILT)

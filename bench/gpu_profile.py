@@ -126,7 +126,7 @@ def main() -> None:
     path = options.out / f"ncu-{options.backend}.csv"
     names = "|".join(KERNELS[options.backend])
     ncu = ["ncu", "--clock-control", "none", "--set", "full", "--profile-from-start", "off", "--csv", "--page", "raw"]
-    ncu += ["--kernel-name", f"regex:^({names})$", "--launch-count", "12", "--log-file", str(path)]
+    ncu += ["--kernel-name", f"regex:({names})", "--launch-count", "12", "--log-file", str(path)]
     try:
         subprocess.run([*ncu, sys.executable, "-m", "bench.gpu_profile", options.backend, "--inside"], check=True)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Whether every op on every GPU backend is right, hangs or faults: one process for each, several at a time.
+"""Whether every op on every GPU backend is right, hangs or faults: one process for each and each dtype, many at a time.
 
     python -m bench.gpu_sanity OUT      forward and backward against float64, and CUDA graphs
     python -m bench.gpu_sanity OUT --no-bulk   of the CUDA library alone, which is one that makes no bulk copies
@@ -9,6 +9,7 @@ They are forked before anything has asked CUDA for anything.
 """
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from .gpu_harness import DEVICE, TRIAL
 from .gpu_jobs import import_all, said
 
 LIMIT = float(os.environ.get("FASTVAE_STALL", "25"))  # seconds of each
-AT_A_TIME = 4 if TRIAL else 8
+AT_A_TIME = 4 if TRIAL else 12  # each compiles what Triton has not compiled yet
 SIZES = ((5, 7, 3),) if TRIAL else ((131, 260, 33), (16, 16, 10))
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 Results = list[Tensor]
@@ -82,25 +83,24 @@ def drawn(S: int, N: int, D: int) -> Results:
     return [z, mu, (logvar / 2 - 1).bfloat16()]
 
 
-def compare(op: str, backend: str) -> tuple[bool, str]:
+def compare(op: str, dtype: torch.dtype, backend: str) -> tuple[bool, str]:
     """The largest error relative to what it may be: twice that of the reference in the same dtype, and roundings."""
     worst = (0.0, "")
     for S, N, D in SIZES:
         inputs = drawn(S, N, D)
         exact = evaluated(op, inputs, "reference", "cpu", torch.float64)
-        for dtype in DTYPES:
-            usual = evaluated(op, inputs, "reference", "cpu", dtype)
-            got = evaluated(op, inputs, backend, DEVICE, dtype)
-            for number, (g, u, e) in enumerate(zip(got, usual, exact, strict=True)):
-                scale, eps = float(e.abs().max()), torch.finfo(g.dtype).eps
-                noise = 1e-5 if op in ("reparameterize", "sample_gauss") else 0.0  # of the normals in float32
-                most = 2 * float((u.double() - e).abs().max()) + (4 * eps + noise) * scale + 1e-300
-                error = float((g.double() - e).abs().max()) / most
-                if not error <= worst[0]:  # or it is NaN
-                    worst = (error, f"result {number}, {dtype}, {[S, N, D]}")
-                if error != error:
-                    return False, f"NaN in {worst[1]}"
-    return worst[0] <= 1, f"{worst[0]:.2f} of its tolerance ({worst[1]})"
+        usual = evaluated(op, inputs, "reference", "cpu", dtype)
+        got = evaluated(op, inputs, backend, DEVICE, dtype)
+        for number, (g, u, e) in enumerate(zip(got, usual, exact, strict=True)):
+            scale, eps = float(e.abs().max()), torch.finfo(g.dtype).eps
+            noise = 1e-5 if op in ("reparameterize", "sample_gauss") else 0.0  # of the normals in float32
+            most = 2 * float((u.double() - e).abs().max()) + (4 * eps + noise) * scale + 1e-300
+            error = float((g.double() - e).abs().max()) / most
+            if not error <= worst[0]:  # or it is NaN
+                worst = (error, f"result {number}, {[S, N, D]}")
+            if error != error:
+                return False, f"NaN in {worst[1]}"
+    return worst[0] <= 1, f"{worst[0]:.2f} of its tolerance" + ("" if worst[0] <= 1 else f" ({worst[1]})")
 
 
 def graph(backend: str) -> tuple[bool, str]:
@@ -164,10 +164,15 @@ class Trial(NamedTuple):
 
 
 def trials(backends: Sequence[str]) -> list[Trial]:
-    found = [Trial(op, b, lambda op=op, b=b: compare(op, b)) for op in OPS for b in backends]  # type: ignore[misc]
+    found = [
+        Trial(f"{op}, {str(dtype).removeprefix('torch.')}", b, functools.partial(compare, op, dtype, b))
+        for op in OPS
+        for dtype in DTYPES
+        for b in backends
+    ]
     for b in backends:
-        found += [Trial("a graph", b, lambda b=b: graph(b))]  # type: ignore[misc]
-        found += [Trial("a first call in a graph", b, lambda b=b: first_in_graph(b))]  # type: ignore[misc]
+        found += [Trial("a graph", b, functools.partial(graph, b))]
+        found += [Trial("a first call in a graph", b, functools.partial(first_in_graph, b))]
     return found
 
 
@@ -219,6 +224,18 @@ def verdicts(todo: Sequence[Trial], folder: Path, report: Callable[[dict[str, li
             report(found)
 
 
+def summary(found: dict[str, list[str]]) -> list[str]:
+    """What went wrong, and then one line for each op and backend of what did not."""
+    wrong = [f"{how} {title}: {what}, {seconds}" for title, (how, what, seconds) in found.items() if how != "PASS"]
+    right: dict[str, list[str]] = {}
+    for title, (how, what, seconds) in found.items():
+        if how == "PASS":
+            name, _, backend = title.rpartition(" on ")
+            op, _, dtype = name.partition(", ")
+            right.setdefault(f"{op} on {backend}", []).append(f"{dtype + ' ' if dtype else ''}{what}, {seconds}")
+    return wrong + [f"PASS {title}: {'; '.join(sorted(whats))}" for title, whats in sorted(right.items())]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?")
@@ -237,8 +254,7 @@ def main() -> None:
 
     def report(found: dict[str, list[str]]) -> None:
         seen.update(found)
-        ordered = sorted(found.items(), key=lambda item: item[1][0] == "PASS")  # what went wrong comes first
-        lines = [f"{how} {title}: {what}, {seconds}" for title, (how, what, seconds) in ordered]
+        lines = summary(found)
         (options.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         (options.out / f"{name}.summary").write_text("".join(f"{line}\n" for line in lines))
         (options.out / f"{name}.md").write_text(f"# {name}\n\n" + "".join(f"- {line}\n" for line in lines))

@@ -18,10 +18,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 NAMES = [name for name in OPS if name != "log_prob_gauss"]  # which is made of torch's own operations
 
 
-@pytest.fixture(autouse=True)
-def _on_the_gpu() -> Iterator[None]:
-    with computing_on(Target("triton", device="cuda")):
-        yield
+@pytest.fixture(autouse=True, params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with computing_on(Target(request.param, device="cuda")):
+        yield request.param
 
 
 @pytest.fixture(params=NAMES)
@@ -65,6 +65,29 @@ def test_cuda_graph(name: str) -> None:
         r.fill_(torch.nan)
     graph.replay()
     assert_same(results, expected)
+
+
+def test_a_first_call_within_a_capture(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of Triton would have to be compiled: it says so, and captures nothing of it; nothing is broken then.
+    Those in CUDA C++ are loaded, and captured."""
+    step = training_step(name)
+    expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    if backend == "triton":
+        launch = pytest.importorskip("fastvae.kernels.triton._launch")
+        if not launch._binaries:
+            pytest.skip("nothing was launched")
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "_binaries", {})  # as in a process that has launched nothing
+            with pytest.raises(RuntimeError, match="while which no kernel can be compiled"), torch.cuda.graph(graph):
+                step()
+    else:
+        with torch.cuda.graph(graph):
+            results = step()
+        graph.replay()
+        assert_same(results, expected)
+    assert_same(step(), expected)
 
 
 def test_a_graph_draws_anew_at_each_replay() -> None:

@@ -212,7 +212,8 @@ def test_all_parts(rehearsal: tuple[Path, str]) -> None:
 def test_every_op_and_backend_has_a_number(rehearsal: tuple[Path, str]) -> None:
     folder, _ = rehearsal
     sanity = json.loads(kept(folder, "sanity")["sanity.json"])
-    what = (*OPS, "a graph", "a first call in a graph")
+    dtypes = ("float32", "bfloat16", "float64")
+    what = (*(f"{op}, {dtype}" for op in OPS for dtype in dtypes), "a graph", "a first call in a graph")
     assert {title: how for title, (how, *_) in sanity.items()} == {
         f"{w} on {b}": "PASS" for w in what for b in BACKENDS
     }
