@@ -129,7 +129,8 @@ def from_data(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def make(data: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Tensor:
         device = device or (data.device if isinstance(data, Tensor) else torch.empty(0).device)
         made = function(data, dtype=dtype, device="cpu")
-        return to(made, device).requires_grad_(requires_grad)
+        made = to(made, device)
+        return made.requires_grad_() if requires_grad else made
 
     return make
 
