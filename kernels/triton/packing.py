@@ -89,18 +89,16 @@ def _inverse_sigma(logvar, ACC: tl.constexpr):
 @triton.jit
 def _pack_columns(
     panel, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, order, planes, marginal_c, c, log2_w, far,
-    N, D, folded, WEIGHTED: tl.constexpr, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr,
-    DK: tl.constexpr,
+    N, D, folded, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
     j = panel * PANEL + tl.arange(0, PANEL)
     at = (panel * PANEL * D + tl.arange(0, PANEL))[:, None]
     inside = j < N
     w = tl.full([PANEL], 0.0, tl.float64)
-    if WEIGHTED:
-        if log_w is None:
-            w += log_w_all
-        else:
-            w = tl.load(log_w + j, inside, other=0.0).to(tl.float64)
+    if log_w is None:
+        w += log_w_all
+    else:
+        w = tl.load(log_w + j, inside, other=0.0).to(tl.float64)
     w *= tl.full([], LOG2E, tl.float64)
     unweighted = tl.where(inside, 0.0, -INF)
     in_c = tl.where(folded != 0, w, 0.0)
@@ -180,7 +178,7 @@ def _pack(
     z, z_row, z_col, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all: tl.float64, own,
     order, samples, packed_own, own_low, own_high, far_samples, planes, marginal_c, c, log2_w, far_columns,
     S, N, D, folded, column_panels,
-    WEIGHTED: tl.constexpr, ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr, DK: tl.constexpr,
+    ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
     """Panels of columns, then panels of samples. Weights are `folded` into c, or else log2_w and own columns are
     written."""
@@ -188,7 +186,7 @@ def _pack(
     if panel < column_panels:
         _pack_columns(
             panel, mu, mu_row, mu_col, logvar, lv_row, lv_col, log_w, log_w_all, order, planes, marginal_c, c, log2_w,
-            far_columns, N, D, folded, WEIGHTED, ACC, MAX_OFFSET, MODERATE, DK,
+            far_columns, N, D, folded, ACC, MAX_OFFSET, MODERATE, DK,
         )  # fmt: skip
     else:
         _pack_samples(
@@ -301,7 +299,7 @@ def pack(
         *(no_number if packed.log_w is None else packed.log_w, packed.far_columns),
         *(S, N, D, int(not overridden), column_panels),
     )
-    constants = {"WEIGHTED": weights is not None, "ACC": accumulator(z.dtype), **limits._asdict(), "DK": 8}
+    constants = {"ACC": accumulator(z.dtype), **limits._asdict(), "DK": 8}
     if row_panels + column_panels:
         options = resources(target(), 256, 128 if dtype == torch.float32 else 168)
         launch(_pack, (row_panels + column_panels,), *arguments, **constants, **options)
