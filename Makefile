@@ -96,10 +96,12 @@ build/gpu/libfastvae_cuda.so build/gpu/nobulk/libfastvae_cuda.so: $(BUILT) $(wil
 	test -f $@
 
 # Triton alone, from a folder that comes first: torch is the same.
-build/triton-3.6: $(BUILT)
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
+build/triton-3.6/installed: $(BUILT)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) triton==3.6.0
+	touch $@
 
-triton-3.6: build/triton-3.6
+triton-3.6: build/triton-3.6/installed
 	PYTHONPATH=$(CURDIR)/build/triton-3.6 $(BIN)/python -m pytest -q tests/test_triton_compile.py tests/test_cold_start.py
 
 neon: $(BUILT)

@@ -248,6 +248,18 @@ def test_autotuning_measures_once(tuning: tuple[Callable[..., int], list[int]]) 
     assert timed == [0, 1, 2] * 2
 
 
+def test_a_captured_graph_takes_what_was_tuned(
+    tuning: tuple[Callable[..., int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has been compiled; nothing is measured within a capture, where nothing may wait."""
+    fastest, timed = tuning
+    fastest("op", 1000)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert fastest("op", 1000) == 1
+    assert fastest("op", 9000) == 0
+    assert timed == [0, 1, 2]
+
+
 def test_what_was_tuned_is_kept_whole(
     tuning: tuple[Callable[..., int], list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -212,8 +212,12 @@ def test_other_tiles_give_the_same(backend: Target) -> None:
 class Compiler:
     """A kernel of Triton, that counts what it compiles and what is launched, where there is no GPU."""
 
-    arg_names = ("x", "y", "n", "scale", "BLOCK", "WIDE")
+    arg_names = ("x", "y", "n", "one", "scale", "BLOCK", "WIDE")
     __name__ = "a kernel"
+    params = tuple(
+        SimpleNamespace(do_not_specialize=name == "n", do_not_specialize_on_alignment=name in ("y", "one"))
+        for name in arg_names
+    )
 
     def __init__(self) -> None:
         self.compiled = 0
@@ -240,8 +244,8 @@ class Binary:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    monkeypatch.setattr(_launch, "INTERPRETED", False)
-    monkeypatch.setattr(_launch, "_binaries", {})
+    monkeypatch.setattr(_launch, "target", lambda: _launch.Target("cuda", 32, False))
+    monkeypatch.setattr(_launch, "_known", {})
     device = SimpleNamespace(get_current_device=lambda: 0)
     monkeypatch.setattr(_launch.triton.runtime, "driver", SimpleNamespace(active=device))
     return Compiler()
@@ -251,15 +255,17 @@ def test_a_launch_finds_the_binary_again(compiler: Compiler) -> None:
     """By what Triton compiles for"""
     x, unaligned = torch.zeros(9), torch.zeros(9)[1:]
     launches: list[tuple[tuple[Any, ...], dict[str, int], bool]] = [
-        ((x, None, 100, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
-        ((x.clone(), None, 2**31 - 1, math.nan), {"BLOCK": 16, "WIDE": 0}, False),
-        ((x, None, 2**31, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
-        ((x, None, 1, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
-        ((x, x, 100, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
-        ((unaligned, None, 100, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
-        ((x.double(), None, 100, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
-        ((x, None, 100, 1.0), {"BLOCK": 32, "WIDE": 0}, True),
-        ((x, None, 7, 2.0), {"BLOCK": 32, "WIDE": 0}, False),
+        ((x, None, 100, 7, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
+        ((x.clone(), None, 2**31 - 1, 8, math.nan), {"BLOCK": 16, "WIDE": 0}, False),
+        ((x, None, 1, 7, 1.0), {"BLOCK": 16, "WIDE": 0}, False),
+        ((x, None, 100, 1, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
+        ((x, None, 2**31, 7, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
+        ((x, x, 100, 7, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
+        ((x, unaligned, 100, 7, 1.0), {"BLOCK": 16, "WIDE": 0}, False),
+        ((unaligned, None, 100, 7, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
+        ((x.double(), None, 100, 7, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
+        ((x, None, 100, 7, 1.0), {"BLOCK": 32, "WIDE": 0}, True),
+        ((x, None, 7, 7, 2.0), {"BLOCK": 32, "WIDE": 0}, False),
     ]
     for arguments, constants, compiles in launches:
         before = compiler.compiled
@@ -267,19 +273,19 @@ def test_a_launch_finds_the_binary_again(compiler: Compiler) -> None:
         assert (compiler.compiled > before) == compiles, (arguments, constants)
         last = compiler.launched[-1]
         assert last[0] == (3,)
-        assert all(a is b for a, b in zip(last[1:5], arguments, strict=True))
-        assert last[5:] == (constants["BLOCK"], constants["WIDE"])
+        assert all(a is b for a, b in zip(last[1:6], arguments, strict=True))
+        assert last[6:] == (constants["BLOCK"], constants["WIDE"])
     assert len(compiler.launched) == len(launches)
 
 
 def test_a_first_launch_while_a_graph_is_captured(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Says what to do, before anything is captured; what has run before is captured."""
+    """It is not captured, and says what to do; what has run before is captured."""
     x = torch.zeros(4)
-    _launch.launch(compiler, (1,), x, None, 4, 1.0, BLOCK=16, WIDE=0)
+    _launch.launch(compiler, (1,), x, None, 4, 7, 1.0, BLOCK=16, WIDE=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    _launch.launch(compiler, (1,), x, None, 5, 1.0, BLOCK=16, WIDE=0)
+    _launch.launch(compiler, (1,), x, None, 5, 7, 1.0, BLOCK=16, WIDE=0)
     assert len(compiler.launched) == 2
     with pytest.raises(RuntimeError, match=r"CUDA graph is being captured.*run what is captured once before"):
-        _launch.launch(compiler, (1,), x.double(), None, 5, 1.0, BLOCK=16, WIDE=0)
+        _launch.launch(compiler, (1,), x.double(), None, 5, 7, 1.0, BLOCK=16, WIDE=0)
     assert (compiler.compiled, len(compiler.launched)) == (1, 2)

@@ -18,6 +18,7 @@ PARTS = 2  # processes
 # Triton 3.6 spreads a tile that is loaded or stored whole over threads the other way round, which takes more shared
 # memory, and spills a little on targets other than the one whose machine code is read.
 OLDER = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 7)
+SPILL = ("_cross_columns", "_joint_columns", "joint_rows")
 NVIDIA = [target for target, (maker, *_) in TARGETS.items() if maker == "cuda"]
 
 
@@ -62,9 +63,10 @@ def test_compiles_for_every_target(reports: list[Report], name: str) -> None:
 
 def test_registers_and_shared_memory(reports: list[Report], name: str) -> None:
     for report in of_case(reports, name):
-        elsewhere = OLDER and report.target != READ
+        elsewhere = OLDER and report.target != READ and report.kernel in SPILL
         assert report.stack <= (48 if elsewhere else 0), f"{report.kernel} spills {report.stack} bytes: {report.target}"
-        assert report.shared <= CASES[name].shared * (2 if OLDER else 1), report
+        shared = 64 * 1024 if OLDER and report.kernel == "_cross_log_prob" else CASES[name].shared
+        assert report.shared <= shared, report
         assert report.registers <= (512 if report.target.startswith("gfx") else CASES[name].registers), report
 
 
@@ -81,7 +83,8 @@ def test_instructions(reports: list[Report], name: str) -> None:
         narrow = sum(n for width, n in report.accesses.items() if width != "128")
         assert report.accesses["128"] >= report.elements / 8
         assert narrow <= 4, report.accesses
-    for least in case.loops if not (OLDER and report.kernel == "_cross_rows") else ():
+    loops = ({"FFMA": 0.16, "FMUL": 0.16},) if OLDER and report.kernel == "_cross_rows" else case.loops
+    for least in loops:
         shares = [{opcode: loop.get(opcode, 0) / sum(loop.values()) for opcode in least} for loop in report.loops]
         assert any(all(share[opcode] >= least[opcode] for opcode in least) for share in shares), shares
     if case.shares:
@@ -100,6 +103,11 @@ def test_tensor_cores_compute_where_they_are_asked_to(reports: list[Report], nam
                 assert all(".TF32" in opcode for opcode in report.tensor_cores), report
     read = {report.target for report in of_case(reports, name) if report.instructions}
     assert read == ({"sm_80", "sm_90", "sm_100"} if CASES[name].tensor_cores else {READ})
+
+
+def test_no_integer_is_specialized(reports: list[Report], name: str) -> None:
+    """But for 1: `launch` finds a binary by nothing else of an integer's value."""
+    assert {r.kernel: r.specialized for r in of_case(reports, name) if r.specialized} == {}
 
 
 def test_sums_in_memory_are_each_one_threads_own(reports: list[Report], name: str) -> None:

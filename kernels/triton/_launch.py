@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -45,13 +46,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """kernel[grid](*arguments, **constants), where all constants come last in the kernel's parameters.
 
     Triton finds the binary that it has made for such arguments by describing each of them, which takes longer than
-    many a kernel runs. This remembers it by what tells binaries apart: dtypes, alignments, which arguments are None,
-    integers of more than 32 bits or that are 1, and constants."""
-    if INTERPRETED:
+    many a kernel runs. On NVIDIA's GPUs this remembers it by what tells binaries apart: dtypes, which arguments are
+    None, integers of more than 32 bits, constants, and, where a kernel's parameter is specialized on that, alignment or
+    being 1. Nothing else may be specialized on. What is changed later of Triton's knobs for compiling is not seen."""
+    if target().backend != "cuda":  # AMD's compiler asks how large a tensor's storage is
         kernel[grid](*arguments, **constants)
         return
-    key = (triton.runtime.driver.active.get_current_device(), *_kinds(arguments), *constants.items())
-    binaries = _binaries.setdefault(kernel.fn, {})
+    parameters, binaries = _known.get(kernel.fn) or _known.setdefault(kernel.fn, (_specialized(kernel), {}))
+    kinds = _kinds(arguments, parameters)
+    key = (triton.runtime.driver.active.get_current_device(), *kinds, *constants.items())
     if found := binaries.get(key):
         binary, last = found
         binary[(*grid, 1, 1)](*arguments, *last)
@@ -62,27 +65,35 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
             " kernel can be compiled and loaded: run what is captured once before, with tensors of the same shapes and"
             " dtypes, forward and backward"
         )
+    last = [constants[name] for name in kernel.arg_names[len(arguments) :]]
     binary = kernel[grid](*arguments, **constants)
     if binary is not None:  # as a hook may have it
-        binaries[key] = binary, [constants[name] for name in kernel.arg_names[len(arguments) :]]
+        binaries[key] = binary, last
 
 
-def _kinds(arguments: tuple[Any, ...]) -> list[object]:
+def _specialized(kernel: Any) -> list[tuple[bool, bool]]:
+    """Of each parameter, whether there are binaries for an integer that is 1, and for a pointer that is aligned."""
+    ones = [not p.do_not_specialize for p in kernel.params]
+    return [(one, one and not p.do_not_specialize_on_alignment) for one, p in zip(ones, kernel.params, strict=True)]
+
+
+def _kinds(arguments: tuple[Any, ...], specialized: list[tuple[bool, bool]]) -> list[object]:
     """Of a launch's arguments, what its binary depends on"""
     kinds: list[object] = []
-    for a in arguments:
+    for a, (ones, aligned) in zip(arguments, specialized, strict=False):  # which has the constants too
         if a is None:
             kinds.append(None)
         elif type(a) is int:
-            kinds.append(1 if a == 1 else int if -(2**31) <= a < 2**31 else "wide")
+            kinds.append(1 if a == 1 and ones else int if -(2**31) <= a < 2**31 else "wide")
         elif type(a) is float:
             kinds.append(float)
         else:
-            kinds.append(a.dtype if a.data_ptr() % 16 == 0 else (a.dtype,))
+            kinds.append((a.dtype,) if aligned and a.data_ptr() % 16 else a.dtype)
     return kinds
 
 
-_binaries: dict[Callable[..., None], dict[tuple[object, ...], tuple[Any, list[Any]]]] = {}  # of each kernel
+_Binaries = dict[tuple[object, ...], tuple[Any, list[Any]]]
+_known: dict[Callable[..., None], tuple[list[tuple[bool, bool]], _Binaries]] = {}  # of each kernel
 
 
 class Target(NamedTuple):
@@ -126,8 +137,12 @@ def rows(x: Tensor | None, n_rows: int) -> tuple[Tensor | None, int]:
 
 
 def same_layout(n_rows: int, *tensors: Tensor | None) -> bool:
-    """Whether all are contiguous [n_rows, D], so that they may be taken for one long row."""
-    return all(x is None or (x.shape[0] == n_rows and x.is_contiguous()) for x in tensors)
+    """Whether all are contiguous [n_rows, D], so that they may be taken for one long row. A single row of a batch that
+    is none, as part of a wider one, is none either: the last batch of a training run may have one."""
+    return all(
+        x is None or (x.shape[0] == n_rows and x.is_contiguous() and (n_rows > 1 or x.stride(0) == x.shape[1]))
+        for x in tensors
+    )
 
 
 def unit_of(dtype: torch.dtype, *sizes: int) -> int:
@@ -160,12 +175,13 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache
-def tile(n_rows: int, n_columns: int, elements: int = 0, num_warps: int = 4) -> Config:
+def tile(n_rows: int, n_columns: int, elements: int = 0, num_warps: int = 4, flat: bool = False) -> Config:
     """Tiles for elementwise work on [n_rows, n_columns]: unless `elements` says how many, 16 for each thread where
-    that leaves enough programs, else 4; and columns that waste less than a quarter of a block."""
+    that leaves enough programs, else 4; and columns that waste less than a quarter of a block. `flat`: of what is taken
+    for one long row, whose length depends on the batch, as the tile does not."""
     elements = elements or (2048 if n_rows * n_columns >= LARGE else 512)
-    columns = elements if n_rows == 1 else min(elements, max(4, next_power_of_2(n_columns)))
-    while n_rows > 1 and columns > 16 and cdiv(n_columns, columns) * columns > 1.25 * n_columns:
+    columns = elements if flat else min(elements, max(4, next_power_of_2(n_columns)))
+    while not flat and columns > 16 and cdiv(n_columns, columns) * columns > 1.25 * n_columns:
         columns //= 2
     return {"BLOCK_B": elements // columns, "BLOCK_D": columns, "num_warps": num_warps}
 
@@ -179,14 +195,16 @@ def blocks_of(n_rows: int, n_columns: int, config: Config) -> tuple[int, int]:
 def fastest(run: Callable[[Config], Result], configs: Sequence[Config], *problem: Any) -> Result:
     """run(config) in the first configuration or, where `FASTVAE_AUTOTUNE=1` asks for it, in the fastest: measured once
     for the device and the problem (names, dtypes, and sizes to a power of 2), and kept in Triton's cache directory."""
-    if not AUTOTUNE or len(configs) == 1 or torch.cuda.is_current_stream_capturing():
+    if not AUTOTUNE or len(configs) == 1:
         return run(configs[0])
     path = Path(triton.knobs.cache.dir) / "fastvae-tuned.json"
     rounded = [next_power_of_2(p) if isinstance(p, int) and p > 0 else str(p) for p in problem]
     key = json.dumps([torch.cuda.get_device_name(), *rounded, configs])
     if key not in _tuned:
         _tuned.update(_read(path))
-    if key not in _tuned:
+    if not 0 <= _tuned.get(key, -1) < len(configs):
+        if torch.cuda.is_current_stream_capturing():
+            return run(configs[0])
         times = [triton.testing.do_bench(lambda c=c: run(c), return_mode="median") for c in configs]
         _tuned[key] = times.index(min(times))
         _write(path, _read(path) | _tuned)  # another process may have added to it
@@ -208,7 +226,7 @@ def _read(path: Path) -> dict[str, int]:
 def _write(path: Path, tuned: dict[str, int]) -> None:
     """Beside its place and then there, so that nobody reads half of it. A folder that cannot be written is no reason
     to fail: it is measured again next time."""
-    beside = path.with_suffix(f".{os.getpid()}")
+    beside = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

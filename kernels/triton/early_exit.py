@@ -144,6 +144,7 @@ def _bounds(
 def _spread(mu, mu_row, mu_col, logvar, lv_row, lv_col, d, N, D):
     """[DK]: var(mu) / sigma^2 of 64 columns spread evenly, sigma^2 a geometric mean"""
     j = (tl.arange(0, 64).to(tl.int64) * N // 64)[:, None]
+    d = d.to(tl.int64)
     inside = (d < D)[None, :]
     x = tl.load(mu + j * mu_row + d[None, :] * mu_col, inside, other=0.0).to(tl.float32)
     lv = tl.load(logvar + j * lv_row + d[None, :] * lv_col, inside, other=0.0).to(tl.float32)
@@ -205,7 +206,7 @@ def margin(packed: Packed, n: int) -> float:
 def of_rows(packed: Packed, own: Tensor | None) -> Exits:
     if packed.order is None:
         return None, None, 0.0
-    reach, _, _, terms = _launch_bounds(packed, own, True)
+    reach, _, _, terms = _launch_bounds(packed, None if own is None else own.contiguous(), True)
     return terms, reach, margin(packed, packed.N)
 
 

@@ -33,12 +33,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.lru_cache(4096)
-def _grid(tile: Tile, owned: int, passing: int, copies: int, steps: int, sms: int, on: Target) -> Grid:
+def _grid(tile: Tile, small: Tile, owned: int, passing: int, copies: int, steps: int, sms: int, on: Target) -> Grid:
     """Sizes decide between two tiles alone, the same way for all kernels of a problem, so that another batch size
     seldom compiles another kernel: below 132 multiprocessors' 128 x 128 pairs each, batches of some 1,450, never."""
     per_sm = 2
-    few = owned * passing < sms * 128**2 or 4 * owned <= tile[0] * tile[2]
-    RO, RP, TO, TP, unroll = SMALL if few else tile
+    few = owned * passing < sms * 128**2 or 2 * owned <= tile[0] * tile[2]
+    RO, RP, TO, TP, unroll = small if few else tile
     config = {"RO": RO, "RP": RP, "TO": TO, "TP": TP, "UNROLL": unroll} | resources(
         on, THREADS, 65536 // THREADS // per_sm
     )
@@ -69,7 +69,7 @@ def _tile(D: int, dtype: torch.dtype, kind: Kind) -> Tile:
         return (2, 2 if folded else 4, 64, 4, 1) if kind.reduce else (4, 2 if half else 4, 32, 8, 1)
     if kind.reduce:
         half = folded or kind.matrix or (kind.overridden and (kind.early or in_pairs))
-        return (2, 8, 64, 4, 2) if half else (2, 16, 64, 4, 1 if kind.early else 2)
+        return (2, 8, 64, 4, 2) if half else (2, 16, 64, 4, 1 if kind.early or kind.overridden else 2)
     if folded and kind.early:
         return 4, 4, 32, 8, 2
     if half or in_pairs:
@@ -82,7 +82,7 @@ def grid(
 ) -> Grid:
     """For `owned` samples against `passing` columns, or the other way round."""
     tile = tile or _tile(D, dtype, kind)
-    return _grid(tile, owned, passing, 1, D + 8, multiprocessors(device), target())
+    return _grid(tile, SMALL, owned, passing, 1, D + 8, multiprocessors(device), target())
 
 
 def kind_of(packed: Packed, reduce: bool) -> Kind:
@@ -105,13 +105,14 @@ def configs(owned: int, passing: int, dtype: torch.dtype) -> list[Config]:
 def grid_per_dimension(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, kind: Kind) -> Grid:
     """The same with programs for each dimension alone. An exponential takes as long as eight FMAs: what is left to save
     is what is done once for a row and a tile, so many columns pass at a time, and fewer where there is more to keep."""
+    small = (4, 4, 8, 32, 1) if kind.overridden else (4, 8, 16, 16, 1)  # not as small, as each dimension has programs
     if dtype == torch.float64:
-        tile = (2, 4, 64, 4, 1) if kind.reduce or kind.overridden else (4, 4, 32, 8, 1)
+        tile, small = (2, 4, 64, 4, 1) if kind.reduce or kind.overridden else (4, 4, 32, 8, 1), SMALL
     elif kind.reduce:
         tile = (4, 4 if kind.overridden or target().pairs_fmas else 8, 32, 8, 1)
     else:
         tile = (4, 8 if kind.overridden else 16, 32, 8, 1)
-    return _grid(tile, owned, passing, D, 6, multiprocessors(device), target())
+    return _grid(tile, small, owned, passing, D, 6, multiprocessors(device), target())
 
 
 @functools.cache

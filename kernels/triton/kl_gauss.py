@@ -186,13 +186,15 @@ def _kl_gauss_backward(
 
 
 @functools.lru_cache
-def _configs(B: int, D: int, over: str) -> list[Config]:
+def _configs(B: int, D: int, over: str, flat: bool) -> list[Config]:
     """A fixed tile, and others to try where there is enough work for the choice to matter."""
     if over == "all":  # the same one from a single program on
-        return [tile(B, D, 4096, 8), *(tile(B, D, 2048, 4) for _ in range(B * D >= LARGE))]
+        sizes = [(4096, 8), (2048, 4)] if B * D >= LARGE else [(4096, 8)]
+        return [tile(B, D, *size, flat) for size in sizes]
     if B * D <= ONE_PROGRAM and over == "columns":
         return [tile(B, D, 8192, 8)]
-    return [tile(B, D), *(tile(B, D, *other) for other in ((1024, 4), (4096, 8)) if B * D >= LARGE)]
+    others = ((1024, 4), (4096, 8)) if B * D >= LARGE else ()
+    return [tile(B, D, flat=flat), *(tile(B, D, *other, flat) for other in others)]
 
 
 def _programs(B: int, D: int, over: str, config: Config) -> tuple[int, int]:
@@ -224,7 +226,8 @@ def kl_gauss(
     out = torch.empty(kl_shape(reduction, B, D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
     inputs = [rows(x, B) for x in (mu, logvar, prior_mu, prior_logvar)]
     unit = unit_of(mu.dtype, D, *(stride for _, stride in inputs))
-    if over in ("nothing", "all") and same_layout(B, mu, logvar, prior_mu, prior_logvar):
+    flat = over in ("nothing", "all") and same_layout(B, mu, logvar, prior_mu, prior_logvar)
+    if flat:
         B, D, unit = one_row(B, D, unit, mu.dtype)
 
     def run(config: Config) -> Tensor:
@@ -236,13 +239,13 @@ def kl_gauss(
             partials = torch.empty((1, P, out.numel()), dtype=torch.float64, device=mu.device)
         launch(
             *(_kl_gauss, (programs,), *in_units(inputs, unit), out, partials, B, D // unit, scale, across),
-            **_constants(config, over, mu.dtype, unit, across == 1 < B),
+            **_constants(config, over, mu.dtype, unit, across == 1 and not flat),
         )
         if several:
             add_up(partials, [out], scale)
         return out
 
-    return fastest(run, _configs(B, D, over), "kl_gauss", mu.dtype, over, B, D)
+    return fastest(run, _configs(B, D, over, flat), "kl_gauss", mu.dtype, over, B, D)
 
 
 def kl_gauss_backward(
@@ -269,7 +272,9 @@ def kl_gauss_backward(
     unit = unit_of(mu.dtype, D, *strides)
     grad_row = grad_row // unit if over == "nothing" else grad.stride(0) if over == "rows" else 0
     grad_column = grad.stride(0) if over == "columns" else 0
-    if not sums and same_layout(B, *likes) and (over == "all" or (over == "nothing" and grad.is_contiguous())):
+    dense = over == "all" or (over == "nothing" and grad.is_contiguous())  # the upstream gradient
+    flat = not sums and dense and same_layout(B, *likes)
+    if flat:
         B, D, unit = one_row(B, D, unit, mu.dtype)
 
     def run(config: Config) -> list[Tensor]:
@@ -284,11 +289,11 @@ def kl_gauss_backward(
         launch(
             *(_kl_gauss_backward, (programs,), *in_units(inputs, unit), grad, grad_row, grad_column, *targets),
             *(B, D // unit, scale, across),
-            **_constants(config, over, mu.dtype, unit, across == 1 < B),
+            **_constants(config, over, mu.dtype, unit, across == 1 and not flat),
         )
         if sums:
             add_up(partials, sums)
         return [g for g in gradients if g is not None]
 
-    configs = _configs(B, D, "columns" if sums else "nothing")
+    configs = _configs(B, D, "columns" if sums else "nothing", flat)
     return fastest(run, configs, "kl_gauss_backward", mu.dtype, over, len(sums), B, D)

@@ -72,7 +72,7 @@ def in_order(order, d, D):
     """Which dimension of the tensors packed dimension d is"""
     if order is not None:
         d = tl.load(order + d, d < D, other=0)
-    return d
+    return d.to(tl.int64)  # times a stride
 
 
 @triton.jit

@@ -199,21 +199,23 @@ def _add_parts(
         tl.store(d_logvar + element, s, inside)
 
 
-def _aligned(n_rows: int, D: int) -> bool:
-    return D % 4 == 0 or n_rows == 1
+def _aligned(D: int, L: int, flat: bool) -> bool:
+    """Whether all rows start at multiples of 4; of one long row for each sample that is not asked, unless there is a
+    single one, as its length depends on the batch."""
+    return D % 4 == 0 or (flat and L == 1)
 
 
 @functools.lru_cache
-def _configs(n_rows: int, D: int, aligned: bool, dtype: torch.dtype) -> list[Config]:
+def _configs(n_rows: int, D: int, aligned: bool, dtype: torch.dtype, flat: bool) -> list[Config]:
     """A fixed tile, and others to try where there is enough work for the choice to matter."""
     if n_rows * D < LARGE:
-        return [tile(n_rows, D)]
+        return [tile(n_rows, D, flat=flat)]
     # 16 elements for each thread, or fewer where 16 take so many registers that too few threads have room
     if dtype == torch.float64:
         sizes = [(512, 4), (1024, 4)]
     else:
         sizes = [(2048, 4), (1024, 4), (4096, 8)] if aligned else [(1024, 4), (512, 4)]
-    return [tile(n_rows, D, *size) for size in sizes]
+    return [tile(n_rows, D, *size, flat) for size in sizes]
 
 
 def _constants(config: Config, aligned: bool, dtype: torch.dtype, unit: int, alone: bool) -> Config:
@@ -239,9 +241,10 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
     inputs = (rows(mu, B), rows(logvar, B))
     unit = unit_of(mu.dtype, D, *(stride for _, stride in inputs))
     sums = any(t is not None for t in targets[1:])
-    if not sums and same_layout(B, mu, logvar):
+    flat = not sums and same_layout(B, mu, logvar)
+    aligned = _aligned(D, L, flat)
+    if flat:
         B, D, unit = one_row(B, D, unit, mu.dtype)
-    aligned = _aligned(L * B, D)
 
     def run(config: Config) -> list[Tensor]:
         down, across = blocks_of(L * B, D, config)
@@ -249,11 +252,11 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
             *(_sample_gauss, (down if sums else down * across,), *in_units(inputs, unit), seed, *targets),
             *(L, B, D // unit, across),
             WRAPS=L > 1,
-            **_constants(config, aligned, mu.dtype, unit, across == 1 < L * B),
+            **_constants(config, aligned, mu.dtype, unit, across == 1 and not flat),
         )
         return [r for r in results if r is not None]
 
-    return fastest(run, _configs(L * B, D, aligned, mu.dtype), "sample_gauss", mu.dtype, *outputs, L, B, D)
+    return fastest(run, _configs(L * B, D, aligned, mu.dtype, flat), "sample_gauss", mu.dtype, *outputs, L, B, D)
 
 
 def sample_gauss_backward(
@@ -275,9 +278,10 @@ def sample_gauss_backward(
     unit = unit_of(mu.dtype, D, *(stride for _, stride in inputs))
     of_z, of_log_q, of_log_p, of_kl = upstream
     from_eps = of_z is not None or of_log_p is not None
-    if all(g is None for g in upstream[1:]) and same_layout(B, mu, logvar):
+    flat = all(g is None for g in upstream[1:]) and same_layout(B, mu, logvar)
+    aligned = _aligned(D, L, flat)
+    if flat:
         B, D, unit = one_row(B, D, unit, mu.dtype)
-    aligned = _aligned(L * B, D)
 
     def run(config: Config) -> list[Tensor]:
         down, across = blocks_of(B, D, config)
@@ -293,7 +297,7 @@ def sample_gauss_backward(
                 *(_sample_gauss_backward, (tiles, parts), *upstream, *in_units(inputs, unit), seed, *targets),
                 *(L, B, D // unit, samples, across),
                 PART=parts > 1,
-                **_constants(config, aligned, mu.dtype, unit, across == 1 < B),
+                **_constants(config, aligned, mu.dtype, unit, across == 1 and not flat),
             )
         if parts > 1:
             block = columns_of_partials(B * D)
@@ -306,4 +310,4 @@ def sample_gauss_backward(
             )
         return [g for g in gradients if g is not None]
 
-    return fastest(run, _configs(B, D, aligned, mu.dtype), "sample_gauss_backward", mu.dtype, *wanted, L, B, D)
+    return fastest(run, _configs(B, D, aligned, mu.dtype, flat), "sample_gauss_backward", mu.dtype, *wanted, L, B, D)

@@ -99,13 +99,18 @@ def squares_of(acc, z, rows, planes, columns, far, n, UNROLL: tl.constexpr):
             acc = tl.fma(t, t, acc)
             z += PANEL
             planes += PANEL * step(planes)
-    else:
-        for _ in tl.range(0, n, loop_unroll_factor=UNROLL):
+    elif UNROLL == 1:
+        for _ in range(0, n):
             a, b = load_pair(planes, columns)
             t = tl.fma(tl.load(z + rows), a, b)
             acc = tl.fma(t, t, acc)
             z += PANEL
             planes += PANEL * step(planes)
+    else:  # from k, as pointers that are carried from step to step would cost moves, and barriers in the last steps
+        for k in tl.range(0, n, loop_unroll_factor=UNROLL):
+            a, b = load_pair(planes + k * (PANEL * step(planes)), columns)
+            t = tl.fma(tl.load(z + k * PANEL + rows), a, b)
+            acc = tl.fma(t, t, acc)
     return acc
 
 
