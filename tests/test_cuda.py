@@ -76,10 +76,10 @@ def test_a_first_call_within_a_capture(name: str, backend: str, monkeypatch: pyt
     graph = torch.cuda.CUDAGraph()
     if backend == "triton":
         launch = pytest.importorskip("fastvae.kernels.triton._launch")
-        if not launch._binaries:
+        if not launch._known:
             pytest.skip("nothing was launched")
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "_binaries", {})  # as in a process that has launched nothing
+            patch.setattr(launch, "_known", {})  # as in a process that has launched nothing
             with pytest.raises(RuntimeError, match="while which no kernel can be compiled"), torch.cuda.graph(graph):
                 step()
     else:
