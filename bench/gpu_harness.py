@@ -20,6 +20,7 @@ TRIAL = bool(switch("FASTVAE_TRIAL"))
 DEVICE = "cuda"
 CLOCK = 2e9  # cycles per second that the sleeping kernel counts, at most
 CALLS = 2 if TRIAL else 50  # behind one sleep, where a call is too short for events; the queue holds 1,024 kernels
+RACE = "race"  # no contestant, but all of them in turns
 LONGEST = 0.2  # seconds of sleep; who needs more waits for the device within the call
 
 
@@ -81,7 +82,7 @@ def race(
     about_to: Callable[[str], None] = lambda name: None,
     cold: bool = True,
 ) -> dict[str, Time | str]:
-    """Interleaved repeats of each, or why there are none. `about_to` is told who runs next for the first time."""
+    """Interleaved repeats of each, or why there are none. `about_to` is told who is next for the first time."""
     flush = torch.empty(1 if TRIAL else 1 << 28, dtype=torch.int8, device=DEVICE) if cold else None
     times: dict[str, list[Time]] = {}
     failed: dict[str, Time | str] = {}
@@ -94,16 +95,20 @@ def race(
         except Exception as error:
             torch.cuda.synchronize()  # raises where nothing more can be computed by this process
             failed[name] = f"{type(error).__name__}: {error}"[:300]
-    about_to("race")
     sleep = dict.fromkeys(times, 1e-3)
     until = time.perf_counter() + seconds
     for round_ in range(1 if TRIAL else 100):
         if round_ >= 3 and time.perf_counter() > until:
             break
+        if round_ == 1:
+            about_to(RACE)
         for name in times:
+            if round_ == 0:
+                about_to(name)
             found = once(runs[name], flush, sleep[name])
             sleep[name] = max(2e-4, 2 * found.host)
             times[name].append(found)
+    about_to(RACE)
     return {name: medians(found) for name, found in times.items()} | failed
 
 

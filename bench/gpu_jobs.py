@@ -19,6 +19,8 @@ import torch
 
 from fastvae.backends.settings import switch
 
+from .gpu_harness import RACE
+
 
 class Result(NamedTuple):
     lines: list[str]  # Markdown
@@ -63,6 +65,8 @@ class Work:
             if not how:
                 break
             mark, error = self.state["mark"], self.state["error"]
+            if mark in self.state["bad"]:  # and left out once already, so the whole job is
+                mark = mark.partition(" | ")[0]
             over = how == "out of time" or mark in self.state["bad"]
             self.state["bad"][mark] = f"{how}: {error}" if error else how
             self.state["error"] = ""
@@ -125,8 +129,9 @@ class Work:
     def failures(self) -> list[str]:
         done, bad = self.state["done"], self.state["bad"]
         found = [line for key in done for line in done[key]["failures"]]
-        # A job that went on without a contestant says so itself.
-        found += [f"{mark}: {how}" for mark, how in bad.items() if mark.partition(" | ")[0] not in done]
+        for mark, how in bad.items():  # a job that went on without a contestant says so itself
+            key, _, name = mark.partition(" | ")
+            found += [f"{mark}: {how}"] if key not in done or name == RACE else []
         return found + [f"{job.key}: missing" for job in self.jobs if job.key not in done and job.key not in bad]
 
     def write(self) -> None:

@@ -256,6 +256,24 @@ def test_what_fails_is_said_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert isinstance(seconds["cuda"], str)
 
 
+@pytest.mark.parametrize("call", [3, 4])
+def test_a_fault_after_the_first_calls(environment: dict[str, str], tmp_path: Path, call: int) -> None:
+    """While it is timed for the first time, that contestant is left out; later, the job; the next ones are done."""
+    table = [sys.executable, "-m", "bench.gpu", "table", str(tmp_path), "--only", "agg_log_prob, forward"]
+    more = {"FASTVAE_TRIAL": "1", "MOCKED_GPU_FAULTS": f"fault{call}:cuda.agg_log_prob"}
+    assert subprocess.run(table, env=environment | more, cwd=ROOT, capture_output=True).returncode == 1
+    state = json.loads((tmp_path / "table.json").read_text())
+    jobs = [f"agg_log_prob, {how}, [16384, {D}]" for D in (64, 10) for how in ("forward", "forward + backward")]
+    fault = "FAULT (exit status 139)"
+    if call == 3:
+        assert state["bad"] == dict.fromkeys((f"{job} | cuda" for job in jobs), fault)
+        assert state["done"].keys() == {*jobs}
+    else:
+        assert state["bad"] == dict.fromkeys((f"{jobs[0]} | race", jobs[0], f"{jobs[2]} | cuda"), fault)
+        assert state["done"].keys() == {*jobs[1:]}
+        assert isinstance(state["done"][jobs[1]]["numbers"]["seconds"]["cuda"], list)
+
+
 def test_no_profiler_and_no_library(tmp_path: Path) -> None:
     """Neither ends the part; both are said, and the exit status is 1."""
     tools = tmp_path / "tools"

@@ -8,6 +8,7 @@ and compute by `reference`; Triton's kernels, launched by hand, write nothing. T
 
 import contextlib
 import importlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -270,19 +271,23 @@ def adapt_ops(library: Any) -> None:
 
 
 def computed(backend: str, name: str, refusal: str) -> Callable[..., Any]:
-    """A backend's function. MOCKED_GPU_FAULTS="hang:cuda.kl_gauss,raise:triton.agg_log_prob" and such make it fail."""
+    """A backend's function. MOCKED_GPU_FAULTS="hang:cuda.kl_gauss,raise:triton.agg_log_prob" and such make it fail,
+    "fault3:cuda.kl_gauss" in a process's third call."""
     faults = [
         f.split(":")[0] for f in os.environ.get("MOCKED_GPU_FAULTS", "").split(",") if f.endswith(f":{backend}.{name}")
     ]
 
+    calls = itertools.count(1)
+
     def function(*args: Any) -> Any:
+        call = next(calls)
         if not all(x.is_cuda for x in tree_leaves(args) if isinstance(x, Tensor)):
             raise RuntimeError(refusal)
         if "raise" in faults:
             raise RuntimeError(f"{name} is mocked to fail")
         if "hang" in faults:
             time.sleep(1000)
-        if "fault" in faults:
+        if "fault" in faults or f"fault{call}" in faults:
             os._exit(139)
         results = done(getattr(importlib.import_module("fastvae.backends.reference"), name), args, {})
         if "noise" in faults:
