@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
     @property
     def work(self) -> str:
-        return f"{self.op}, {self.backward}"
+        return self.op
 
     def inputs(self) -> list[Tensor]:
         S, D = self.here

@@ -84,8 +84,13 @@ if "triton" in TRITON and backends.status("triton").available:
 TARGETS = {**REFERENCE, **NATIVE, **TRITON, **CUDA}
 
 
+REQUIRE_GPU = os.environ.get("FASTVAE_REQUIRE_GPU") == "1"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Builds what is not built yet, before workers start."""
+    if REQUIRE_GPU and not torch.cuda.is_available():
+        raise pytest.UsageError("there is no GPU")
     if not hasattr(config, "workerinput") and os.environ.get("FASTVAE_CUDA_LIBRARY") == str(host_simt.LIBRARY):
         try:
             host_simt.build()
@@ -206,12 +211,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @contextlib.contextmanager
 def computing_on(target: Target) -> Iterator[Target]:
     """Compute there, or skip the test where that cannot be; with FASTVAE_REQUIRE_NATIVE=1 a native library that does
-    not load is a failure; so are, on Linux, a missing Triton and, without a GPU, missing CUDA kernels for the host."""
+    not load is a failure; so are, on Linux, a missing Triton and, without a GPU, missing CUDA kernels for the host.
+    With FASTVAE_REQUIRE_GPU=1 Triton and the CUDA kernels must be there."""
     available, why_not = backends.status(target.backend)[1:]
     if not available:
         needed = ("native", "triton", "cuda") if platform.system() == "Linux" else ("native",)
         needed = needed[:2] if torch.cuda.is_available() else needed  # where the CUDA library is built by hand
         required = target.backend in needed and os.environ.get("FASTVAE_REQUIRE_NATIVE") == "1"
+        required |= target.backend in ("triton", "cuda") and REQUIRE_GPU
         (pytest.fail if required else pytest.skip)(why_not)
     print(target)  # pytest shows it where a test fails
     with contextlib.ExitStack() as stack:

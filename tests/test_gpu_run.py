@@ -195,7 +195,7 @@ def test_all_parts(rehearsal: tuple[Path, str]) -> None:
         "sanity": ["build.txt", "machine.txt", "sanity.json", "sanity.md"],
         "measure": [f"{name}.{kind}" for name in ("checks", "table", "small") for kind in ("json", "md", "txt")],
         "profile": [f"ncu-{backend}.csv" for backend in BACKENDS],
-        "tests": ["pytest.txt", "memcheck.txt", "racecheck.txt", "more_elements_than_32_bits_count.txt"],
+        "tests": ["pytest.txt", "memcheck.txt", "racecheck.txt", "a_graph_draws_anew_at_each_replay.txt"],
         "peers": ["peers.json", "peers.md"],
     }
     for part, text in zip(PARTS, said.split("== ")[1:], strict=True):
@@ -272,6 +272,34 @@ def test_a_fault_after_the_first_calls(environment: dict[str, str], tmp_path: Pa
         assert state["bad"] == dict.fromkeys((f"{jobs[0]} | race", jobs[0], f"{jobs[2]} | cuda"), fault)
         assert state["done"].keys() == {*jobs[1:]}
         assert isinstance(state["done"][jobs[1]]["numbers"]["seconds"]["cuda"], list)
+
+
+def test_what_hung_before_is_not_tried(environment: dict[str, str], tmp_path: Path) -> None:
+    sanity = {
+        "kl_gauss, float32 on cuda": ["HANG", "killed", "25.0 s"],
+        "kl_gauss, float32 on triton": ["PASS", "", ""],
+    }
+    (tmp_path / "sanity.json").write_text(json.dumps(sanity))
+    table = [sys.executable, "-m", "bench.gpu", "table", str(tmp_path), "--only", "kl_gauss"]
+    more = {"FASTVAE_TRIAL": "1", "MOCKED_GPU_FAULTS": "hang:cuda.kl_gauss"}
+    result = subprocess.run(table, env=environment | more, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "kl_gauss, forward, [1048576, 128]: cuda: HANG (as before: killed)" in result.stderr
+    done = json.loads((tmp_path / "table.json").read_text())["done"]
+    assert len(done) == 2
+    assert all(row["numbers"]["seconds"]["triton"][0] > 0 for row in done.values())
+
+
+def test_tests_that_hang(tmp_path: Path) -> None:
+    """Those that failed meanwhile are in the summary; what comes next in the part is not started."""
+    more = {"MOCKED_GPU_FAULTS": "hang:cuda.kl_gauss,raise:triton.kl_gauss", "FASTVAE_BUDGET": "20"}
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "libfastvae_cuda.so").touch()
+    status, said = result(started("tests", tmp_path, **more))
+    assert status == 1
+    assert "s, TIMED OUT" in said
+    assert said.count("FAILED tests/test_cuda.py::test_cuda_graph[triton-kl_gauss]") == 1
+    assert "memcheck: 0 s, NOT STARTED" in said
 
 
 def test_no_profiler_and_no_library(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import itertools
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
@@ -286,6 +287,7 @@ def computed(backend: str, name: str, refusal: str) -> Callable[..., Any]:
         if "raise" in faults:
             raise RuntimeError(f"{name} is mocked to fail")
         if "hang" in faults:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as within CUDA, which nothing interrupts
             time.sleep(1000)
         if "fault" in faults or f"fault{call}" in faults:
             os._exit(139)
