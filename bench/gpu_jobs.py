@@ -56,6 +56,7 @@ class Work:
         over = False
         import_all()
         self.write()
+        assert not torch.cuda.is_initialized()  # or no child could use it
         while not over:
             child = os.fork()
             if child == 0:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 KERNELS = {
     "triton": (
-        *("_kl_gauss", "_kl_gauss_backward", "_sample_gauss", "_sample_gauss_backward", "_joint_rows", "joint_rows"),
+        *("_kl_gauss", "_kl_gauss_backward", "_sample_gauss", "_sample_gauss_backward", "joint_rows"),
         *("_joint_columns", "_joint_and_marginals", "_marginal_rows", "_marginal_columns"),
     ),
     "cuda": (
@@ -21,7 +21,6 @@ KERNELS = {
         *("pull_on_columns", "marginal_sums", "pull_on_marginal_columns"),
     ),
 }
-LEAST = 5  # kernels that must be seen, as names change
 METRICS = {  # what is printed: the names that versions of ncu have for it
     "time": ("gpu__time_duration.sum",),
     "issue": (
@@ -41,36 +40,23 @@ METRICS = {  # what is printed: the names that versions of ncu have for it
     "warps": ("sm__warps_active.avg.pct_of_peak_sustained_active",),
     "registers": ("launch__registers_per_thread",),
 }
-STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
-MICROSECONDS = {
-    "ns": 1e-3,
-    "nsecond": 1e-3,
-    "us": 1.0,
-    "usecond": 1.0,
-    "ms": 1e3,
-    "msecond": 1e3,
-    "s": 1e6,
-    "second": 1e6,
-}
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!selected_per)(\w+)_per_issue_active\.ratio")
 
 
-def lines(path: Path, backend: str) -> list[str]:
+def lines(path: Path, backend: str) -> dict[str, str]:
     """One for each of the backend's kernels in the order of their launches, of its first launch."""
     text = path.read_text().splitlines()
-    begin = next((n for n, line in enumerate(text) if line.startswith('"ID"')), len(text))  # after ncu's messages
-    rows = list(csv.DictReader(text[begin:]))
-    if not rows:
-        return []
-    units = rows[0]
+    begin = next((n for n, said in enumerate(text) if said.startswith('"ID"')), len(text))  # after ncu's messages
+    rows = list(csv.DictReader(text[begin:]))[1:]  # the first holds units
     kernel = re.compile(rf"\b({'|'.join(KERNELS[backend])})\b")
     found: dict[str, str] = {}
-    for row in rows[1:]:
+    for row in rows:
         if name := kernel.search(row["Kernel Name"]):
-            found.setdefault(name[0], line(name[0], row, units))
-    return list(found.values())
+            found.setdefault(name[0], line(name[0], row))
+    return found
 
 
-def line(name: str, row: dict[str, str], units: dict[str, str]) -> str:
+def line(name: str, row: dict[str, str]) -> str:
     parts = []
     for what, names in METRICS.items():
         metric = next((m for m in names if row.get(m)), None)
@@ -78,7 +64,7 @@ def line(name: str, row: dict[str, str], units: dict[str, str]) -> str:
         if value is None:
             parts.append(f"{what} -")
         elif what == "time":
-            parts.append(f"{value * MICROSECONDS.get(units[str(metric)], 1.0):.1f} us")
+            parts.append(f"{value / 1e3:.1f} us")
         else:
             parts.append(f"{what} {value:.0f}" + ("" if what == "registers" else "%"))
     stalls = {m[1]: value for key, text in row.items() if (m := STALL.fullmatch(key)) and (value := number(text))}
@@ -126,19 +112,30 @@ def main() -> None:
     path = options.out / f"ncu-{options.backend}.csv"
     names = "|".join(KERNELS[options.backend])
     ncu = ["ncu", "--clock-control", "none", "--set", "full", "--profile-from-start", "off", "--csv", "--page", "raw"]
-    ncu += ["--kernel-name", f"regex:({names})", "--launch-count", "12", "--log-file", str(path)]
+    ncu += [
+        "--kernel-name",
+        f"regex:({names})",
+        "--launch-count",
+        "24",
+        "--print-units",
+        "base",
+        "--log-file",
+        str(path),
+    ]
     try:
         subprocess.run([*ncu, sys.executable, "-m", "bench.gpu_profile", options.backend, "--inside"], check=True)
     except FileNotFoundError:
         sys.exit("ncu is missing")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"ncu: exit status {error.returncode}: {path.read_text()[-500:] if path.exists() else ''}")
+        text = path.read_text() if path.exists() else ""
+        first = next((said for said in text.splitlines() if said.startswith("==ERROR==")), text[-500:])
+        sys.exit(f"ncu: exit status {error.returncode}: {first}")
     found = lines(path, options.backend)
-    summary = "".join(f"{line}\n" for line in found)
+    summary = "".join(f"{said}\n" for said in found.values())
     (options.out / f"ncu-{options.backend}.summary").write_text(summary)
     print(summary)
-    if len(found) < LEAST:
-        sys.exit(f"ncu saw {len(found)} kernels of {options.backend}, not {LEAST}")
+    if missing := [name for name in KERNELS[options.backend] if name not in found]:
+        sys.exit(f"ncu did not see {', '.join(missing)}")
 
 
 if __name__ == "__main__":

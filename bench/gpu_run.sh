@@ -151,9 +151,9 @@ case $part in
       grace=12 step "$name" 30 "${pytest[@]}" "tests/test_cuda.py::test_$name"
     done
     { # where its own summary is missing, what it said before
-      grep -hE '^(FAILED|ERROR|SKIPPED .*room)|^=.* (passed|failed|skipped|error)' "$work"/*.txt
+      grep -hE '^(FAILED|ERROR|SKIPPED .*room)|^=+ .*(passed|failed|skipped|error).* in [0-9]' "$work"/*.txt
       sed -nE 's/^\[gw[0-9]+\].* (FAILED|ERROR) /\1 /p' "$work"/*.txt
-    } | awk '!seen[$1, $2]++' > "$work/pytest.summary"
+    } | awk '!/^(FAILED|ERROR)/ || !seen[$1, $2]++' > "$work/pytest.summary"
     ;;
   peers) step peers 85 "$python" -m bench.gpu peers "$work" ;;
 esac

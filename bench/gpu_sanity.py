@@ -199,6 +199,7 @@ def verdicts(todo: Sequence[Trial], folder: Path, report: Callable[[dict[str, li
     waiting = list(todo)
     running: dict[int, tuple[Trial, Path, float]] = {}
     found: dict[str, list[str]] = {}
+    assert not torch.cuda.is_initialized()  # or no child could use it
     while waiting or running:
         while waiting and len(running) < AT_A_TIME:
             trial = waiting.pop(0)

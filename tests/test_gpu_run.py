@@ -131,22 +131,41 @@ def test_inputs_need_no_backend(environment: dict[str, str]) -> None:
     run(program, environment, FASTVAE_BACKEND="cuda")
 
 
+def test_a_sleep_that_is_too_short(environment: dict[str, str]) -> None:
+    """The call is repeated behind a longer one, up to the longest."""
+    program = """
+        import torch
+        from bench.gpu_harness import CLOCK, LONGEST, once
+
+        slept = []
+        torch.cuda._sleep = slept.append
+        torch.cuda.Event.late = 2
+        once(lambda: None)
+        assert len(slept) == 3 and slept == sorted(slept) and slept[-1] >= 4 * slept[0]
+        slept.clear()
+        torch.cuda.Event.late = 1000
+        once(lambda: None)
+        assert slept[-1] == int(LONGEST * CLOCK) and len(slept) < 12
+    """
+    run(program, environment)
+
+
 def test_nothing_asks_cuda_before_processes_are_forked() -> None:
     """A process whose parent has a context can have none."""
     program = """
         import torch
 
-        def refuse(*_):
-            raise AssertionError("CUDA was asked")
+        asked = []
 
         for name in ("is_available", "device_count", "_lazy_init", "current_device", "get_device_properties"):
-            setattr(torch.cuda, name, refuse)
+            setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))
         from bench import gpu, gpu_sanity
         from bench.gpu_jobs import import_all
 
         import_all()
         assert [*gpu.checks(), *gpu.table(None), *gpu.small_table(), *gpu.peers_table()]
         assert gpu_sanity.trials(("triton", "cuda"))
+        assert not asked, asked
     """
     run(program, mocked(PYTHONPATH=str(ROOT)))
 
@@ -223,7 +242,6 @@ def test_every_op_and_backend_has_a_number(rehearsal: tuple[Path, str]) -> None:
         assert parts["checks"][f"determinism on {backend}"]["numbers"] == dict.fromkeys(OPS, True)
         for check in ("memory", "dsprites"):
             assert parts["checks"][f"{check} on {backend}"]["numbers"] is not None
-    assert all(value > 0 for value in parts["checks"]["ceilings"]["numbers"].values())
     seen = set()
     for name in ("table", "small"):
         for key, row in parts[name].items():
