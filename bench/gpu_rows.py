@@ -14,7 +14,7 @@ from . import peers
 from .early_exit import population
 from .gpu_ceilings import Ceilings
 from .gpu_harness import CALLS, DEVICE, TRIAL, Time, graphed, on_backend, race, repeated
-from .gpu_jobs import Job, Progress, Result
+from .gpu_jobs import Job, Progress, Result, said
 from .harness import Run, forward, forward_backward, max_error
 from .inputs import posteriors, samples_and_posteriors
 
@@ -187,11 +187,13 @@ def large(row: Row, ceiling: Ceilings | None, progress: Progress) -> Result:
         else:
             reached = f"{t.device / first.device:.2f}×" if first else ""
         target = f"{row.share:.0%}" if row.share and name in ours else ""
-        error = f"{errors[name]:.1e}" if name in errors else ""
+        found = errors.get(name, "")
+        error = found if isinstance(found, str) else f"{found:.1e}"
         lines.append(f"| {title} | {name} | {shown(t.device)} | {shown(t.host)} | {reached} | {target} | {error} |")
         parts.append(f"{name} {shown(t.device)} {reached}".strip())
     summary = f"{row}: {'; '.join(parts)}" + (f" (target {row.share:.0%})" if row.share else "")
     failures = [f"{row}: {name}: {times[name]}" for name in ours if name not in shares]
+    failures += [f"{row}: {name}: {found}" for name in ours if isinstance(found := errors.get(name), str)]
     known = {name: share for name, share in shares.items() if not math.isnan(share)}  # NaN is not JSON
     numbers = {"seconds": times, "errors": errors, "ceiling": row.ceiling, "shares": known, "share to reach": row.share}
     return Result(lines, [summary], failures, numbers)
@@ -203,18 +205,22 @@ def raced(runs: dict[str, Run], progress: Progress, cold: bool = True) -> dict[s
     return {name: times.get(name, progress.bad.get(name, "")) for name in runs}
 
 
-def errors_of(row: Row, inputs: list[Tensor], names: list[str]) -> dict[str, float]:
-    """The largest absolute difference from float64 on some rows of z, forward."""
+def errors_of(row: Row, inputs: list[Tensor], names: list[str]) -> dict[str, float | str]:
+    """The largest absolute difference from float64 on some rows of z, forward, or why there is none."""
     if row.backward or not row.of_pairs:
         return {}
     take = slice(None, None, max(1, row.here[0] // 32))
     with fastvae.use_backend("reference"):
         exact = OPS[row.op](inputs[0][take].double(), *(x.double() for x in inputs[1:]))
     runs = row.ours(inputs) | {name: row.run(inputs, peer) for name, peer in row.peers.items()}
-    errors = {}
+    errors: dict[str, float | str] = {}
     for name in names:
-        got: Any = runs[name]()
-        errors[name] = max_error(got[take] if isinstance(got, Tensor) else tuple(g[take] for g in got), exact)
+        try:
+            got: Any = runs[name]()
+            errors[name] = max_error(got[take] if isinstance(got, Tensor) else tuple(g[take] for g in got), exact)
+        except Exception as error:
+            torch.cuda.synchronize()  # raises where nothing more can be computed by this process
+            errors[name] = said(error)
     return errors
 
 
@@ -228,7 +234,7 @@ def small(row: Row, progress: Progress) -> Result:
     runs: dict[str, Run] = {}
     for name, (run, on) in functions.items():
         runs[name] = on(repeated(run))
-        runs[f"{name}, graph"] = Graph(on(run))
+        runs[f"{name}, graph"] = replayed(on(run))
     times = raced(runs, progress, cold=False)
     lines: list[str] = []
     parts: list[str] = []
@@ -250,17 +256,10 @@ def small(row: Row, progress: Progress) -> Result:
     return Result(lines, [f"{row}: {'; '.join(parts)}"], failures, {"row": str(row), "seconds": times})
 
 
-class Graph:
+def replayed(run: Run) -> Run:
     """A call captured when it is first made, replayed so often as others are repeated."""
-
-    def __init__(self, run: Run):
-        self.run = run
-        self.replays: Run | None = None
-
-    def __call__(self) -> None:
-        if self.replays is None:
-            self.replays = repeated(graphed(self.run))
-        self.replays()
+    captured = functools.cache(lambda: repeated(graphed(run)))
+    return lambda: captured()()
 
 
 def shown(seconds: float) -> str:

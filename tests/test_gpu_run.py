@@ -150,6 +150,18 @@ def test_a_sleep_that_is_too_short(environment: dict[str, str]) -> None:
     run(program, environment)
 
 
+def test_a_first_call_in_a_graph_that_is_refused(environment: dict[str, str]) -> None:
+    """It is told apart from other errors by what it says."""
+    program = """
+        from bench.gpu_sanity import first_in_graph
+
+        assert first_in_graph("triton") == (True, "refused: RuntimeError: agg_log_prob has not run yet")
+        assert first_in_graph("cuda") == (False, "refused: RuntimeError: agg_log_prob has not run yet")
+    """
+    faults = "capture:triton.agg_log_prob,capture:cuda.agg_log_prob"
+    run(program, environment, MOCKED_GPU_FAULTS=faults, FASTVAE_TRIAL="1")
+
+
 def test_nothing_asks_cuda_before_processes_are_forked() -> None:
     """A process whose parent has a context can have none."""
     program = """

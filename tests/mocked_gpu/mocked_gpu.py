@@ -289,6 +289,8 @@ def computed(backend: str, name: str, refusal: str) -> Callable[..., Any]:
             raise RuntimeError(refusal)
         if "raise" in faults:
             raise RuntimeError(f"{name} is mocked to fail")
+        if "capture" in faults and _tape is not None:
+            raise RuntimeError(f"{name} has not run yet")
         if "hang" in faults:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as within CUDA, which nothing interrupts
             time.sleep(1000)
