@@ -30,7 +30,8 @@ from .gpu_rows import BACKENDS, peers_table, shown, small_table, table
 from .harness import forward, forward_backward
 from .inputs import posteriors, samples_and_posteriors
 
-CHECKED = dict.fromkeys(("kl_gauss", "reparameterize", "sample_gauss"), posteriors)
+CHECKED: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
+CHECKED |= dict.fromkeys(("kl_gauss", "reparameterize", "sample_gauss"), posteriors)
 CHECKED |= dict.fromkeys(("cross_log_prob", "agg_log_prob", "agg_log_prob_marginals"), samples_and_posteriors)
 REPEATS = 2 if TRIAL else 50
 DSPRITES = (737_280, 10)
@@ -152,7 +153,7 @@ def known_to_fail(folder: Path, jobs: Sequence[Job]) -> dict[str, str]:
         found = json.loads((folder / "sanity.json").read_text())
     except (OSError, ValueError):
         return {}
-    bad = {}
+    bad: dict[str, str] = {}
     for title, (how, what, *_) in found.items():
         name, _, backend = title.rpartition(" on ")
         op, _, dtype = name.partition(", ")

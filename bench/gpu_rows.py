@@ -193,7 +193,7 @@ def large(row: Row, ceiling: Ceilings | None, progress: Progress) -> Result:
         parts.append(f"{name} {shown(t.device)} {reached}".strip())
     summary = f"{row}: {'; '.join(parts)}" + (f" (target {row.share:.0%})" if row.share else "")
     failures = [f"{row}: {name}: {times[name]}" for name in ours if name not in shares]
-    failures += [f"{row}: {name}: {found}" for name in ours if isinstance(found := errors.get(name), str)]
+    failures += [f"{row}: {name}: {errors[name]}" for name in ours if isinstance(errors.get(name), str)]
     known = {name: share for name, share in shares.items() if not math.isnan(share)}  # NaN is not JSON
     numbers = {"seconds": times, "errors": errors, "ceiling": row.ceiling, "shares": known, "share to reach": row.share}
     return Result(lines, [summary], failures, numbers)
