@@ -229,7 +229,7 @@ def test_all_parts(rehearsal: tuple[Path, str]) -> None:
         "tests": ["pytest.txt", "memcheck.txt", "racecheck.txt", "a_graph_draws_anew_at_each_replay.txt"],
         "peers": ["peers.json", "peers.md"],
     }
-    for part, text in zip(PARTS, said.split("== ")[1:], strict=True):
+    for part, text in zip(PARTS, f"\n{said}".split("\n== ")[1:], strict=True):
         assert text.startswith(part)
         assert text.count("\n") <= 40
         files = kept(folder, part)
