@@ -277,7 +277,7 @@ def main() -> None:
         before = json.loads((options.out / "sanity.json").read_text())
         mended = [title for title, (how, *_) in before.items() if how != "PASS" and seen.get(title, [""])[0] == "PASS"]
         line = f"Right without bulk copies, and not with them: {', '.join(mended) or 'nothing'}"
-        (options.out / "mended.summary").write_text(line + "\n")
+        (options.out / "mended.txt").write_text(line + "\n")
     if wrong or len(seen) < len(todo):
         sys.exit(f"not right: {', '.join(wrong)}")
 
