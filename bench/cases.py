@@ -80,8 +80,13 @@ def _sample_all(mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
     return tuple(fastvae.sample_gauss(mu, logvar))  # type: ignore[arg-type]
 
 
+def _drawn(B: int, D: int, seed: int = SEED) -> tuple[Tensor, Tensor, Tensor]:
+    """Posteriors [B, D], and the z that `_decomposition_dataset` draws from them."""
+    mu, logvar = posteriors(B, D, seed)
+    return fastvae.reparameterize(mu, logvar, seed=SEED), mu, logvar
+
+
 def _decomposition_dataset(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
-    """z is what it draws from the first posteriors with this seed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a few thousand posteriors this wide do not say how much z knows of x
         terms = fastvae.kl_decomposition_dataset((mu, logvar), rows=torch.arange(len(z)), seed=SEED)
@@ -252,7 +257,7 @@ OPS = {
             torch_distributions=_dataset_peer(peers.marginals_distributions),
             sklearn_gmm="gives the joint only",
         ),
-        samples_and_posteriors,
+        _drawn,
         {FORWARD: [(1_000, 10), (4_000, 10), (16_000, 10), (60_000, 10)]},
         _exponentials,
         "exponentials",

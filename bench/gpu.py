@@ -183,7 +183,7 @@ def main() -> None:
     seconds = float(os.environ.get("FASTVAE_UNTIL", time.time() + 600)) - time.time()
     work = Work(options.part, [job for job in jobs if options.only in job.key], options.out)
     work.state["bad"] = known_to_fail(options.out, work.jobs)
-    stall = float(os.environ.get("FASTVAE_STALL", STALL.get(options.part, 10)))
+    stall = float(os.environ.get("FASTVAE_STALL", STALL.get(options.part, 15)))
     if not work.through(seconds - 3, stall):
         sys.exit("\n".join(work.failures()))
 
