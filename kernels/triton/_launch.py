@@ -164,6 +164,12 @@ def one_row(B: int, D: int, unit: int, dtype: torch.dtype) -> tuple[int, int, in
     return 1, n, unit_of(dtype, n) if n >= LARGE else unit
 
 
+@triton.jit
+def load_rows(x, stride, row, column, inside, ACC: tl.constexpr, UNIT: tl.constexpr):
+    """[BB, BD]; the stride is counted in units."""
+    return tl.load(x + row[:, None] * (tl.cast(stride, tl.int64) * UNIT) + column[None, :], inside, other=0.0).to(ACC)
+
+
 @functools.cache
 def nowhere(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Where a launch writes nothing, for a kernel that may: None would make it another kernel."""

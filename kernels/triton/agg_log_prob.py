@@ -21,7 +21,7 @@ from ._launch import Config, cdiv, empty_like, fastest, launch
 from .early_exit import balanced, early_order, margin, of_rows, of_rows_backward, squares_unless_far, steep, wants_look
 from .elementary import INF, times
 from .grids import Grid, configs, constants, grid, has_tensor_cores, kind_of
-from .log_sum_exp import combine_ranges, highest, put_together, share_factor, summed
+from .log_sum_exp import combine_ranges, highest, put_together, room_for_ranges, share_factor, summed
 from .packing import Packed, in_order, new, pack
 from .pair_gradients import any_far, clear, columns_gradients, pull_columns
 from .row_sums import joint_rows
@@ -176,15 +176,13 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
 
     def run(config: Config) -> Tensor:
         g = grid(S, N, D, packed.dtype, z.device, kind_of(packed, reduce=False), **config)
-        # Where it writes nothing there, it gets what is there anyway.
-        ms, totals = (joint, joint) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
+        ms, totals = room_for_ranges(joint, g.splits, S)
         launch(
             *(joint_rows, (g.programs,), *_operands(packed), None, None, *exits),
             *(joint, ms, totals, S, N, D, g.blocks, g.splits, g.tiles, 1),
             **constants(packed, g, BACKWARD=False),
         )
-        if g.splits > 1:
-            put_together(ms, totals, joint, S, 1, g.splits)
+        put_together(ms, totals, joint, S, 1, g.splits)
         return joint
 
     return fastest(run, configs(S, N, packed.dtype), "agg_log_prob", packed.dtype, *packed.overridden, S, N, D)

@@ -20,7 +20,7 @@ from ._launch import empty_like, launch
 from .agg_log_prob import agg_log_prob_backward, pull_on_columns, shares_of_rows
 from .elementary import INF
 from .grids import constants, grid, grid_per_dimension, kind_of
-from .log_sum_exp import put_together, summed
+from .log_sum_exp import put_together, room_for_ranges, summed
 from .marginal_rows import marginal_operands, marginal_program, marginal_shares_of_rows
 from .packing import PANEL, new, pack
 from .pair_gradients import columns_gradients, held_finite
@@ -148,9 +148,7 @@ def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWe
         return joint, marginals
     kind = kind_of(packed, reduce=False)
     g, each = (choose(S, N, D, packed.dtype, z.device, kind) for choose in (grid, grid_per_dimension))
-    # Where it writes nothing there, it gets what is there anyway.
-    joint_parts = (joint, joint) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
-    parts = (joint, joint) if each.splits == 1 else (new(packed, each.splits, D, S), new(packed, each.splits, D, S))
+    joint_parts, parts = room_for_ranges(joint, g.splits, S), room_for_ranges(marginals, each.splits, D, S)
     launch(
         *(_joint_and_marginals, (g.programs + each.programs,)),
         *(packed.samples, packed.far_samples, packed.columns, packed.far_columns, *packed.weights, packed.marginal_c),
@@ -158,10 +156,8 @@ def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWe
         *(g.programs, g.blocks, g.splits, g.tiles, each.blocks, each.splits, each.tiles, 1),
         **constants(packed, g, **{f"EACH_{k}": each.config[k] for k in ("RO", "RP", "TO", "TP")}),
     )
-    if g.splits > 1:
-        put_together(*joint_parts, joint, S, 1, g.splits)
-    if each.splits > 1:
-        put_together(*parts, marginals, S, D, each.splits)
+    put_together(*joint_parts, joint, S, 1, g.splits)
+    put_together(*parts, marginals, S, D, each.splits)
     return joint, marginals
 
 

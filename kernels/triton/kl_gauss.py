@@ -27,6 +27,7 @@ from ._launch import (
     fastest,
     in_units,
     launch,
+    load_rows,
     nowhere,
     one_row,
     rows,
@@ -44,24 +45,19 @@ ONE_PROGRAM = 16384  # elements that one program sums in less time than a second
 
 
 @triton.jit
-def _load(x, stride, row, column, inside, ACC: tl.constexpr, UNIT: tl.constexpr):
-    return tl.load(x + row[:, None] * (tl.cast(stride, tl.int64) * UNIT) + column[None, :], inside, other=0.0).to(ACC)
-
-
-@triton.jit
 def _terms(
     mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar, prior_logvar_stride,
     row, column, inside, ACC: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """x, e^x, u / 2 before and after the division by prior_sigma, and 1 / prior_sigma of a tile; the halves keep
     differences of finite numbers finite. Outside of the tensors all inputs are 0, and so is the KL."""
-    half_x = 0.5 * _load(logvar, logvar_stride, row, column, inside, ACC, UNIT)
-    half_difference = 0.5 * _load(mu, mu_stride, row, column, inside, ACC, UNIT)
+    half_x = 0.5 * load_rows(logvar, logvar_stride, row, column, inside, ACC, UNIT)
+    half_difference = 0.5 * load_rows(mu, mu_stride, row, column, inside, ACC, UNIT)
     inverse_sigma = tl.full(half_difference.shape, 1.0, ACC)
     if prior_mu is not None:
-        half_difference -= 0.5 * _load(prior_mu, prior_mu_stride, row, column, inside, ACC, UNIT)
+        half_difference -= 0.5 * load_rows(prior_mu, prior_mu_stride, row, column, inside, ACC, UNIT)
     if prior_logvar is not None:
-        half_prior = 0.5 * _load(prior_logvar, prior_logvar_stride, row, column, inside, ACC, UNIT)
+        half_prior = 0.5 * load_rows(prior_logvar, prior_logvar_stride, row, column, inside, ACC, UNIT)
         half_x -= half_prior
         LARGEST: tl.constexpr = 1.7976931348623157e308 if ACC.is_fp64() else 3.4028234663852886e38
         inverse_sigma = tl.clamp(exp(-half_prior, ACC), 0.0, LARGEST, propagate_nan=tl.PropagateNan.ALL)
@@ -148,7 +144,7 @@ def _kl_gauss_backward(
         column = (i % column_blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = (row < B)[:, None] & (column < D)[None, :]
         if OVER == "nothing":
-            g = _load(grad, grad_row, row, column, inside, ACC, UNIT)
+            g = load_rows(grad, grad_row, row, column, inside, ACC, UNIT)
         elif OVER == "rows":
             g = tl.load(grad + row * grad_row, row < B, other=0.0)[:, None]
         elif OVER == "columns":

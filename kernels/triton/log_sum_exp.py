@@ -102,5 +102,13 @@ def _combine_rows(ms, totals, out, S, D, splits, BLOCK: tl.constexpr):
     tl.store(out + i % S * D + i // S, log_of(m, total), i < size)
 
 
+def room_for_ranges(out: Tensor, splits: int, *shape: int) -> tuple[Tensor, Tensor]:
+    """m and total of each range, [splits, *shape]. Of a single one nothing is written there, and what is there anyway
+    serves: the kernel is the same."""
+    return (out, out) if splits == 1 else (out.new_empty((splits, *shape)), out.new_empty((splits, *shape)))
+
+
 def put_together(ms: Tensor, totals: Tensor, out: Tensor, S: int, D: int, splits: int) -> None:
-    launch(_combine_rows, (cdiv(S * D, 128),), ms, totals, out, S, D, splits, BLOCK=128, num_warps=4)
+    """out [S, D] from them, if there are several."""
+    if splits > 1:
+        launch(_combine_rows, (cdiv(S * D, 128),), ms, totals, out, S, D, splits, BLOCK=128, num_warps=4)

@@ -26,6 +26,7 @@ from ._launch import (
     fastest,
     in_units,
     launch,
+    load_rows,
     one_row,
     rows,
     same_layout,
@@ -37,11 +38,6 @@ from .elementary import exp, exp_tail, expm1, times
 from .philox import normals_of_elements, normals_of_groups
 
 FULL = 1024  # programs that fill any GPU: with fewer tiles of [B, D], the backward splits L over programs
-
-
-@triton.jit
-def _load(x, stride, row, column, inside, ACC: tl.constexpr, UNIT: tl.constexpr):
-    return tl.load(x + row[:, None] * (tl.cast(stride, tl.int64) * UNIT) + column[None, :], inside, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -89,8 +85,8 @@ def _sample_gauss(
         first_column = tl.cast(block, tl.int64) * BLOCK_D
         column = first_column + tl.arange(0, BLOCK_D)
         inside = (row < n_rows)[:, None] & (column < D)[None, :]
-        m = _load(mu, mu_stride, posterior, column, inside, ACC, UNIT)
-        v = _load(logvar, logvar_stride, posterior, column, inside, ACC, UNIT)
+        m = load_rows(mu, mu_stride, posterior, column, inside, ACC, UNIT)
+        v = load_rows(logvar, logvar_stride, posterior, column, inside, ACC, UNIT)
         eps = _normals(row, first_column, D, key, ALIGNED, ACC, BLOCK_D)
         x = m + times(eps, exp(v, ACC, 0.5))
         if z is not None:
@@ -127,8 +123,8 @@ def _sample_gauss_backward(
     first_column = (program % column_blocks).to(tl.int64) * BLOCK_D
     column = first_column + tl.arange(0, BLOCK_D)
     inside = (row < B)[:, None] & (column < D)[None, :]
-    m = _load(mu, mu_stride, row, column, inside, ACC, UNIT)
-    v = _load(logvar, logvar_stride, row, column, inside, ACC, UNIT)
+    m = load_rows(mu, mu_stride, row, column, inside, ACC, UNIT)
+    v = load_rows(logvar, logvar_stride, row, column, inside, ACC, UNIT)
     part = tl.program_id(1)
     by_z, by_sigma = tl.zeros([BLOCK_B, BLOCK_D], ACC), tl.zeros([BLOCK_B, BLOCK_D], ACC)
     by_log_q = tl.zeros([BLOCK_B], ACC)

@@ -21,7 +21,7 @@ from fastvae.backends.contract import LogWeights
 
 from ._launch import launch
 from .grids import matrix_grid
-from .log_sum_exp import add_terms, log_of, nothing, put_together
+from .log_sum_exp import add_terms, log_of, nothing, put_together, room_for_ranges
 from .packing import PANEL, Limits, new, pack
 from .tiles import add_log_weights, far_t, is_far, load_pair, meets_own, minus_squares, offset, step
 
@@ -107,7 +107,7 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
     if S == 0:
         return joint
     g = matrix_grid(S, N, D, z.device)
-    ms, totals = (joint, joint) if g.splits == 1 else (new(packed, g.splits, S), new(packed, g.splits, S))
+    ms, totals = room_for_ranges(joint, g.splits, S)
     OWN, NEXT = packed.overridden
     launch(
         *(_joint_rows_tf32x3, (g.programs,)),
@@ -115,6 +115,5 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> 
         *(joint, ms, totals, S, N, D, g.blocks, g.splits, g.tiles),
         **{"OWN": OWN, "NEXT": NEXT, **g.config},
     )
-    if g.splits > 1:
-        put_together(ms, totals, joint, S, 1, g.splits)
+    put_together(ms, totals, joint, S, 1, g.splits)
     return joint
