@@ -50,10 +50,6 @@ class Row(NamedTuple):
         mode = "forward + backward" if self.backward else "forward"
         return f"{self.op}{self.note and ', '}{self.note}, {mode}, {list(self.sizes)}"
 
-    @property
-    def work(self) -> str:
-        return self.op
-
     def inputs(self) -> list[Tensor]:
         S, D = self.here
         if self.population:
@@ -282,12 +278,12 @@ SMALL_TABLE = (
 
 
 def table(ceiling: Ceilings | None) -> list[Job]:
-    return [Job(str(row), functools.partial(large, row, ceiling), TABLE, row.work) for row in ROWS]
+    return [Job(str(row), functools.partial(large, row, ceiling), TABLE, row.op) for row in ROWS]
 
 
 def small_table() -> list[Job]:
-    return [Job(str(row), functools.partial(small, row), SMALL_TABLE, row.work) for row in SMALL_ROWS]
+    return [Job(str(row), functools.partial(small, row), SMALL_TABLE, row.op) for row in SMALL_ROWS]
 
 
 def peers_table() -> list[Job]:
-    return [Job(str(row), functools.partial(large, row, None), TABLE, row.work) for row in PEER_ROWS]
+    return [Job(str(row), functools.partial(large, row, None), TABLE, row.op) for row in PEER_ROWS]

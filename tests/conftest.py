@@ -46,7 +46,7 @@ settings.register_profile(
     suppress_health_check=(HealthCheck.function_scoped_fixture, HealthCheck.too_slow),
 )
 settings.register_profile("long", settings.get_profile("quick"), derandomize=False, max_examples=500)
-settings.register_profile("gpu", settings.get_profile("quick"), max_examples=3)  # each D compiles kernels of its own
+settings.register_profile("gpu", settings.get_profile("quick"), max_examples=3)  # compiling takes most of it
 settings.load_profile(os.environ.get("FASTVAE_HYPOTHESIS", "quick"))
 
 # Memory that torch.empty hands out starts as NaN, so that a result nobody wrote is seen.
