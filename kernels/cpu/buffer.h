@@ -1,7 +1,7 @@
 // Memory that a kernel needs while it runs: aligned to cache lines, freed with its owner, null when there is none.
 #pragma once
 
-#include <cstdlib>
+#include <new>
 
 #include "simd.h"
 
@@ -10,18 +10,19 @@ namespace fastvae::FASTVAE_ISA {
 template <class T> class Buffer {
 public:
     explicit Buffer(int64_t size) : data_(nullptr) {
-        constexpr uint64_t kLine = 64;
         const uint64_t items = size > 0 ? uint64_t(size) : 1;
         if (items < (uint64_t(1) << 48) / sizeof(T))
-            data_ = static_cast<T *>(std::aligned_alloc(kLine, (items * sizeof(T) + kLine - 1) / kLine * kLine));
+            data_ = static_cast<T *>(::operator new(items * sizeof(T), kLine, std::nothrow));
     }
-    ~Buffer() { std::free(data_); }
+    ~Buffer() { ::operator delete(data_, kLine); }
     Buffer(const Buffer &) = delete;
     Buffer &operator=(const Buffer &) = delete;
 
     operator T *() const { return data_; }
 
 private:
+    static constexpr std::align_val_t kLine{64};
+
     T *data_;
 };
 

@@ -3,11 +3,11 @@
 #include <cstring>
 
 #include "fastvae.h"
-#include "instruction_sets.h"  // made by CMake: FASTVAE_FOR_EACH_ISA(X), best first, and FASTVAE_VERSION
+#include "instruction_sets.h"  // made by CMake: FASTVAE_VERSION, and FASTVAE_FOR_EACH_ISA(X), best first
 
 namespace fastvae {
 
-#define DECLARE(isa) \
+#define DECLARE(isa, needs) \
     namespace isa { \
     extern const fastvae_kernels kernels_f32, kernels_f64; \
     }
@@ -16,19 +16,10 @@ FASTVAE_FOR_EACH_ISA(DECLARE)
 struct InstructionSet {
     const char *name;
     const fastvae_kernels *kernels[2];  // by fastvae_dtype
+    bool (*cpu_has_it)();
 };
-#define ENTRY(isa) {#isa, {&isa::kernels_f32, &isa::kernels_f64}},
+#define ENTRY(isa, needs) {#isa, {&isa::kernels_f32, &isa::kernels_f64}, [] { return bool(needs); }},
 static const InstructionSet compiled[] = {FASTVAE_FOR_EACH_ISA(ENTRY)};
-
-static bool cpu_has(const char *name) {
-#if defined(__x86_64__)
-    if (!std::strcmp(name, "avx512")) return __builtin_cpu_supports("x86-64-v4");
-    if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("x86-64-v3");
-    return __builtin_cpu_supports("x86-64-v2");
-#else
-    return name != nullptr;  // NEON and the compiler's default are part of the base architecture
-#endif
-}
 
 static int64_t visited_dimensions, all_dimensions;
 
@@ -41,7 +32,11 @@ void count_visits(int64_t visited, int64_t all) {
 
 extern "C" {
 
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
 #define EXPORT __attribute__((visibility("default")))
+#endif
 
 EXPORT int fastvae_interface(void) { return FASTVAE_INTERFACE; }
 
@@ -56,7 +51,7 @@ EXPORT const char *fastvae_instruction_sets(void) {
     static char names[64];
     if (!names[0])
         for (const auto &set : fastvae::compiled)
-            if (fastvae::cpu_has(set.name)) {
+            if (set.cpu_has_it()) {
                 if (names[0]) std::strcat(names, " ");
                 std::strcat(names, set.name);
             }
@@ -65,7 +60,7 @@ EXPORT const char *fastvae_instruction_sets(void) {
 
 EXPORT const fastvae_kernels *fastvae_kernels_for(const char *instruction_set, enum fastvae_dtype dtype) {
     for (const auto &set : fastvae::compiled)
-        if (!std::strcmp(set.name, instruction_set) && fastvae::cpu_has(set.name)) return set.kernels[dtype];
+        if (!std::strcmp(set.name, instruction_set) && set.cpu_has_it()) return set.kernels[dtype];
     return nullptr;
 }
 

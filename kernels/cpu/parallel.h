@@ -9,7 +9,7 @@
 namespace fastvae {
 
 // Calls body(context, unit, worker) for every unit in [0, units) on at most `threads` threads; workers are
-// numbered from 0. Runs serially in a forked child and while another thread holds the pool (parallel.cpp).
+// numbered from 0. Units begin in order. Runs on one thread while another one is here (parallel.cpp).
 void run_units(int64_t units, int threads, void (*body)(void *context, int64_t unit, int worker), void *context);
 
 }  // namespace fastvae

@@ -176,9 +176,19 @@ template <class T> FASTVAE_INLINE Vec<T> sqrt_(Vec<T> x) {
 #endif
 }
 
+// The lanes of a and then of b, chosen by constants. GCC 11 has no __builtin_shufflevector, Clang has nothing else.
+#if defined(__clang__) || __GNUC__ >= 12
+template <int... lane, class V> FASTVAE_INLINE V shuffle(V a, V b) { return __builtin_shufflevector(a, b, lane...); }
+#else
+template <int... lane, class V> FASTVAE_INLINE V shuffle(V a, V b) {
+    typedef decltype(a < b) Lanes;  // integers as wide as V's elements
+    return __builtin_shuffle(a, b, Lanes{lane...});
+}
+#endif
+
 // Lanes moved down by n, around the end.
 template <class T, int n, int... i> FASTVAE_INLINE Vec<T> rotate(Vec<T> v, std::integer_sequence<int, i...>) {
-    return __builtin_shufflevector(v, v, ((i + n) % kLanes<T>)...);
+    return shuffle<(i + n) % kLanes<T>...>(v, v);
 }
 
 // Whether any bit is set.
@@ -240,21 +250,13 @@ template <class T, int n = kLanes<T> / 2> FASTVAE_INLINE T max_lanes(Vec<T> v) {
 }
 
 // a0 b0 a1 b1 ... in two vectors.
+template <class V, int... i> FASTVAE_INLINE void interleave(V a, V b, V &low, V &high, std::integer_sequence<int, i...>) {
+    constexpr int n = sizeof...(i);
+    low = shuffle<i / 2 + i % 2 * n...>(a, b);
+    high = shuffle<n / 2 + i / 2 + i % 2 * n...>(a, b);
+}
 template <class V> FASTVAE_INLINE void interleave(V a, V b, V &low, V &high) {
-    constexpr int n = sizeof(V) / sizeof(a[0]);
-    if constexpr (n == 16) {
-        low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    } else if constexpr (n == 8) {
-        low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-        high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-    } else if constexpr (n == 4) {
-        low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-        high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    } else {
-        low = __builtin_shufflevector(a, b, 0, 2);
-        high = __builtin_shufflevector(a, b, 1, 3);
-    }
+    interleave(a, b, low, high, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
 }
 
 // The horizontal sums of a whole set of vectors: lane i of the result is that of v[i].

@@ -1,8 +1,8 @@
-// Every kernel on one thread and on four, in float and in double, on std::thread: for the thread sanitizer, which
-// does not understand OpenMP's runtime, and for machines that Python's tests do not reach (an emulated CPU).
+// Every kernel on one thread and on four, in float and in double, alone, from several threads at once and in forked
+// children, without Python: for the thread sanitizer, and for machines that Python's tests do not reach (an emulated CPU,
+// Windows). There is no OpenMP runtime in this process, so the library's own pool is at work.
 // Prints what differs and returns 1; float and double must agree roughly, thread counts bit for bit.
 
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -10,22 +10,12 @@
 #include <thread>
 #include <vector>
 
+#if !defined(_WIN32)
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
 #include "fastvae.h"
-
-namespace fastvae {
-
-// Stands in for kernels/cpu/parallel.cpp.
-void run_units(int64_t units, int threads, void (*body)(void *, int64_t, int), void *context) {
-    std::atomic<int64_t> next{0};
-    std::vector<std::thread> pool;
-    for (int worker = 0; worker < threads; ++worker)
-        pool.emplace_back([&, worker] {
-            for (int64_t unit; (unit = next.fetch_add(1)) < units;) body(context, unit, worker);
-        });
-    for (auto &thread : pool) thread.join();
-}
-
-}  // namespace fastvae
 
 namespace {
 
@@ -92,9 +82,44 @@ template <class T> Outputs<T> run_all(const fastvae_kernels &k, int threads) {
     return out;
 }
 
+bool same(const Outputs<float> &a, const Outputs<float> &b) {
+    for (size_t i = 0; i < a.values.size(); ++i)
+        if (std::memcmp(a.values[i].data(), b.values[i].data(), a.values[i].size() * sizeof(float))) return false;
+    return true;
+}
+
+// Of several callers one gets the pool, and the others do without.
+bool same_from_several_threads(const fastvae_kernels &k, const Outputs<float> &expected) {
+    constexpr int kCallers = 3;
+    char right[kCallers] = {};
+    std::vector<std::thread> callers;
+    for (char &answer : right) callers.emplace_back([&] { answer = same(run_all<float>(k, 4), expected); });
+    for (auto &caller : callers) caller.join();
+    return right[0] && right[1] && right[2];
+}
+
+// A child of a process whose pool has worked, and a child of that.
+bool same_in_forked_children(const fastvae_kernels &k, const Outputs<float> &expected, int generations = 2) {
+#if defined(_WIN32)
+    (void)k, (void)expected, (void)generations;
+    return true;
+#else
+    if (generations == 0) return true;
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(120);  // a child that hangs is ended
+        const bool right = same(run_all<float>(k, 4), expected);
+        _exit(right && same_in_forked_children(k, expected, generations - 1) ? 0 : 1);
+    }
+    int status = 1;
+    return child > 0 && waitpid(child, &status, 0) == child && status == 0;
+#endif
+}
+
 }  // namespace
 
-int main() {
+int main(int arguments, char **argument) {
+    const bool forks = arguments < 2 || std::strcmp(argument[1], "--no-fork");
     int failures = 0;
     std::string sets = fastvae_instruction_sets();
     for (char *name = std::strtok(sets.data(), " "); name; name = std::strtok(nullptr, " ")) {
@@ -118,7 +143,12 @@ int main() {
                             same ? "deterministic" : "DEPENDS ON THE THREADS", error, size);
             }
         }
+        const bool from_several = same_from_several_threads(f32, serial), in_children = !forks || same_in_forked_children(f32, serial);
+        if (!from_several) std::printf("%s: SEVERAL CALLERS AT ONCE get something else\n", name);
+        if (!in_children) std::printf("%s: FORKED CHILDREN hang or get something else\n", name);
+        failures += !from_several + !in_children;
         std::printf("%s: %zu outputs checked\n", name, serial.values.size());
+        std::fflush(stdout);
     }
     return failures != 0;
 }
