@@ -18,8 +18,8 @@ from helpers import OPS, Op, assert_same, evaluate, op_named
 from torch import Tensor
 
 import fastvae
-from fastvae.backends import native_library
 from fastvae.backends import native as backend
+from fastvae.backends import native_library
 
 NAMES = tuple(name for name in OPS if name != "log_prob_gauss")  # which is made of torch's own operations
 
@@ -162,9 +162,8 @@ def symbols(*options: str) -> list[tuple[str, str]]:
 
 
 SETS = "|".join(target.instruction_set or "" for target in NATIVE.values())
-OF_THE_POOL_AND_THE_DISPATCHER = re.compile(
-    r"(fastvae::(run_units|count_visits|compiled|\(anonymous namespace\)::)|std::(thread|unique_lock|condition_variable)\b)"
-)
+OF_THE_POOL = r"fastvae::(run_units\b|\(anonymous namespace\)::)|std::(thread|unique_lock|condition_variable)\b"
+OF_THE_POOL_AND_THE_DISPATCHER = re.compile(rf"{OF_THE_POOL}|fastvae::(cpu_has_|count_visits\b)")
 
 
 def test_no_code_is_shared_between_instruction_sets(library: None) -> None:

@@ -10,15 +10,16 @@ namespace fastvae {
 #define DECLARE(isa, needs) \
     namespace isa { \
     extern const fastvae_kernels kernels_f32, kernels_f64; \
-    }
+    } \
+    static bool cpu_has_##isa() { return needs; }
 FASTVAE_FOR_EACH_ISA(DECLARE)
 
 struct InstructionSet {
     const char *name;
     const fastvae_kernels *kernels[2];  // by fastvae_dtype
-    bool (*cpu_has_it)();
+    bool (*cpu_has)();
 };
-#define ENTRY(isa, needs) {#isa, {&isa::kernels_f32, &isa::kernels_f64}, [] { return bool(needs); }},
+#define ENTRY(isa, needs) {#isa, {&isa::kernels_f32, &isa::kernels_f64}, cpu_has_##isa},
 static const InstructionSet compiled[] = {FASTVAE_FOR_EACH_ISA(ENTRY)};
 
 static int64_t visited_dimensions, all_dimensions;
@@ -51,7 +52,7 @@ EXPORT const char *fastvae_instruction_sets(void) {
     static char names[64];
     if (!names[0])
         for (const auto &set : fastvae::compiled)
-            if (set.cpu_has_it()) {
+            if (set.cpu_has()) {
                 if (names[0]) std::strcat(names, " ");
                 std::strcat(names, set.name);
             }
@@ -60,7 +61,7 @@ EXPORT const char *fastvae_instruction_sets(void) {
 
 EXPORT const fastvae_kernels *fastvae_kernels_for(const char *instruction_set, enum fastvae_dtype dtype) {
     for (const auto &set : fastvae::compiled)
-        if (!std::strcmp(set.name, instruction_set) && set.cpu_has_it()) return set.kernels[dtype];
+        if (!std::strcmp(set.name, instruction_set) && set.cpu_has()) return set.kernels[dtype];
     return nullptr;
 }
 
