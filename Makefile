@@ -18,7 +18,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-TORCH  := torch==2.13.0
+# Triton of the same release, which a CPU build of torch does not bring.
+TORCH  := torch==2.13.0 "triton==3.7.1; platform_system == 'Linux'"
 BUILT  := $(VENV)/built
 NATIVE_TESTS := -k "native or (test_every_op and (compile or transforms))"
 WERROR := $(if $(CI),--config-settings=cmake.define.FASTVAE_WERROR=ON)

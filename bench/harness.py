@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,10 +149,10 @@ def peak_extra_bytes(run: Run) -> int:
     """How far the process's resident memory rises above its start while `run` runs, its results included (Linux; the
     kernel's counters are right to a few hundred KiB)."""
     give_back()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which no library does
+    before = _memory().rss
     result = run()
-    peak = _status("VmHWM")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     del result
     return max(0, peak - before)
 
@@ -166,7 +167,7 @@ def give_back() -> None:
 def memory_limit(extra: int) -> Iterator[None]:
     """Allocations that would take the process `extra` bytes beyond what it has now fail with a MemoryError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + extra, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (_memory().vms + extra, hard))
     failed = False
     try:
         yield
@@ -196,11 +197,11 @@ def time_limit(limit: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+def _memory() -> Any:
+    """Of this process, in bytes: `rss` is resident, `vms` all of its addresses."""
+    import psutil  # which the races on a GPU, where nothing is installed, do without
+
+    return psutil.Process().memory_info()
 
 
 def max_error(result: object, truth: object) -> float:

@@ -67,22 +67,17 @@ def ceilings(threads: int, repeats: int = 5) -> Ceilings:
 
 def describe() -> dict[str, object]:
     """What a reader must know of where and with what something was measured; no name of the host."""
-    memory = next(line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines())
+    import cpuinfo  # these two are not needed, and perhaps not there, where a GPU is measured
+    import psutil
+
     return {
-        "cpu": _cpu(),
+        "cpu": cpuinfo.get_cpu_info().get("brand_raw") or platform.processor(),
         "threads": torch.get_num_threads(),
-        "memory": int(memory) * 1024,
+        "memory": psutil.virtual_memory().total,
         "python": platform.python_version(),
         "fastvae": native_library.status()[1],
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS if _installed(name)},
     }
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def _installed(name: str) -> bool:

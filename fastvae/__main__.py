@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastvae", description="fastvae: fused kernels for variational autoencoders."
     )
+    parser.add_argument("--version", action="version", version=f"fastvae {__version__}")
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from host_simt import ROOT
 
-from fastvae.backends import c_interface, installed, native_library
+from fastvae.backends import c_interface, cuda, installed, native_library
 
-BUILDS = "`pip install .` builds it"
+BUILDS = "`FASTVAE_REQUIRE_NATIVE=1 pip install .` builds it"
 ANOTHER = f"extern int fastvae_interface(void) {{ return {c_interface.INTERFACE + 1}; }}"
 
 
@@ -21,7 +21,7 @@ def tree(tmp_path: Path) -> Path:
     """What a fresh clone has of the package and the benchmarks."""
     root = tmp_path / "tree"
     root.mkdir()
-    for name in ("fastvae", "kernels", "bench", "pyproject.toml"):
+    for name in ("fastvae", "kernels", "bench", "pyproject.toml", "CMakeLists.txt"):
         (root / name).symlink_to(ROOT / name)
     return root
 
@@ -125,6 +125,36 @@ def test_a_tree_without_a_library_says_what_to_do(tree: Path, site: Path, what: 
     refusal = ran.stderr[ran.stderr.index("ERROR: ") :]
     assert refusal.startswith("ERROR: fastvae is measured on its backend native, but reference would compute: ")
     assert reason in refusal
+
+
+@pytest.mark.parametrize("folder", [None, "file:///somewhere/fastvae"])
+@pytest.mark.parametrize("pure", [True, False])
+def test_a_wheel_without_a_library_says_what_to_do(
+    pure: bool, folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why it has none, and a command that builds it where the package came from, with an error if that fails."""
+    files = {"WHEEL": f"Root-Is-Purelib: {str(pure).lower()}\n"}
+    if folder:
+        files["direct_url.json"] = f'{{"dir_info": {{}}, "url": "{folder}"}}'
+
+    class Wheel:
+        def read_text(self, name: str) -> str | None:
+            return files.get(name)
+
+        def locate_file(self, path: str) -> Path:
+            return tmp_path / path
+
+    monkeypatch.setattr(installed, "files", lambda _: tmp_path / "fastvae")
+    monkeypatch.setattr(installed, "distributions", lambda name: iter([Wheel()]))
+    monkeypatch.setattr(installed, "PACKAGE", tmp_path / "fastvae")
+    with pytest.raises(OSError, match="FASTVAE_REQUIRE_NATIVE=1 pip install") as error:
+        native_library.library.__wrapped__()
+    assert ("is the pure one, which no compiler has built" in str(error.value)) == pure
+    assert ("neither in the imported package" in str(error.value)) == (not pure)
+    assert (folder or "--no-cache-dir --no-binary fastvae fastvae`") in str(error.value)
+    reason = cuda._why_not_built()
+    assert "pip install -Ccmake.define.FASTVAE_CUDA=ON" in reason
+    assert "make cuda" not in reason
 
 
 def test_files_of_the_package_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """python -m fastvae: info, help, and command lines that are wrong."""
 
+import importlib.metadata
 import os
 import re
 import shlex
@@ -118,6 +119,13 @@ def test_info_to_a_reader_that_leaves():
 def test_info_to_no_output_at_all():
     ran = subprocess.run(["sh", "-c", f"{shlex.join(INFO)} >&-"], stderr=subprocess.PIPE, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["--version"])
+    assert (leaving.value.code, capsys.readouterr().out) == (0, f"fastvae {fastvae.__version__}\n")
+    assert fastvae.__version__ in importlib.metadata.version("fastvae")
 
 
 def test_no_command_prints_the_help(capsys):

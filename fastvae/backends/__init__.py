@@ -82,10 +82,10 @@ def _choose(forced: str | None, device_type: str) -> str:
 
 
 def _warn_of_a_missing_library() -> None:
-    """Unless this is a system that it is not made for. Ops are opaque to the compiler, so it never sees this."""
+    """Unless this is Windows, for which no wheel has it. Ops are opaque to the compiler, so it never sees this."""
     from . import native_library
 
-    if native_library.missing() and sys.platform == "linux":
+    if native_library.missing() and sys.platform != "win32":
         warn(
             "fastvae computes on CPU tensors by its reference, which is slow, because its native library is missing:"
             f" {native_library.missing()}; use_backend('reference') chooses that without a warning"

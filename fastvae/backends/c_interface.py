@@ -42,9 +42,7 @@ def load(library: str, variable: str, interface: str, build: str) -> ctypes.CDLL
             raise WrongSetting(f"{variable}={named}: {error}; correct it, or unset {variable}") from error
     path = installed.find(library)
     if path is None:
-        raise OSError(
-            f"neither in the imported package, {installed.PACKAGE}, nor in an installed one; `{build}` builds it"
-        )
+        raise OSError(installed.why_not(build))
     return _load(path, interface, build)
 
 

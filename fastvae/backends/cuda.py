@@ -54,7 +54,7 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The shared library, loaded once; `FASTVAE_CUDA_LIBRARY` names another build of it."""
-    lib = c.load(LIBRARY, "FASTVAE_CUDA_LIBRARY", "fastvae_cuda_interface", "make cuda")
+    lib = c.load(LIBRARY, "FASTVAE_CUDA_LIBRARY", "fastvae_cuda_interface", _build_command())
     for name, parameters in _FUNCTIONS.items():
         getattr(lib, f"fastvae_cuda_{name}").argtypes = (c_int, *parameters, c_void_p)
     lib.fastvae_cuda_workspace.restype = c_int64
@@ -90,7 +90,11 @@ def _why_not_built() -> str:
     if installed.find(LIBRARY):
         return ""
     reason = installed.find(WHY_NOT)
-    return reason.read_text().strip() if reason else f"{LIBRARY} was not built; `make cuda` builds it"
+    return reason.read_text().strip() if reason else f"{LIBRARY} was not built; `{_build_command()}` builds it"
+
+
+def _build_command() -> str:
+    return installed.build_command("cmake.define.FASTVAE_CUDA=ON", in_a_checkout="make cuda")
 
 
 @functools.cache

@@ -5,15 +5,17 @@ It mirrors kernels/include/fastvae.h, as `c_interface` does.
 
 import ctypes
 import functools
+import sys
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from typing import Any
 
-import torch  # first, because the library takes its OpenMP runtime from torch
+import torch  # first, because the library looks for torch's OpenMP runtime when it loads
 
 from . import c_interface as c
+from . import installed
 from .settings import WrongSetting, setting
 
-LIBRARY = "libfastvae_cpu.so"
+LIBRARY = "libfastvae_cpu" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 
 class Kernels(ctypes.Structure):
@@ -42,7 +44,7 @@ class Kernels(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The shared library, loaded once; `FASTVAE_LIBRARY` names another build of it, for the sanitizers."""
-    lib = c.load(LIBRARY, "FASTVAE_LIBRARY", "fastvae_interface", "pip install .")
+    lib = c.load(LIBRARY, "FASTVAE_LIBRARY", "fastvae_interface", installed.build_command())
     lib.fastvae_version.restype = c_char_p
     lib.fastvae_instruction_sets.restype = c_char_p
     lib.fastvae_kernels_for.restype = POINTER(Kernels)
