@@ -13,6 +13,7 @@
 #   make gpu-library the same for an H100 or H200 alone, with bulk copies and without, where bench/gpu_run.sh looks
 #   make triton-3.6  the compile checks with Triton 3.6, which belongs to torch 2.11, where `make test` has 3.7
 #   make neon        the kernels for AArch64, by a cross-compiler, checked on an emulated CPU (qemu-user)
+#   make dist        the source distribution, a wheel for this system and the pure one, in dist/, and what checks them
 #   make clean       remove everything that was built or drawn
 
 PYTHON ?= python3
@@ -27,7 +28,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/* kernels/cp
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-quick test-long fuzz bench bench-cpu bench-smoke bench-compare check sanitize gpu-library triton-3.6 neon clean
+.PHONY: demo test test-quick test-long fuzz bench bench-cpu bench-smoke bench-compare check sanitize gpu-library triton-3.6 neon dist clean
 
 demo: $(BUILT)
 	$(BIN)/python -m fastvae demo
@@ -110,6 +111,16 @@ neon: $(BUILT)
 	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	$(BIN)/cmake --build build/neon
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/fastvae_threads --no-fork  # which qemu-user 7 does not survive
+
+dist: $(BUILT)
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet build twine check-wheel-contents auditwheel
+	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m build
+	$(BIN)/python -m build --wheel -Cwheel.cmake=false
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/auditwheel show dist/*-linux_*.whl
+	ls -l dist
 
 clean:
 	rm -rf $(VENV) build dist demo-out .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks

@@ -24,7 +24,8 @@ def why_not(build: str) -> str:
     """Why there is no library, and what builds it."""
     if any("Root-Is-Purelib: true" in (d.read_text("WHEEL") or "") for d in _distributions()):
         return (
-            f"the installed package is the pure one, which no compiler has built; `{build}` builds it, or says why not"
+            f"the installed package is the pure one, which no compiler has built; `{build}`, with g++ 11, Clang 14 or a"
+            " later one, builds it or says why not"
         )
     return f"neither in the imported package, {PACKAGE}, nor in an installed one; `{build}` builds it"
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# compiler.sh CXX [tests]: `pip install .` by that compiler, warnings being errors, then check.py, the driver of
+# threads and forks (tests/native/threads.cpp), and, where asked for, the native tests.
+source "$(dirname "$0")/common.sh"
+CXX=$1
+command -v "$CXX" > /dev/null || fail "$CXX is not here"
+
+environment "$work/env"
+python=$work/env/bin/python
+CXX=$CXX FASTVAE_REQUIRE_NATIVE=1 "$python" -m pip install --quiet --no-deps "$work/source" \
+  -Ccmake.define.FASTVAE_WERROR=ON -Ccmake.define.FASTVAE_THREADS_TEST=ON -Cbuild-dir="$work/build"
+check "$python" native
+"$work/build/fastvae_threads"
+
+if [ "${2:-}" = tests ]; then
+  cd "$work/source"
+  ln -s "$root/../shared" "$work/shared"
+  # The tree is what Python imports in its root; it computes with the library that was installed.
+  FASTVAE_REQUIRE_NATIVE=1 "$python" -m pytest -q -n auto --quick -k native -p no:cacheprovider
+fi
