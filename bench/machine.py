@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import os
 import platform
 import subprocess
 import tempfile
@@ -55,7 +56,15 @@ def ceilings(threads: int, repeats: int = 5) -> Ceilings:
         kernels = HERE.parent / "kernels"
         include = [f"-I{kernels / folder}" for folder in ("cpu", "include")]
         subprocess.run(
-            ["g++", *flags.split(), *include, str(HERE / "probe.cpp"), "-o", str(library), "-lpthread"],
+            [
+                os.environ.get("CXX", "c++"),
+                *flags.split(),
+                *include,
+                str(HERE / "probe.cpp"),
+                "-o",
+                str(library),
+                "-lpthread",
+            ],
             check=True,
         )
         probe = ctypes.CDLL(str(library))

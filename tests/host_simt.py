@@ -1,9 +1,12 @@
-"""The CUDA kernels built to run on the host (kernels/cuda/host_simt.h), where there is no GPU to run them on."""
+"""Compilers, and the CUDA kernels built to run on the host (kernels/cuda/host_simt.h), where there is no GPU."""
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "host_simt"
@@ -14,6 +17,12 @@ def tool(name: str) -> str:
     """From the environment that runs the tests, or the machine's."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else shutil.which(name) or name
+
+
+def compiler(name: str) -> str:
+    """`cc` or `c++`, or what CC or CXX names; where there is none, the test is skipped."""
+    found = shutil.which(os.environ.get({"cc": "CC", "c++": "CXX"}[name]) or name)
+    return found or pytest.skip(f"no {name}")
 
 
 def build(target: Path = BUILD, *options: str) -> None:

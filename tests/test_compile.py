@@ -33,7 +33,11 @@ def several_samples(mu: Tensor, logvar: Tensor) -> Tensor:
 
 def one_sample(mu: Tensor, logvar: Tensor) -> Tensor:
     z, log_q, log_p, kl = fastvae.sample_gauss(mu, logvar)
-    return ((log_q - log_p) * kl).sum() / len(z) + z.T.matmul(z).diagonal().sum() + fastvae.log_prob_gauss(z, mu, logvar).mean()
+    return (
+        ((log_q - log_p) * kl).sum() / len(z)
+        + z.T.matmul(z).diagonal().sum()
+        + fastvae.log_prob_gauss(z, mu, logvar).mean()
+    )
 
 
 def decomposition(mu: Tensor, logvar: Tensor) -> Tensor:

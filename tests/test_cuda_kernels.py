@@ -185,7 +185,7 @@ def library_with(tmp_path: Path, bulk: bool, source_name: str, file: str, before
     defined = ["-DFASTVAE_ISA=cuda", "-DFASTVAE_HOST_SIMT", f"-DFASTVAE_CUDA_BULK={int(bulk)}"]
     checked = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
     options = ["-xc++", "-std=c++20", "-O0", "-shared", "-fPIC", *checked, *defined, f"-I{folders[0]}"]
-    command = ["g++", *options, str(folders[1] / f"{source_name}.cu"), "-o", str(library)]
+    command = [host_simt.compiler("c++"), *options, str(folders[1] / f"{source_name}.cu"), "-o", str(library)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return library
 
@@ -268,7 +268,10 @@ def test_the_polynomial_of_an_exponential(tmp_path: Path) -> None:
     library = tmp_path / "library.so"
     options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-DFASTVAE_ISA=cuda", "-DFASTVAE_HOST_SIMT"]
     folders = [f"-I{KERNELS / 'include'}", f"-I{KERNELS / 'cuda'}"]
-    subprocess.run(["g++", *options, *folders, str(tmp_path / "exponential.cpp"), "-o", str(library)], check=True)
+    subprocess.run(
+        [host_simt.compiler("c++"), *options, *folders, str(tmp_path / "exponential.cpp"), "-o", str(library)],
+        check=True,
+    )
     x = torch.cat((torch.linspace(-126, 1, 1 << 18), torch.tensor([-127.0, -300.0, -torch.inf, torch.nan])))
     y = x.clone()
     ctypes.CDLL(str(library)).powers(ctypes.c_void_p(y.data_ptr()), len(y))

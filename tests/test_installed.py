@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from host_simt import ROOT
+from host_simt import ROOT, compiler
 
 from fastvae.backends import c_interface, cuda, installed, native_library
 
@@ -109,7 +109,9 @@ def test_a_tree_without_a_library_says_what_to_do(tree: Path, site: Path, what: 
     else:
         code = INFO + MEASURING
         library = site / "fastvae" / native_library.LIBRARY
-        subprocess.run(["gcc", "-xc", "-shared", "-fPIC", "-", "-o", library], input=ANOTHER, text=True, check=True)
+        subprocess.run(
+            [compiler("cc"), "-xc", "-shared", "-fPIC", "-", "-o", library], input=ANOTHER, text=True, check=True
+        )
         reason = f"the interface number of {library} is {c_interface.INTERFACE + 1} and that of the imported package,"
     ran = run(tree, site, code)
     (role,) = (line for line in ran.stdout.splitlines() if line.startswith("  native  "))
