@@ -85,7 +85,8 @@ sanitize: $(BUILT)
 	  FASTVAE_CUDA_LIBRARY=build/address-cuda/libfastvae_cuda.so $(BIN)/python -m pytest -q -k "cuda-host and test_sizes"
 
 cuda: $(BUILT)
-	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings=cmake.define.FASTVAE_CUDA=ON $(WERROR)
+	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --no-deps --editable . \
+	  --config-settings=cmake.define.FASTVAE_CUDA=ON $(WERROR)
 	$(BIN)/python -m fastvae info
 
 gpu-library: build/gpu/libfastvae_cuda.so build/gpu/nobulk/libfastvae_cuda.so
@@ -106,11 +107,12 @@ build/triton-3.6/installed: $(BUILT)
 triton-3.6: build/triton-3.6/installed
 	PYTHONPATH=$(CURDIR)/build/triton-3.6 $(BIN)/python -m pytest -q tests/test_triton_compile.py tests/test_cold_start.py
 
+# A process of several threads that forks is beyond qemu-user 7.
 neon: $(BUILT)
 	$(BIN)/cmake -S . -B build/neon -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_THREADS_TEST=ON \
 	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	$(BIN)/cmake --build build/neon
-	qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/fastvae_threads --no-fork  # which qemu-user 7 does not survive
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/fastvae_threads --no-fork
 
 dist: $(BUILT)
 	rm -rf dist
@@ -132,5 +134,5 @@ $(BIN)/torch-installed:
 	touch $@
 
 $(BUILT): $(BIN)/torch-installed $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,test,bench,dev]' $(WERROR)
+	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --editable '.[demo,test,bench,dev]' $(WERROR)
 	touch $@

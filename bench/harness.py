@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import random
+import re
 import resource
 import signal
 import statistics
@@ -149,12 +150,12 @@ def peak_extra_bytes(run: Run) -> int:
     """How far the process's resident memory rises above its start while `run` runs, its results included (Linux; the
     kernel's counters are right to a few hundred KiB)."""
     give_back()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which no library does
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which no library does or tells
     before = _memory().rss
     result = run()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
     del result
-    return max(0, peak - before)
+    return max(0, int(peak) * 1024 - before)
 
 
 def give_back() -> None:

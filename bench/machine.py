@@ -4,6 +4,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -57,7 +58,7 @@ def ceilings(threads: int, repeats: int = 5) -> Ceilings:
         include = [f"-I{kernels / folder}" for folder in ("cpu", "include")]
         subprocess.run(
             [
-                os.environ.get("CXX", "c++"),
+                *shlex.split(os.environ.get("CXX", "c++")),
                 *flags.split(),
                 *include,
                 str(HERE / "probe.cpp"),

@@ -66,7 +66,8 @@ class Target(NamedTuple):
         return self.slow and seed % 4 != 0
 
 
-_SETS = {"x86_64": ("avx512", "avx2", "sse4"), "aarch64": ("neon",)}.get(platform.machine(), ("generic",))
+_X86, _ARM = ("avx512", "avx2", "sse4"), ("neon",)
+_SETS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(platform.machine(), ("generic",))
 REFERENCE = {"reference": Target("reference")}
 NATIVE = {f"native-{isa}": Target("native", isa) for isa in _SETS}
 TRITON = (

@@ -1,6 +1,7 @@
 """A tree of sources that shadows an installed package: it finds the library that is installed and its own GPU kernels,
 or says what is missing and what to do."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from host_simt import ROOT, compiler
 
 from fastvae.backends import c_interface, cuda, installed, native_library
 
-BUILDS = "`FASTVAE_REQUIRE_NATIVE=1 pip install .` builds it"
+BUILDS = "`FASTVAE_REQUIRE_NATIVE=1 pip install --force-reinstall --no-deps {}` builds it"
 ANOTHER = f"extern int fastvae_interface(void) {{ return {c_interface.INTERFACE + 1}; }}"
 
 
@@ -105,7 +106,7 @@ def test_a_tree_without_a_library_says_what_to_do(tree: Path, site: Path, what: 
     pytest.importorskip("pytest_benchmark")
     if what == "none":
         code = NONE_INSTALLED + INFO + COMPUTING_TWICE + MEASURING
-        reason = f"neither in the imported package, {tree / 'fastvae'}, nor in an installed one; {BUILDS}"
+        reason = f"neither in the imported package, {tree / 'fastvae'}, nor in an installed one; {BUILDS.format(tree)}"
     else:
         code = INFO + MEASURING
         library = site / "fastvae" / native_library.LIBRARY
@@ -129,15 +130,25 @@ def test_a_tree_without_a_library_says_what_to_do(tree: Path, site: Path, what: 
     assert reason in refusal
 
 
-@pytest.mark.parametrize("folder", [None, "file:///somewhere/fastvae"])
+ORIGINS = {
+    "an index": ({}, "--no-cache-dir --no-binary fastvae fastvae"),
+    "a wheel": ({"archive_info": {}, "url": "file:///a.whl"}, "--no-cache-dir --no-binary fastvae fastvae"),
+    "a folder": ({"dir_info": {}, "url": "file:///somewhere/fastvae"}, "file:///somewhere/fastvae"),
+    "a repository": (
+        {"vcs_info": {"vcs": "git", "commit_id": "abc"}, "url": "https://a.test/fastvae"},
+        "git+https://a.test/fastvae@abc",
+    ),
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
 @pytest.mark.parametrize("pure", [True, False])
 def test_a_wheel_without_a_library_says_what_to_do(
-    pure: bool, folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pure: bool, origin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Why it has none, and a command that builds it where the package came from, with an error if that fails."""
-    files = {"WHEEL": f"Root-Is-Purelib: {str(pure).lower()}\n"}
-    if folder:
-        files["direct_url.json"] = f'{{"dir_info": {{}}, "url": "{folder}"}}'
+    """Why it has none, and a command that builds it from where the package came from, with an error if that fails."""
+    recorded, source = ORIGINS[origin]
+    files = {"WHEEL": f"Root-Is-Purelib: {str(pure).lower()}\n", "direct_url.json": json.dumps(recorded)}
 
     class Wheel:
         def read_text(self, name: str) -> str | None:
@@ -153,9 +164,9 @@ def test_a_wheel_without_a_library_says_what_to_do(
         native_library.library.__wrapped__()
     assert ("is the pure one, which no compiler has built" in str(error.value)) == pure
     assert ("neither in the imported package" in str(error.value)) == (not pure)
-    assert (folder or "--no-cache-dir --no-binary fastvae fastvae`") in str(error.value)
+    assert f" --no-deps {source}`" in str(error.value)
     reason = cuda._why_not_built()
-    assert "pip install -Ccmake.define.FASTVAE_CUDA=ON" in reason
+    assert f"--config-settings=cmake.define.FASTVAE_CUDA=ON {source}`" in reason
     assert "make cuda" not in reason
 
 

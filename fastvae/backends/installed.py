@@ -2,6 +2,7 @@
 missing."""
 
 import json
+import os
 from importlib.metadata import Distribution, distributions
 from importlib.resources import files
 from pathlib import Path
@@ -30,26 +31,33 @@ def why_not(build: str) -> str:
     return f"neither in the imported package, {PACKAGE}, nor in an installed one; `{build}` builds it"
 
 
-def build_command(*options: str, in_a_checkout: str = "") -> str:
-    """What builds the libraries of this package and installs it anew, without a way out where a compiler is missing.
+def build_command(option: str = "", in_a_checkout: str = "") -> str:
+    """What builds the libraries of this package and installs it anew, without a way out where nothing compiles them.
 
     Args:
-        options: of scikit-build-core, for example "cmake.define.FASTVAE_CUDA=ON".
+        option: of scikit-build-core, for example "cmake.define.FASTVAE_CUDA=ON".
         in_a_checkout: another command, where the package is one.
     """
-    install = " ".join(["FASTVAE_REQUIRE_NATIVE=1 pip install", *(f"-C{option}" for option in options)])
-    if (PACKAGE.parent / "CMakeLists.txt").is_file():
-        return in_a_checkout or f"{install} ."
-    # A wheel that pip has built before it would take from its cache.
-    source = next(filter(None, map(_folder, _distributions())), "--no-cache-dir --no-binary fastvae fastvae")
-    return f"{install} --force-reinstall --no-deps {source}"
+    checkout = (PACKAGE.parent / "CMakeLists.txt").is_file()
+    if checkout and in_a_checkout:
+        return in_a_checkout
+    command = ["FASTVAE_REQUIRE_NATIVE=1"] if os.name == "posix" else []
+    command += ["pip install", "--force-reinstall", "--no-deps"]
+    if option:
+        command.append(f"--config-settings={option}")
+    return " ".join([*command, str(PACKAGE.parent) if checkout else _origin()])
 
 
 def _distributions() -> list[Distribution]:
     return list(distributions(name="fastvae"))
 
 
-def _folder(distribution: Distribution) -> str:
-    """That it was installed from; empty where it was no folder."""
-    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-    return origin["url"] if "dir_info" in origin else ""
+def _origin() -> str:
+    """What pip was told to install: a folder, a repository, or the name, without the wheels that there are of it."""
+    for distribution in _distributions():
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        if "dir_info" in origin:
+            return origin["url"]
+        if "vcs_info" in origin:
+            return f"{origin['vcs_info']['vcs']}+{origin['url']}@{origin['vcs_info']['commit_id']}"
+    return "--no-cache-dir --no-binary fastvae fastvae"

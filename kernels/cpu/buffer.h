@@ -11,8 +11,8 @@ template <class T> class Buffer {
 public:
     explicit Buffer(int64_t size) : data_(nullptr) {
         const uint64_t items = size > 0 ? uint64_t(size) : 1;
-        if (items < (uint64_t(1) << 48) / sizeof(T))
-            data_ = static_cast<T *>(::operator new(items * sizeof(T), kLine, std::nothrow));
+        if (items < SIZE_MAX / 2 / sizeof(T))
+            data_ = static_cast<T *>(::operator new(size_t(items) * sizeof(T), kLine, std::nothrow));
     }
     ~Buffer() { ::operator delete(data_, kLine); }
     Buffer(const Buffer &) = delete;

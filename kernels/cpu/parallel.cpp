@@ -7,19 +7,14 @@
 // compiler. The pool serves where there is none (Windows, a program without torch), and in forked children, which
 // OpenMP's threads do not survive.
 
-#include <atomic>
-#include <condition_variable>
-#include <cstdint>
-#include <mutex>
-#include <system_error>
-#include <thread>
-
-#if defined(_WIN32)
-#define FASTVAE_FORKS 0
-#else
-#define FASTVAE_FORKS 1
-#include <dlfcn.h>
 #include <pthread.h>
+
+#include <atomic>
+#include <cstdint>
+#include <new>
+
+#if !defined(_WIN32)
+#include <dlfcn.h>
 #endif
 
 namespace fastvae {
@@ -46,47 +41,47 @@ private:
 };
 
 // Threads that sleep until there is a job. They are never joined: a process may end while they sleep, and a forked
-// child, which has none of them, leaves its copy of this be and makes another.
+// child, which has none of them, leaves its copy of this be and makes another. (pthreads and not std::thread, because
+// the latter throws, and needs a C++ library as new as the compiler.)
 class Pool {
 public:
     // The caller works, and up to `helpers` threads with it.
     void run(Job &job, int helpers) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        while (threads_ < helpers && start_one()) ++threads_;
+        pthread_mutex_lock(&mutex_);
+        while (threads_ < helpers && start_one()) ++threads_;  // fewer do the same work
         job_ = &job;
         places_ = helpers;
-        lock.unlock();
-        wanted_.notify_all();
+        pthread_cond_broadcast(&wanted_);
+        pthread_mutex_unlock(&mutex_);
         job.work();
-        lock.lock();
+        pthread_mutex_lock(&mutex_);
         places_ = 0;  // a thread that has not come by now finds nothing left to do
-        finished_.wait(lock, [this] { return busy_ == 0; });
+        while (busy_ > 0) pthread_cond_wait(&finished_, &mutex_);
+        pthread_mutex_unlock(&mutex_);
     }
 
 private:
     bool start_one() {
-        try {
-            std::thread([this] { serve(); }).detach();
-            return true;
-        } catch (const std::system_error &) {  // the system has no more; fewer do the same work
-            return false;
-        }
+        pthread_t thread;
+        return !pthread_create(&thread, nullptr, serve, this) && !pthread_detach(thread);
     }
 
-    void serve() {
-        for (std::unique_lock<std::mutex> lock(mutex_);;) {
-            wanted_.wait(lock, [this] { return places_ > 0; });
-            --places_, ++busy_;
-            Job &job = *job_;
-            lock.unlock();
+    static void *serve(void *self) {
+        Pool &pool = *static_cast<Pool *>(self);
+        for (pthread_mutex_lock(&pool.mutex_);;) {
+            while (pool.places_ == 0) pthread_cond_wait(&pool.wanted_, &pool.mutex_);
+            --pool.places_, ++pool.busy_;
+            Job &job = *pool.job_;
+            pthread_mutex_unlock(&pool.mutex_);
             job.work();
-            lock.lock();
-            if (--busy_ == 0) finished_.notify_one();
+            pthread_mutex_lock(&pool.mutex_);
+            if (--pool.busy_ == 0) pthread_cond_signal(&pool.finished_);
         }
+        return nullptr;
     }
 
-    std::mutex mutex_;
-    std::condition_variable wanted_, finished_;
+    pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t wanted_ = PTHREAD_COND_INITIALIZER, finished_ = PTHREAD_COND_INITIALIZER;
     Job *job_ = nullptr;
     int threads_ = 0, places_ = 0, busy_ = 0;
 };
@@ -103,7 +98,7 @@ struct Helpers {
 } helpers;
 
 Helpers::Helpers() {
-#if FASTVAE_FORKS
+#if !defined(_WIN32)
     openmp = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     pthread_atfork(nullptr, nullptr, [] {
         helpers.openmp = nullptr;
@@ -125,9 +120,10 @@ void run_units(int64_t units, int threads, void (*body)(void *, int64_t, int), v
     }
     if (helpers.openmp) {
         helpers.openmp([](void *job) { static_cast<Job *>(job)->work(); }, &job, unsigned(threads), 0);
-    } else {
-        if (!helpers.pool) helpers.pool = new Pool;
+    } else if (helpers.pool || (helpers.pool = new (std::nothrow) Pool)) {
         helpers.pool->run(job, threads - 1);
+    } else {
+        job.work();
     }
     helpers.taken.clear(std::memory_order_release);
 }

@@ -5,6 +5,7 @@ cases=("compiler.sh g++-11 tests" "compiler.sh g++-12" "compiler.sh clang++-14" 
   "compiler.sh clang++-19 tests" no_compiler.sh wheel.sh sdist.sh mingw.sh)
 [ $# = 0 ] || cases=("$@")
 log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 table=()
 failed=0
 for case in "${cases[@]}"; do

@@ -7,13 +7,13 @@ python=$work/env/bin/python
 "$python" -m build --sdist --outdir "$work" "$work/source" > "$work/log" 2>&1 || fail "$(cat "$work/log")"
 sdist=$(echo "$work"/fastvae-*.tar.gz)
 rm -rf "$work/source"
-size=$(stat --format %s "$sdist")
+size=$(wc -c < "$sdist")
 [ "$size" -lt 1500000 ] || fail "$sdist has $size bytes"
-! tar --list --file "$sdist" | grep -E "bench/results/|\.png$|\.whl$|\.so$" || fail "results, pictures or libraries in $sdist"
+! tar -t -f "$sdist" | grep -E "bench/results/|\.png$|\.whl$|\.so$" || fail "results, pictures or libraries in $sdist"
 
 FASTVAE_REQUIRE_NATIVE=1 "$python" -m pip install --quiet --no-deps "$sdist"
 check "$python" native
-tar --extract --directory "$work/empty" --file "$sdist"
+tar -x -C "$work/empty" -f "$sdist"
 cd "$work"/empty/fastvae-*
-"$python" -m pytest -q -n auto -p no:cacheprovider tests/test_kl_gauss.py tests/test_installed.py -k "native or installed"
+FASTVAE_REQUIRE_NATIVE=1 "$python" -m pytest -q -n auto -p no:cacheprovider tests/test_kl_gauss.py -k native
 echo "$((size / 1024)) KiB"
