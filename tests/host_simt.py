@@ -1,4 +1,4 @@
-"""Compilers, and the CUDA kernels built to run on the host (kernels/cuda/host_simt.h), where there is no GPU."""
+"""Tools, and the CUDA kernels built to run on the host (kernels/cuda/host_simt.h), where there is no GPU."""
 
 import shutil
 import subprocess
@@ -18,9 +18,9 @@ def tool(name: str) -> str:
     return str(beside) if beside.exists() else shutil.which(name) or name
 
 
-def compiler(name: str) -> str:
-    """`cc` or `c++`; where there is none, the test is skipped."""
-    return shutil.which(name) or pytest.skip(f"no {name}")
+def needed(name: str) -> str:
+    """The same; where there is none, the test is skipped."""
+    return shutil.which(tool(name)) or pytest.skip(f"no {name}")
 
 
 def build(target: Path = BUILD, *options: str) -> None:

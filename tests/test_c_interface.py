@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from host_simt import ROOT, compiler
+from host_simt import ROOT, needed
 
 from fastvae.backends import c_interface
 
@@ -43,7 +43,7 @@ def test_another_revision_is_refused(
     something else."""
     source = "" if number is None else f"int {function}(void) {{ return {number}; }}"
     library = tmp_path / "library.so"
-    subprocess.run([compiler("cc"), "-xc", "-shared", "-fPIC", "-", "-o", library], input=source, text=True, check=True)
+    subprocess.run([needed("cc"), "-xc", "-shared", "-fPIC", "-", "-o", library], input=source, text=True, check=True)
     code = f"""
 import fastvae, torch
 from fastvae.__main__ import main

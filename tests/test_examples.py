@@ -48,6 +48,7 @@ def test_estimator_bias_prints_the_readmes_table():
 
 def test_gradient_snr(tmp_path):
     """DReG's ratio grows with m, IWAE's falls, and their means agree where STL's does not."""
+    pytest.importorskip("matplotlib")
     picture = tmp_path / "gradient_snr.png"
     printed = printed_by("gradient_snr.py", "--most", 16, "--repeats", 2048, "--out", picture)
     rows = re.findall(r"^ *(\d+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+)$", printed, re.MULTILINE)
@@ -62,6 +63,7 @@ def test_gradient_snr(tmp_path):
 
 def test_beta_tcvae(tmp_path):
     """More weight, less TC; and less of it by BetaTCVAE than by the ELBO at equal reconstruction."""
+    pytest.importorskip("matplotlib")
     picture = tmp_path / "beta_tcvae.png"
     printed = printed_by("beta_tcvae.py", "--steps", 200, "--out", picture)
     rows = re.findall(r"^(Nell.*?) +(\d\S+) +(\S+) +(\S+) +(\S+) +(\S+)$", printed, re.MULTILINE)
@@ -91,6 +93,7 @@ def test_the_bound_of_em_touches_the_likelihood():
 
 def test_priors_print_a_table_and_draw(tmp_path):
     """The README's, but for the numbers: its training takes minutes."""
+    pytest.importorskip("matplotlib")
     table = printed_by("priors.py", "--steps", 2, "--samples", 16, "--out", tmp_path / "hole.png").splitlines()
     readme = (ROOT / "README.md").read_text()
     assert table[0] in readme

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("triton")
+
 ROOT = Path(__file__).parents[1]
 MOCK = ROOT / "tests" / "mocked_gpu"
 PARTS = ("sanity", "measure", "profile", "tests", "peers")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from host_simt import ROOT, compiler
+from host_simt import ROOT, needed
 
 from fastvae.backends import c_interface, cuda, installed, native_library
 
@@ -111,7 +111,7 @@ def test_a_tree_without_a_library_says_what_to_do(tree: Path, site: Path, what: 
         code = INFO + MEASURING
         library = site / "fastvae" / native_library.LIBRARY
         subprocess.run(
-            [compiler("cc"), "-xc", "-shared", "-fPIC", "-", "-o", library], input=ANOTHER, text=True, check=True
+            [needed("cc"), "-xc", "-shared", "-fPIC", "-", "-o", library], input=ANOTHER, text=True, check=True
         )
         reason = f"the interface number of {library} is {c_interface.INTERFACE + 1} and that of the imported package,"
     ran = run(tree, site, code)

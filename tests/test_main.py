@@ -168,5 +168,6 @@ def test_a_wrong_command_line_exits_with_2_and_the_usage(arguments, complaint, c
 
 def test_a_folder_that_cannot_be_is_said_before_the_demo_trains(capsys):
     pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
     assert main(["demo", "--out", __file__]) == 1
     assert capsys.readouterr().err == f"--out: expected a folder, or a place for one, got {__file__}: File exists\n"

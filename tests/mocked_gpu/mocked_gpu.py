@@ -226,6 +226,7 @@ def adapt_torch(_: ModuleType) -> None:
         **{"get_rng_state": lambda *_: torch.get_rng_state(), "default_generators": (torch.default_generator,)},
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
     }
+    torch.accelerator.current_accelerator = always(None)  # which would ask the driver
     for name, value in (functions | {name: always(answer) for name, answer in answers.items()}).items():
         setattr(torch.cuda, name, value)
 
