@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -364,7 +365,7 @@ def test_a_step_over_its_limit_is_killed(tmp_path: Path) -> None:
     status, said = result(started("profile", tmp_path, **more))
     assert time.monotonic() - begin < 20
     assert status == 1
-    assert "ncu-triton: 4 s, TIMED OUT" in said
+    assert re.search(r"^ncu-triton: [4-9] s, TIMED OUT$", said, re.M)  # of whole seconds, and a while to end
     assert "KeyboardInterrupt" in kept(tmp_path, "profile")["ncu-triton.txt"]
 
 
