@@ -69,7 +69,8 @@ check: $(BUILT)
 	$(BIN)/mypy
 
 # Leaks are not looked for: Python itself leaks at exit. The thread sanitizer does not understand OpenMP's runtime,
-# so it watches a driver that has none, and so computes on the library's own pool.
+# so it watches a driver that has none, and so computes on the library's own pool; without forks, which it does not
+# survive in a process of several threads (tests/install/compiler.sh has them).
 sanitize: $(BUILT)
 	$(BIN)/cmake -S . -B build/address -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/address
@@ -77,7 +78,7 @@ sanitize: $(BUILT)
 	  FASTVAE_REQUIRE_NATIVE=1 FASTVAE_LIBRARY=build/address/libfastvae_cpu.so $(BIN)/python -m pytest -q $(NATIVE_TESTS)
 	$(BIN)/cmake -S . -B build/thread -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_SANITIZE=thread -DFASTVAE_THREADS_TEST=ON
 	$(BIN)/cmake --build build/thread
-	TSAN_OPTIONS=die_after_fork=0 build/thread/fastvae_threads
+	build/thread/fastvae_threads --no-fork
 	$(BIN)/cmake -S . -B build/address-cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_CUDA=HOST \
 	  -DFASTVAE_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/address-cuda
