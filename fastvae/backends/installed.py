@@ -3,6 +3,7 @@ missing."""
 
 import json
 import os
+import shlex
 from importlib.metadata import Distribution, distributions
 from importlib.resources import files
 from pathlib import Path
@@ -45,7 +46,7 @@ def build_command(option: str = "", in_a_checkout: str = "") -> str:
     command += ["pip install", "--force-reinstall", "--no-deps"]
     if option:
         command.append(f"--config-settings={option}")
-    return " ".join([*command, str(PACKAGE.parent) if checkout else _origin()])
+    return " ".join([*command, shlex.quote(str(PACKAGE.parent)) if checkout else _origin()])
 
 
 def _distributions() -> list[Distribution]:

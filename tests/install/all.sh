@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# all.sh [CASE...]: the cases of this folder, or those named, one after another, and a table of them. Half an hour.
+# all.sh [CASE...]: the cases of this folder, or those named, one after another, and a table of them. Ten minutes.
 cd "$(dirname "$0")"
 cases=("compiler.sh g++-11 tests" "compiler.sh g++-12" "compiler.sh clang++-14" "compiler.sh clang++-16"
   "compiler.sh clang++-19 tests" no_compiler.sh wheel.sh sdist.sh mingw.sh)
