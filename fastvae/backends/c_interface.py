@@ -1,6 +1,7 @@
 """How a plain C interface is called by ctypes: what the backends `native` and `cuda` have in common."""
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ def pointers(n: int) -> tuple[type, ...]:
     return (c_void_p,) * n
 
 
-def load(library: str, variable: str, interface: str, build: str) -> ctypes.CDLL:
+def load(library: str, variable: str, interface: str, build: Callable[[], str]) -> ctypes.CDLL:
     """The package's shared library, or another build of it where the environment variable names one.
 
     Args:
         interface: the name of the function that says the number of the library's interface.
-        build: the command that builds it.
+        build: gives the command that builds it, where there is something to say of it.
 
     Raises:
         OSError: there is none, it does not load, or its interface is not the one that this package calls.
@@ -42,17 +43,17 @@ def load(library: str, variable: str, interface: str, build: str) -> ctypes.CDLL
             raise WrongSetting(f"{variable}={named}: {error}; correct it, or unset {variable}") from error
     path = installed.find(library)
     if path is None:
-        raise OSError(installed.why_not(build))
+        raise OSError(installed.why_not(build()))
     return _load(path, interface, build)
 
 
-def _load(path: str | Path, interface: str, build: str) -> ctypes.CDLL:
+def _load(path: str | Path, interface: str, build: Callable[[], str]) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(path))
     number = getattr(lib, interface)() if hasattr(lib, interface) else "none"
     if number != INTERFACE:
         raise OSError(
             f"the interface number of {path} is {number} and that of the imported package, {installed.PACKAGE}, is"
-            f" {INTERFACE}, so they are of different revisions; build it again, by `{build}`"
+            f" {INTERFACE}, so they are of different revisions; build it again, by `{build()}`"
         )
     return lib
 

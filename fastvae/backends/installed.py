@@ -4,7 +4,7 @@ missing."""
 import json
 import os
 import shlex
-from importlib.metadata import Distribution, distributions
+from importlib.metadata import distributions
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,13 +18,13 @@ def find(name: str) -> Path | None:
     among the installed packages. Whether what is found is of this tree's interface is for the caller to see.
     """
     beside = Path(str(files("fastvae") / name))  # an editable installation has it elsewhere than its Python
-    elsewhere = (Path(str(d.locate_file("fastvae"))) / name for d in _distributions())
+    elsewhere = (Path(str(d.locate_file("fastvae"))) / name for d in distributions(name="fastvae"))
     return next((path for path in (beside, *elsewhere) if path.is_file()), None)
 
 
 def why_not(build: str) -> str:
     """Why there is no library, and what builds it."""
-    if any("Root-Is-Purelib: true" in (d.read_text("WHEEL") or "") for d in _distributions()):
+    if any("Root-Is-Purelib: true" in (d.read_text("WHEEL") or "") for d in distributions(name="fastvae")):
         return (
             f"the installed package is the pure one, which no compiler has built; `{build}`, with g++ 11, Clang 14 or a"
             " later one, builds it or says why not"
@@ -49,13 +49,9 @@ def build_command(option: str = "", in_a_checkout: str = "") -> str:
     return " ".join([*command, shlex.quote(str(PACKAGE.parent)) if checkout else _origin()])
 
 
-def _distributions() -> list[Distribution]:
-    return list(distributions(name="fastvae"))
-
-
 def _origin() -> str:
     """What pip was told to install: a folder, a repository, or the name, without the wheels that there are of it."""
-    for distribution in _distributions():
+    for distribution in distributions(name="fastvae"):
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
         if "dir_info" in origin:
             return origin["url"]

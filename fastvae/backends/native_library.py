@@ -44,7 +44,7 @@ class Kernels(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The shared library, loaded once; `FASTVAE_LIBRARY` names another build of it, for the sanitizers."""
-    lib = c.load(LIBRARY, "FASTVAE_LIBRARY", "fastvae_interface", installed.build_command())
+    lib = c.load(LIBRARY, "FASTVAE_LIBRARY", "fastvae_interface", installed.build_command)
     lib.fastvae_version.restype = c_char_p
     lib.fastvae_instruction_sets.restype = c_char_p
     lib.fastvae_kernels_for.restype = POINTER(Kernels)
