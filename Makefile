@@ -27,6 +27,8 @@ WERROR := $(if $(CI),--config-settings=cmake.define.FASTVAE_WERROR=ON)
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/* kernels/cpu/*)
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
+# Nothing is installed, and no test skipped, for want of what cannot be compiled.
+export FASTVAE_REQUIRE_NATIVE := 1
 
 .PHONY: demo test test-quick test-long fuzz bench bench-cpu bench-smoke bench-compare check sanitize gpu-library triton-3.6 neon dist clean
 
@@ -34,13 +36,13 @@ demo: $(BUILT)
 	$(BIN)/python -m fastvae demo
 
 test: $(BUILT)
-	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto
 
 test-quick: $(BUILT)
-	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n auto --quick
+	$(BIN)/python -m pytest -n auto --quick
 
 test-long: $(BUILT)
-	FASTVAE_REQUIRE_NATIVE=1 FASTVAE_HYPOTHESIS=long $(BIN)/python -m pytest
+	FASTVAE_HYPOTHESIS=long $(BIN)/python -m pytest
 
 SECONDS ?= 60
 SEED ?= 0
@@ -75,7 +77,7 @@ sanitize: $(BUILT)
 	$(BIN)/cmake -S . -B build/address -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/address
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  FASTVAE_REQUIRE_NATIVE=1 FASTVAE_LIBRARY=build/address/libfastvae_cpu.so $(BIN)/python -m pytest -q $(NATIVE_TESTS)
+	  FASTVAE_LIBRARY=build/address/libfastvae_cpu.so $(BIN)/python -m pytest -q $(NATIVE_TESTS)
 	$(BIN)/cmake -S . -B build/thread -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DFASTVAE_SANITIZE=thread -DFASTVAE_THREADS_TEST=ON
 	$(BIN)/cmake --build build/thread
 	build/thread/fastvae_threads --no-fork
@@ -86,7 +88,7 @@ sanitize: $(BUILT)
 	  FASTVAE_CUDA_LIBRARY=build/address-cuda/libfastvae_cuda.so $(BIN)/python -m pytest -q -k "cuda-host and test_sizes"
 
 cuda: $(BUILT)
-	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --no-deps --editable . \
+	$(BIN)/python -m pip install --quiet --no-deps --editable . \
 	  --config-settings=cmake.define.FASTVAE_CUDA=ON $(WERROR)
 	$(BIN)/python -m fastvae info
 
@@ -118,7 +120,7 @@ neon: $(BUILT)
 dist: $(BUILT)
 	rm -rf dist
 	$(BIN)/python -m pip install --quiet build twine check-wheel-contents auditwheel
-	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m build
+	$(BIN)/python -m build
 	$(BIN)/python -m build --wheel -Cwheel.cmake=false
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
@@ -135,5 +137,5 @@ $(BIN)/torch-installed:
 	touch $@
 
 $(BUILT): $(BIN)/torch-installed $(SOURCES)
-	FASTVAE_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --editable '.[demo,test,bench,dev]' $(WERROR)
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test,bench,dev]' $(WERROR)
 	touch $@

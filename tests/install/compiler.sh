@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# compiler.sh CXX [tests]: `pip install .` by that compiler, warnings being errors, then check.py, the driver of
-# threads and forks (tests/native/threads.cpp), and, where asked for, the tests of the library and
-# the quick ones that compute with it.
+# compiler.sh CXX [tests]: `pip install .` by that compiler, warnings being errors, then check.py, the driver of threads
+# and forks (tests/native/threads.cpp), and, where asked for, the tests of the library and the quick ones that compute
+# with it.
 source "$(dirname "$0")/common.sh"
 CXX=$1
 command -v "$CXX" > /dev/null || fail "$CXX is not here"
