@@ -10,7 +10,7 @@
 #   make check       ruff, ruff format, mypy
 #   make sanitize    the native tests under the address, undefined-behaviour and thread sanitizers
 #   make cuda        the CUDA C++ kernels too, by nvcc; without one, or where it fails, `fastvae info` says why
-#   make gpu-library the same for an H100 or H200 alone, with bulk copies and without, where bench/gpu_run.sh looks
+#   make gpu-library the same for an H100 or H200 alone, with bulk copies and without, where bench/gpu/run.sh looks
 #   make triton-3.6  the compile checks with Triton 3.6, which belongs to torch 2.11, where `make test` has 3.7
 #   make neon        the kernels for AArch64, by a cross-compiler, checked on an emulated CPU (qemu-user)
 #   make dist        the source distribution, a wheel for this system and the pure one, in dist/, and what checks them
@@ -52,18 +52,18 @@ fuzz: $(BUILT)
 bench: $(BUILT)
 	mkdir -p build/bench
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench/all.json
-	$(BIN)/python -m bench.report build/bench/all.json
+	$(BIN)/python -m bench.cpu.report build/bench/all.json
 
 bench-cpu: $(BUILT)
 	mkdir -p build/bench
 	$(BIN)/python -m pytest bench -q -m target -k "$(ONLY)" --benchmark-only --benchmark-json=build/bench/targets.json
-	$(BIN)/python -m bench.report --targets build/bench/targets.json
+	$(BIN)/python -m bench.cpu.report --targets build/bench/targets.json
 
 bench-smoke: $(BUILT)
 	$(BIN)/python -m pytest bench -q --benchmark-disable
 
 bench-compare: $(BUILT)
-	$(BIN)/python -m bench.compare "$(BASE)" $(if $(COUNT),--count)
+	$(BIN)/python -m bench.cpu.compare "$(BASE)" $(if $(COUNT),--count)
 
 check: $(BUILT)
 	$(BIN)/ruff check .
@@ -108,7 +108,7 @@ build/triton-3.6/installed: $(BUILT)
 	touch $@
 
 triton-3.6: build/triton-3.6/installed
-	PYTHONPATH=$(CURDIR)/build/triton-3.6 $(BIN)/python -m pytest -q tests/test_triton_compile.py tests/test_cold_start.py
+	PYTHONPATH=$(CURDIR)/build/triton-3.6 $(BIN)/python -m pytest -q tests/backends/test_triton_compile.py tests/bench/test_cold_start.py
 
 # A process of several threads that forks is beyond qemu-user 7.
 neon: $(BUILT)

@@ -2,7 +2,7 @@
 figure is fastvae's; the others' are in its `extra_info`, and in the tables at the end.
 
     pytest bench --benchmark-only                      the suite; -k and -m target choose from it
-    pytest bench --benchmark-only --benchmark-json=F   and saves what was measured, for `python -m bench.report F`
+    pytest bench --benchmark-only --benchmark-json=F   and saves what was measured, for `python -m bench.cpu.report F`
     pytest bench --benchmark-disable                   a trial: the smallest cases, checked and not measured
 """
 
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from . import report
 from .cases import MEMORY_TARGETS, TARGETS, Case, cases, smallest
-from .contest import TOO_SLOW, measure, try_out
+from .cpu import report
+from .cpu.contest import TOO_SLOW, measure, try_out
+from .cpu.machine import Ceilings, ceilings, describe, why_not
 from .harness import Prepare
-from .machine import Ceilings, ceilings, describe, why_not
 
 Contest = Callable[[Case], None]
 BACKEND = "native"  # that computes what is called fastvae here
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Nothing is measured, or tried, under the name of a backend that would not compute it."""
-    benchmarks = [item for item in session.items if report.HERE in item.path.parents]
+    benchmarks = [item for item in session.items if report.BENCH in item.path.parents]
     reason = why_not(BACKEND) if benchmarks and not session.config.option.collectonly else ""
     if reason:
         raise pytest.UsageError(reason)

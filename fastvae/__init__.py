@@ -1,25 +1,32 @@
 """Fused kernels for variational autoencoders."""
 
-from .aggregate_objectives import BetaTCVAE, InfoVAE
+from .aggregate import estimators
+from .aggregate.dataset import kl_decomposition_dataset
+from .aggregate.decomposition import KLDecomposition, kl_decomposition
+from .aggregate.estimators import agg_entropy, estimator_weights
+from .aggregate.marginals import agg_log_prob_marginals
+from .aggregate.mmd import mmd
 from .backends import use_backend
 from .backends.precision import precision
-from .decomposition import KLDecomposition, kl_decomposition
-from .divergences import mmd
-from .estimators import agg_entropy, estimator_weights
-from .evaluate import DecoderMI, active_units, decoder_mutual_information, kl_decomposition_dataset
-from .holes import PriorHole, prior_hole
-from .importance import effective_sample_size, elbo, iw_elbo, mc_iw_elbo
-from .information import cross_entropy, entropy, kl_discrete, mi_bounds
-from .mixture import GaussianMixture
-from .mixture_priors import MixturePrior, VampPrior
-from .objectives import ELBO, IWAE
-from .ops.aggregate import agg_log_prob, agg_log_prob_marginals
-from .ops.cross import cross_log_prob, log_prob_gauss
-from .ops.kl import kl_gauss
+from .evaluation.active_units import active_units
+from .evaluation.holes import PriorHole, prior_hole
+from .evaluation.mutual_information import DecoderMI, decoder_mutual_information, mi_bounds
+from .mixtures import em
+from .mixtures.gaussian_mixture import GaussianMixture
+from .models import bounds, likelihoods, objectives, priors
+from .models.aggregate_objectives import BetaTCVAE, InfoVAE
+from .models.bounds import effective_sample_size, elbo, iw_elbo, mc_iw_elbo
+from .models.mixture_priors import MixturePrior, VampPrior
+from .models.objectives import ELBO, IWAE
+from .models.priors import DiagonalGaussian, StandardNormal
+from .models.vae import VAE, LogLikelihood, VAEOutput
+from .ops.agg_log_prob import agg_log_prob
+from .ops.categorical import cross_entropy, entropy, kl_discrete
+from .ops.cross_log_prob import cross_log_prob, log_prob_gauss
+from .ops.kl_gauss import kl_gauss
 from .ops.pairs import ColumnWeights
-from .ops.sampling import GaussianSample, reparameterize, sample_gauss
-from .priors import DiagonalGaussian, StandardNormal
-from .vae import VAE, LogLikelihood, VAEOutput
+from .ops.sample_gauss import GaussianSample, reparameterize, sample_gauss
+from .protocols import Likelihood, Objective, Prior
 
 __version__ = "0.1.0"
 
@@ -35,8 +42,11 @@ __all__ = [
     "GaussianSample",
     "InfoVAE",
     "KLDecomposition",
+    "Likelihood",
     "LogLikelihood",
     "MixturePrior",
+    "Objective",
+    "Prior",
     "PriorHole",
     "StandardNormal",
     "VAEOutput",
@@ -45,24 +55,30 @@ __all__ = [
     "agg_entropy",
     "agg_log_prob",
     "agg_log_prob_marginals",
+    "bounds",
     "cross_entropy",
     "cross_log_prob",
     "decoder_mutual_information",
     "effective_sample_size",
     "elbo",
+    "em",
     "entropy",
     "estimator_weights",
+    "estimators",
     "iw_elbo",
     "kl_decomposition",
     "kl_decomposition_dataset",
     "kl_discrete",
     "kl_gauss",
+    "likelihoods",
     "log_prob_gauss",
     "mc_iw_elbo",
     "mi_bounds",
     "mmd",
+    "objectives",
     "precision",
     "prior_hole",
+    "priors",
     "reparameterize",
     "sample_gauss",
     "use_backend",

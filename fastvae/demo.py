@@ -17,12 +17,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import plots
+from .aggregate.decomposition import kl_decomposition
 from .backends import backend_for
-from .decomposition import kl_decomposition
-from .ops.kl import kl_gauss
-from .ops.sampling import reparameterize
-from .vae import VAE
+from .evaluation import plots
+from .models.vae import VAE
+from .ops.kl_gauss import kl_gauss
+from .ops.sample_gauss import reparameterize
 
 COUNT, SIDE, LATENT = 16, 8, 16
 N_TRAIN, BATCH, PASSES = 1500, 100, 10  # an epoch is 10 passes over the training images

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 # Before torch is imported: its idle threads must not spin while other processes need the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import host_simt
 import pytest
 import torch
+from support import host_simt
 
 # Before Triton is imported: where there is no GPU, kernels run on the CPU, Triton's in its interpreter and those in
 # CUDA C++ in a build for the host.
@@ -32,7 +32,7 @@ with contextlib.suppress(AttributeError, TypeError):  # another libc
     if libc.mallopt(M_MMAP_THRESHOLD, 2**25):
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
-from helpers import DTYPES
+from support.helpers import DTYPES
 
 import fastvae
 from fastvae import backends
@@ -79,7 +79,7 @@ CUDA = (
     {"cuda": Target("cuda", device="cuda")} if torch.cuda.is_available() else {"cuda-host": Target("cuda", slow=True)}
 )
 if "triton" in TRITON and backends.status("triton").available:
-    import interpreter
+    from support import interpreter
 
     interpreter.adjust()
 TARGETS = {**REFERENCE, **NATIVE, **TRITON, **CUDA}
@@ -150,7 +150,7 @@ LONG_FILES = (
     "examples",
     "fuzz",
 )
-LONG_FILES += ("gpu_run", "importance", "installed", "main", "native_library")
+LONG_FILES += ("gpu_run", "bounds", "installed", "main", "native_library")
 LONG_FILES += ("triton", "triton_compile", "triton_early_exit")
 LONG_TESTS = ("anchors_of_the_whole", "budget", "compile", "environment", "inductor", "it_learns", "little_terms")
 LONG_TESTS += ("many_rows", "opcheck", "trains", "transforms", "triton", "variable")
@@ -171,7 +171,7 @@ def _takes_long(item: pytest.Item) -> bool:
 
 
 # Files in which many tests look at what was made once, at some cost: they are run by one worker.
-OF_ONE_WORKER = ("test_triton_compile", "test_cold_start", "test_cuda_kernels", "test_importance")
+OF_ONE_WORKER = ("test_triton_compile", "test_cold_start", "test_cuda_kernels", "test_bounds")
 
 
 BACKEND = re.compile(rf"(?<=[\[-])({'|'.join(map(re.escape, TARGETS))})(?=[\]-])")  # in the name of a test

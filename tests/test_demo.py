@@ -12,7 +12,7 @@ from fastvae.__main__ import main
 
 image = pytest.importorskip("matplotlib.image")
 demo = pytest.importorskip("fastvae.demo")
-plots = pytest.importorskip("fastvae.plots")
+plots = pytest.importorskip("fastvae.evaluation.plots")
 
 NUMBER = r"-?\d+\.\d+"
 
@@ -94,11 +94,12 @@ def test_tile():
 
 @pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "tqdm"])
 def test_a_missing_extra_is_named(missing, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.startswith((f"{missing}.", "fastvae.demo", "fastvae.plots"))]:
+    unloaded = (f"{missing}.", "fastvae.demo", "fastvae.evaluation.plots")
+    for name in [name for name in sys.modules if name.startswith(unloaded)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delattr("fastvae.demo")
-    monkeypatch.delattr("fastvae.plots")
+    monkeypatch.delattr("fastvae.evaluation.plots")
     assert main(["demo"]) == 1
     error = capsys.readouterr().err
     assert missing in error

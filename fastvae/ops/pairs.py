@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import LogWeights, accumulation_dtype
-from ._checks import accumulated, check_device, check_indices, check_number, check_posterior, check_tensor, promote
+from .checks import accumulated, check_device, check_indices, check_number, check_posterior, check_tensor, promote
 
 POSTERIORS = "Tensor z, Tensor mu, Tensor logvar"  # of an op's schema: z [S, D]; mu, logvar [N, D]
+WEIGHTS = "Tensor? log_w, Scalar? log_w_all, Tensor? own, Scalar? log_w_own, Scalar? log_w_next"  # LogWeights
 
 
 class ColumnWeights(NamedTuple):
@@ -59,6 +60,19 @@ _let_the_compiler_take_logarithms._dynamo_marked_constant = True  # type: ignore
 def result(z: Tensor, *shape: int) -> Tensor:
     """A tensor of the dtype of sums."""
     return z.new_empty(shape, dtype=accumulation_dtype(z.dtype))
+
+
+def save(ctx: Any, inputs: tuple[Any, ...], *results: Tensor) -> None:
+    z, mu, logvar, log_w, log_w_all, own, log_w_own, log_w_next = inputs
+    ctx.save_for_backward(*results, z, mu, logvar, log_w, own)
+    ctx.numbers = log_w_all, log_w_own, log_w_next
+
+
+def restored(ctx: Any) -> tuple[Any, ...]:
+    """(*results, z, mu, logvar, then the fields of LogWeights)"""
+    *tensors, log_w, own = ctx.saved_tensors
+    log_w_all, log_w_own, log_w_next = ctx.numbers
+    return (*tensors, log_w, log_w_all, own, log_w_own, log_w_next)
 
 
 def checked(

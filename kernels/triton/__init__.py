@@ -10,7 +10,7 @@ underscore) and the functions that launch them, `op` and `op_backward`, which ar
 - allocates what it needs on that stream and leaves it there, so nothing is owed a `record_stream`: a caller who hands
   tensors of another stream in owes it, as to any of torch's operations;
 - never reads a tensor's values (no host synchronization, capturable in a CUDA graph), and so also runs on meta
-  tensors: the ahead-of-time suite, tests/test_triton_compile.py, compiles what such a call would launch;
+  tensors: the ahead-of-time suite, tests/backends/test_triton_compile.py, compiles what such a call would launch;
 - reads its inputs in the dtype they have and converts in registers; rows may be strided (`_launch.rows`);
 - addresses with 64 bits (`.to(tl.int64)` on anything that is multiplied by a stride);
 - gives the same bits every time: no atomics, partial sums added up by a second kernel in a fixed order.

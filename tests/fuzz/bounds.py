@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from calls import Call, Draw, surface
-from helpers import aggregate, log_normal
+from support.helpers import aggregate, log_normal
 from torch import Tensor
 
 import fastvae
-from fastvae.importance import GRADIENTS
+from fastvae.models.bounds import GRADIENTS
 from kernels import decomposed, promoted
 
 

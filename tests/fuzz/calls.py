@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from helpers import HALVES
+from support.helpers import HALVES
 from torch import Tensor
 
 SIZES = (1, 1, 2, 3, 3, 4, 5, 7, 8, 9, 16, 17, 31, 33, 64, 65, 97)

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from calls import Call, Draw, surface
-from helpers import LOG_2PI, aggregate, kl, log_normal
+from support.helpers import LOG_2PI, aggregate, kl, log_normal
 from torch import Tensor
 
 import fastvae
-from fastvae import likelihoods
+from fastvae.models import likelihoods
 
 
 def close(name: str, got: Any, wanted: Any, tolerance: float = 1e-4) -> None:

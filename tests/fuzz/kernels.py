@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from calls import Call, Draw, surface
-from helpers import LOG_2PI, accumulated, aggregate, cross, flattened, kl, log_normal, log_weights, sample
+from support.helpers import LOG_2PI, accumulated, aggregate, cross, flattened, kl, log_normal, log_weights, sample
 from torch import Tensor
 
 import fastvae
 from fastvae import ColumnWeights
+from fastvae.aggregate.estimators import ESTIMATORS
 from fastvae.backends.contract import REDUCTIONS
-from fastvae.estimators import ESTIMATORS
 
 
 def promoted(*tensors: Tensor) -> torch.dtype:

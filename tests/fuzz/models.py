@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from calls import Call, Draw, surface, tensors_of
 from densities import close, data, log_likelihood
-from helpers import kl, log_normal
+from support.helpers import kl, log_normal
 from torch import Tensor, nn
 
 import fastvae
 from fastvae.backends import NAMES, status
-from fastvae.importance import GRADIENTS
+from fastvae.models.bounds import GRADIENTS
 
 LATENTS, PIXELS = 3, 5
 

@@ -19,8 +19,8 @@ import models  # noqa: F401
 import numpy as np
 import torch
 from calls import SURFACES, Call, Draw
-from helpers import Expected, cast, evaluate, largest
-from helpers import draw as fixed
+from support.helpers import Expected, cast, evaluate, largest
+from support.helpers import draw as fixed
 from torch import Tensor
 from variations import SURROUNDINGS, disguised, formed, wrong
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from calls import Draw
-from helpers import LAYOUTS
+from support.helpers import LAYOUTS
 from torch import Tensor, nn
 
 # Forms of a tensor, with the same values.

@@ -18,6 +18,6 @@ if [ "${2:-}" = tests ]; then
   cd "$work/source"
   # The tree is what Python imports in its root; it computes with the library that was installed.
   export FASTVAE_REQUIRE_NATIVE=1
-  "$python" -m pytest -q -n auto -p no:cacheprovider tests/test_native_library.py
+  "$python" -m pytest -q -n auto -p no:cacheprovider tests/backends/test_native_library.py
   "$python" -m pytest -q -n auto -p no:cacheprovider --quick -k native
 fi

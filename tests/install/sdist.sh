@@ -15,5 +15,5 @@ FASTVAE_REQUIRE_NATIVE=1 "$python" -m pip install --quiet --no-deps "$sdist"
 check "$python" native
 tar -x -C "$work/empty" -f "$sdist"
 cd "$work"/empty/fastvae-*
-FASTVAE_REQUIRE_NATIVE=1 "$python" -m pytest -q -n auto -p no:cacheprovider tests/test_kl_gauss.py -k native
+FASTVAE_REQUIRE_NATIVE=1 "$python" -m pytest -q -n auto -p no:cacheprovider tests/ops/test_kl_gauss.py -k native
 echo "$((size / 1024)) KiB"

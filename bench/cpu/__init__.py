@@ -1,0 +1,1 @@
+"""Races on CPUs, their report, and comparisons of revisions."""

@@ -1,0 +1,98 @@
+"""The machine: what it is, and its ceilings, measured by a small native probe (probe.cpp)."""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastvae import backends
+from fastvae.backends import native_library
+
+HERE = Path(__file__).parent
+VERSIONS = ("torch", "numpy", "pykeops", "scikit-learn")
+
+
+class Ceilings(NamedTuple):
+    """What this machine can do on all threads that torch uses, per second."""
+
+    fma: float  # float32 fused multiply-adds
+    exponentials: float  # float32, by our own polynomial in registers
+    bandwidth: float  # bytes, read plus written, of a copy much larger than the caches
+
+    @property
+    def slowness(self) -> float:
+        """How many times slower than the machine for which the limits in seconds were chosen, at what it is worst at;
+        1 on a faster one."""
+        return max(1.0, *(theirs / ours for theirs, ours in zip(OF_THE_LIMITS, self, strict=True)))
+
+
+OF_THE_LIMITS = Ceilings(fma=116e9, exponentials=11.6e9, bandwidth=30.6e9)  # results/amd-epyc-2-threads
+
+
+def why_not(backend: str, device: str = "cpu") -> str:
+    """Why what is called fastvae here would not be computed by that backend; nothing where it would."""
+    try:
+        computes = backends.name_for(torch.device(device))
+    except RuntimeError as error:
+        return str(error)
+    if computes == backend:
+        return ""
+    available, detail = backends.status(backend)[1:]
+    reason = "FASTVAE_BACKEND or use_backend asks for it" if available else detail
+    return f"fastvae is measured on its backend {backend}, but {computes} would compute: {reason}"
+
+
+def ceilings(threads: int, repeats: int = 5) -> Ceilings:
+    """The best of some repeats, measured now by a probe compiled for this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "probe.so"
+        flags = "-std=c++20 -O3 -march=native -ffp-contract=fast -fno-math-errno -w -shared -fPIC"
+        kernels = HERE.parents[1] / "kernels"
+        include = [f"-I{kernels / folder}" for folder in ("cpu", "include")]
+        subprocess.run(
+            [
+                *shlex.split(os.environ.get("CXX", "c++")),
+                *flags.split(),
+                *include,
+                str(HERE / "probe.cpp"),
+                "-o",
+                str(library),
+                "-lpthread",
+            ],
+            check=True,
+        )
+        probe = ctypes.CDLL(str(library))
+        rates = (probe.fma_rate, probe.exp_rate, probe.copy_rate)
+        for rate in rates:
+            rate.restype = ctypes.c_double
+        return Ceilings(*(max(rate(threads) for _ in range(repeats)) for rate in rates))
+
+
+def describe() -> dict[str, object]:
+    """What a reader must know of where and with what something was measured; no name of the host."""
+    import cpuinfo  # these two are not needed, and perhaps not there, where a GPU is measured
+    import psutil
+
+    return {
+        "cpu": cpuinfo.get_cpu_info().get("brand_raw") or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "memory": psutil.virtual_memory().total,
+        "python": platform.python_version(),
+        "fastvae": native_library.status()[1],
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS if _installed(name)},
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,351 @@
+"""From what was measured to something to read:
+
+    python -m bench.cpu.report FILE...             writes bench/results/<machine>/
+    python -m bench.cpu.report --readme FILE...    and the README's section on performance
+    python -m bench.cpu.report --targets FILE...   prints the ratios to reach, and those reached
+
+Files are those of `pytest bench --benchmark-only --benchmark-json=FILE`, of one run or of several that each took a
+part; or a results.json that this wrote. There is no ratio here but by `ratio`, which gives none where a check failed.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..cases import HEADLINES, MEMORY_TARGETS, OPS, TARGETS, Case
+from .scaling import DECADES, FLAT, exponent, flat_from
+
+BENCH = Path(__file__).parents[1]
+README = BENCH.parent / "README.md"
+BEGIN, END = "<!-- measured: written by python -m bench.cpu.report -->", "<!-- end of measured -->"
+IN_CACHE = 64 * 2**20  # bytes; a smaller problem is not bound by memory's bandwidth
+
+Measured = dict[str, Any]  # what `contest.measure` gives
+
+
+class Results(NamedTuple):
+    machine: dict[str, Any]
+    commit: str
+    date: str
+    cases: dict[Case, Measured]
+    scaling: list[Measured] = []  # noqa: RUF012  # what `scaling.measure` gives
+
+    @property
+    def name(self) -> str:
+        cpu = re.sub("[^a-z0-9]+", "-", self.machine["cpu"].lower()).strip("-")
+        return f"{cpu}-{self.machine['threads']}-threads"
+
+
+def load(paths: Iterable[Path]) -> Results:
+    """Those of all files, which must be of one machine; where a case is in several, the last counts."""
+    machines, commits, dates, cases, scaling = [], [], [], {}, {}
+    for path in paths:
+        raw = json.loads(path.read_text())
+        machines.append(raw["machine_info"])
+        commits += re.sub("([0-9a-f]{9})[0-9a-f]*", r"\1", raw["commit_info"]["id"]).split(", ")
+        commits[-1] += "-dirty" if raw["commit_info"].get("dirty") else ""
+        dates.append(raw["datetime"][:10])
+        for benchmark in raw["benchmarks"]:
+            measured = benchmark["extra_info"]
+            if "scaling" in measured:
+                scaling[measured["scaling"], measured["mode"]] = measured
+                continue
+            cases[Case(measured["op"], tuple(measured["size"]), measured["mode"])] = measured
+    if any(machine != machines[0] for machine in machines):
+        raise ValueError(f"files of different machines or versions: {machines}")
+    known = [case for name in OPS for case in cases if case.name == name]
+    commit = ", ".join(dict.fromkeys(commits))
+    return Results(machines[0], commit, max(dates), {c: cases[c] for c in known}, list(scaling.values()))
+
+
+def dump(results: Results) -> str:
+    """What `load` reads, a line for each case."""
+    head = {"machine_info": results.machine, "commit_info": {"id": results.commit}, "datetime": results.date}
+    lines = ",\n".join(json.dumps({"extra_info": _rounded(m)}) for m in (*results.cases.values(), *results.scaling))
+    return json.dumps(head, indent=1)[:-2] + f',\n "benchmarks": [\n{lines}\n]}}\n'
+
+
+def _rounded(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _rounded(value) for key, value in x.items()}
+    return float(f"{x:.4g}") if isinstance(x, float) else x
+
+
+# Figures.
+
+
+def ratio(measured: Measured, who: str) -> float | None:
+    """How many times slower than fastvae; none where fastvae or the other was not timed, fastvae is not accurate, or
+    the other is wrong. A yardstick has no result to be wrong."""
+    ours, other = measured["results"]["fastvae"], measured["results"].get(who, {})
+    if "median" not in ours or "median" not in other or ours["verdict"] != "accurate":
+        return None
+    return None if other.get("verdict") == "wrong" else other["median"] / ours["median"]
+
+
+def share(measured: Measured) -> float | None:
+    """Of the ceiling, that fastvae reaches; none where the data may be in the caches."""
+    work, ours = measured["work"], measured["results"]["fastvae"]
+    if not work or "rate" not in work or "median" not in ours or ours["verdict"] != "accurate":
+        return None
+    if work["ceiling"] == "bandwidth" and work["amount"] < IN_CACHE:
+        return None
+    return work["amount"] / ours["median"] / work["rate"]
+
+
+def peers_of(measured: Measured) -> list[str]:
+    """Those with a ratio, fastest first; no yardsticks, and not fastvae in another guise."""
+    names = [
+        name
+        for name, r in measured["results"].items()
+        if not name.startswith("fastvae") and "verdict" in r and ratio(measured, name) is not None
+    ]
+    return sorted(names, key=lambda name: measured["results"][name]["median"])
+
+
+def time_text(seconds: float) -> str:
+    value, unit = (
+        (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "µs")
+    )
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def memory_text(count: float) -> str:
+    mebibytes = count / 2**20
+    return "< 1 MiB" if mebibytes < 1 else f"{mebibytes:.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
+
+
+def ratio_text(measured: Measured, who: str) -> str:
+    value = ratio(measured, who)
+    return "" if value is None else f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
+
+
+def mark(result: dict[str, Any]) -> str:
+    return {"inaccurate": " †", "wrong": " ‡"}.get(result.get("verdict", ""), "")
+
+
+def size_text(case: Case) -> str:
+    B, D = case.size
+    if case.name in ("kl_gauss", "reparameterize", "sample_gauss"):
+        return f"[{B:,}, {D}]"
+    return f"B {B:,}, D {D}" if case.name == "training_step" else f"{B:,} × {B:,}, D {D}"
+
+
+# Tables, in Markdown.
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    line = ["|---"] * left + ["|--:"] * (len(head) - left)
+    return ["| " + " | ".join(head) + " |", "".join(line) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def full_tables(cases: Iterable[Measured]) -> Iterator[str]:
+    """Everything that was measured: a table for each op and mode."""
+    groups: dict[tuple[str, str], list[Measured]] = {}
+    for measured in cases:
+        groups.setdefault((measured["op"], measured["mode"]), []).append(measured)
+    for (op, mode), group in groups.items():
+        yield from ("", f"**{op}, {mode}**", "")
+        rows = [row for measured in group for row in _rows(measured)]
+        head = ("size", "who", "median", "quartiles", "ratio", "peak extra memory", "error", "share of ceiling")
+        yield from table(head, rows, left=2)
+
+
+def _rows(measured: Measured) -> Iterator[tuple[str, ...]]:
+    size = size_text(Case(measured["op"], tuple(measured["size"]), measured["mode"]))
+    for name, r in measured["results"].items():
+        first = name == "fastvae"
+        what = (size if first else "", "**fastvae**" if first else name)
+        if "why_not" in r:
+            yield (*what, r["why_not"], "", "", "", "", "")
+            continue
+        reached = share(measured) if first else None
+        yield (
+            *what,
+            time_text(r["median"]) + mark(r),
+            f"{time_text(r['low'])} to {time_text(r['high'])}",
+            "" if first else ratio_text(measured, name),
+            memory_text(r["bytes"]),
+            f"{r['error']:.1e}" if "error" in r else "not compared",
+            "" if reached is None else f"{reached:.0%} of {measured['work']['ceiling']}",
+        )
+
+
+def target_lines(results: Results) -> list[str]:
+    rows = []
+    for case, goals in TARGETS.items():
+        for n, (who, goal) in enumerate(goals.items()):
+            measured = results.cases.get(case)
+            reached = ratio(measured, who) if measured else None
+            verdict = "not measured" if reached is None else "yes" if reached >= goal else "no"
+            what = f"{case.name}, {case.mode}, {size_text(case)}" if n == 0 else ""
+            times = [_median(measured, name) for name in ("fastvae", who)] if measured else ["", ""]
+            rows.append((what, *times, who, f"{goal:.2f}×", ratio_text(measured, who) if measured else "", verdict))
+    for case, most in MEMORY_TARGETS.items():
+        found = results.cases.get(case, {"results": {}})["results"].get("fastvae", {}).get("bytes")
+        verdict = "not measured" if found is None else "yes" if found <= most else "no"
+        reached_text = "" if found is None else memory_text(found)
+        what = f"{case.name}, {case.mode}, {size_text(case)}"
+        rows.append((what, "", "", "peak extra memory", f"≤ {memory_text(most)}", reached_text, verdict))
+    head = ("op, mode and size", "fastvae", "peer", "who", "target", "ratio", "reached")
+    return table(head, rows)
+
+
+def _median(measured: Measured, who: str) -> str:
+    r = measured["results"].get(who, {})
+    return time_text(r["median"]) + mark(r) if "median" in r else r.get("why_not", "")
+
+
+def headline_lines(results: Results) -> list[str]:
+    """Of chosen cases: fastvae, the fastest peer, and the formula that people write."""
+    rows = []
+    for case in HEADLINES:
+        if case not in results.cases:
+            continue
+        measured = results.cases[case]
+        ours = measured["results"]["fastvae"]
+        usual = "eager" if "eager" in measured["results"] else "eager_broadcast"
+        why_not = measured["results"].get(usual, {}).get("why_not", "").partition(":")[0]
+        fastest, memory = "none ran", ""
+        peers = peers_of(measured)
+        if peers:
+            fastest = f"{peers[0]}, {_median(measured, peers[0])}, {ratio_text(measured, peers[0])}"
+            memory = memory_text(measured["results"][peers[0]]["bytes"])
+        what = (case.name, case.mode, size_text(case), _median(measured, "fastvae"))
+        ours_memory = memory_text(ours["bytes"]) if "bytes" in ours else ""
+        rows.append((*what, fastest, ratio_text(measured, usual) or why_not, ours_memory, memory))
+    head = ("op", "mode", "size", "fastvae", "fastest peer", "eager formula", "memory", "fastest peer's")
+    return table(head, rows, left=3)
+
+
+def slower_lines(results: Results) -> list[str]:
+    """Where a peer is faster."""
+    found = []
+    for case, measured in results.cases.items():
+        first = next(iter(peers_of(measured)), None)
+        if first is not None and (ratio(measured, first) or 1) < 1:
+            place = f"{case.name} {case.mode} {size_text(case)}"
+            found.append(f"{place}: {first}{mark(measured['results'][first])} {ratio_text(measured, first)}")
+    count = f"{len(found)} of {len(results.cases)}"
+    return (
+        [f"Where a peer is faster ({count} cases): {'; '.join(found)}."] if found else ["No peer is faster anywhere."]
+    )
+
+
+def scaling_lines(results: Results) -> Iterator[str]:
+    """How cost grows with elements: a row for each ladder of sizes and number of threads."""
+    rows = []
+    for m in results.scaling:
+        elements = m["elements"]
+        for threads, times in m["seconds"].items():
+            cost = [t / e * 1e12 for t, e in zip(times, elements, strict=True)]
+            flat = flat_from(elements, times)
+            what = f"{m['scaling']}, {m['mode']}, D {m['D']}" if threads == "1" else ""
+            best = min(range(len(cost)), key=cost.__getitem__)
+            figures = (f"{exponent(elements, times):.2f}", f"{cost[-1]:.3g} ps", f"{m['sizes'][flat]:,}")
+            speed_up = m["seconds"]["1"][-1] / times[-1]
+            rows.append((what, threads, *figures, f"{cost[best]:.3g} ps at {m['sizes'][best]:,}", f"{speed_up:.2f}×"))
+    head = ("op, mode", "threads", "exponent", "an element at the largest", "the same from B", "least", "speed-up")
+    if rows:
+        yield from table(head, rows)
+
+
+NOTES = """\
+Times are medians of repeats in which all contestants take turns, on inputs written anew before each; a ratio is the
+other's time over fastvae's. Memory is how far a call raises the process's resident memory. The error is the largest
+difference from float64 relative to the largest value, over results, or gradients where there is a backward; † marks
+one above four times what half an ulp in the inputs and float32's eps come to; ‡ one above 0.001, which gets no ratio.
+A contestant may allocate 4 GiB and take about 4 s, longer where a ceiling of the machine is lower; one that cannot says
+so. Compilation is not timed. A share of a ceiling above 100% says that not all of the work was done: pairs too far
+apart are left out, and marginals tabulated (docs/beyond-brute-force.md)."""
+
+SCALING_NOTES = f"""\
+Elements are S·N·D, for kl_gauss and reparameterize B·D; B doubles from 32. The exponent is fitted over the {DECADES}
+decades below the largest size. A cost per element is called the same within a factor of {FLAT}; where it rises again at
+the largest elementwise sizes, results are over 32 MiB, for which the allocator takes fresh pages each time."""
+
+
+def about(results: Results) -> str:
+    m = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    return (
+        f"{m['cpu']}, {m['threads']} threads, {m['memory'] / 2**30:.0f} GiB; {m['fastvae']}; {versions}; "
+        f"Python {m['python']}; commit {results.commit}; {results.date}."
+    )
+
+
+def document(results: Results) -> str:
+    ceilings = {
+        m["work"]["ceiling"]: m["work"]["rate"] for m in results.cases.values() if m["work"] and "rate" in m["work"]
+    }
+    units = {"fma": "FMA/s", "exponentials": "exponentials/s", "bandwidth": "bytes/s copied, read plus written"}
+    measured = ", ".join(f"{ceilings[name] / 1e9:.3g}e9 {unit}" for name, unit in units.items() if name in ceilings)
+    lines = [
+        *(f"# {results.machine['cpu']}, {results.machine['threads']} threads", ""),
+        *("`make bench`, which ends with `python -m bench.cpu.report`. " + about(results), ""),
+        *(f"Ceilings, measured in the same run: {measured}.", "", NOTES, ""),
+        *("![Time against the size](time.png)", ""),
+        *("![Peak extra memory against the size](memory.png)", ""),
+        *("![Error against time](error.png)", ""),
+        *("## In short", "", *headline_lines(results), "", *slower_lines(results), ""),
+        *("## Targets", "", *target_lines(results), ""),
+        *("## Scaling", "", SCALING_NOTES, "", *scaling_lines(results), ""),
+        *("## Everything", *full_tables(results.cases.values())),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def section(results: Results) -> str:
+    """What stands in the README between the markers."""
+    folder = f"bench/results/{results.name}"
+    lines = [
+        *("On " + about(results), ""),
+        *(*headline_lines(results), ""),
+        *(*slower_lines(results), ""),
+        f"† less accurate than a float32 program need be. [All cases, peers, errors and memory]({folder}/README.md); ",
+        *("how they are measured stands there too.", ""),
+        f"![Time against the size]({folder}/time.png)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def between_markers(text: str) -> str:
+    return text.partition(BEGIN + "\n")[2].partition(END)[0]
+
+
+def with_section(text: str, content: str) -> str:
+    before, begin, rest = text.partition(BEGIN + "\n")
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"expected the lines {BEGIN!r} and {END!r}")
+    return before + begin + content + end + after
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--targets", action="store_true")
+    parser.add_argument("--readme", action="store_true")
+    options = parser.parse_args()
+    results = load(options.files)
+    if options.targets:
+        print("\n".join(target_lines(results)))
+        return
+    from ..pictures import races as pictures
+
+    folder = BENCH / "results" / results.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(dump(results))
+    results = load([folder / "results.json"])  # the figures are those of the file
+    (folder / "README.md").write_text(document(results))
+    pictures.draw(results.cases, folder)
+    if options.readme:
+        README.write_text(with_section(README.read_text(), section(results)))
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Whether every op on every GPU backend is right, hangs or faults: one process for each and each dtype, many at a time.
+
+    python -m bench.gpu.sanity OUT      forward and backward against float64, and CUDA graphs
+    python -m bench.gpu.sanity OUT --no-bulk   of the CUDA library alone, which is one that makes no bulk copies
+    python -m bench.gpu.sanity --here   the ops of the CUDA library once, in this process, for compute-sanitizer
+
+A process that faults has no context any more, and one that hangs is killed: neither says anything about the others.
+They are forked before anything has asked CUDA for anything.
+"""
+
+import argparse
+import functools
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastvae
+
+from .harness import DEVICE, TRIAL
+from .jobs import import_all, said
+
+LIMIT = float(os.environ.get("FASTVAE_STALL", "25"))  # seconds of each
+AT_A_TIME = 4 if TRIAL else 12  # each compiles what Triton has not compiled yet
+SIZES = ((5, 7, 3),) if TRIAL else ((131, 260, 33), (16, 16, 10))
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+Results = list[Tensor]
+REFUSALS = {"triton": "has not run yet", "cuda": "run the step once"}  # of a first call in a graph
+
+
+def kl_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Sequence[Tensor]:
+    return [fastvae.kl_gauss(mu, logvar, reduction=reduction) for reduction in ("none", "sample", "dim", "mean")]
+
+
+def reparameterize(z: Tensor, mu: Tensor, logvar: Tensor) -> Sequence[Tensor]:
+    return [fastvae.reparameterize(mu, logvar, seed=1)]
+
+
+def sample_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Sequence[Tensor]:
+    return list(fastvae.sample_gauss(mu, logvar, 2, seed=1))  # type: ignore[arg-type]
+
+
+def cross_log_prob(*inputs: Tensor) -> Sequence[Tensor]:
+    return [fastvae.cross_log_prob(*inputs)]
+
+
+def agg_log_prob(*inputs: Tensor) -> Sequence[Tensor]:
+    return [fastvae.agg_log_prob(*inputs)]
+
+
+def agg_log_prob_marginals(*inputs: Tensor) -> Sequence[Tensor]:
+    return fastvae.agg_log_prob_marginals(*inputs)
+
+
+OPS: dict[str, Callable[..., Sequence[Tensor]]] = {
+    op.__name__: op
+    for op in (agg_log_prob_marginals, agg_log_prob, cross_log_prob, sample_gauss, reparameterize, kl_gauss)
+}
+
+
+def evaluated(op: str, inputs: Results, backend: str, device: str, dtype: torch.dtype) -> Results:
+    """Outputs and gradients, the upstream gradients being the same whatever the dtype."""
+    leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+    with fastvae.use_backend(backend):
+        outputs = OPS[op](*leaves)
+        generator = torch.Generator().manual_seed(1)
+        upstream = [torch.randn(o.shape, generator=generator).bfloat16().to(device, o.dtype) for o in outputs]
+        gradients = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+    return [x.detach().cpu() for x in (*outputs, *gradients) if x is not None]
+
+
+def drawn(S: int, N: int, D: int) -> Results:
+    """z, mu, logvar that every dtype holds exactly."""
+    generator = torch.Generator().manual_seed(0)
+    z, mu, logvar = (torch.randn(n, D, generator=generator).bfloat16() for n in (S, N, N))
+    return [z, mu, (logvar / 2 - 1).bfloat16()]
+
+
+def compare(op: str, dtype: torch.dtype, backend: str) -> tuple[bool, str]:
+    """The largest error relative to what it may be: twice that of the reference in the same dtype, and roundings."""
+    worst = (0.0, "")
+    for S, N, D in SIZES:
+        inputs = drawn(S, N, D)
+        exact = evaluated(op, inputs, "reference", "cpu", torch.float64)
+        usual = evaluated(op, inputs, "reference", "cpu", dtype)
+        got = evaluated(op, inputs, backend, DEVICE, dtype)
+        for number, (g, u, e) in enumerate(zip(got, usual, exact, strict=True)):
+            scale, eps = float(e.abs().max()), torch.finfo(g.dtype).eps
+            noise = 1e-5 if op in ("reparameterize", "sample_gauss") else 0.0  # of the normals in float32
+            most = 2 * float((u.double() - e).abs().max()) + (4 * eps + noise) * scale + 1e-300
+            error = float((g.double() - e).abs().max()) / most
+            if not error <= worst[0]:  # or it is NaN
+                worst = (error, f"result {number}, {[S, N, D]}")
+            if error != error:
+                return False, f"NaN in {worst[1]}"
+    return worst[0] <= 1, f"{worst[0]:.2f} of its tolerance" + ("" if worst[0] <= 1 else f" ({worst[1]})")
+
+
+def graph(backend: str) -> tuple[bool, str]:
+    """A step captured after it has run, and replayed."""
+    step = _step(backend)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(), step()
+    torch.cuda.current_stream().wait_stream(side)
+    expected = [x.clone() for x in step()]
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        results = step()
+    return _replayed(captured, results, expected)
+
+
+def first_in_graph(backend: str) -> tuple[bool, str]:
+    """A step captured when it has never run: that works, or is refused by an error that says what to do and leaves the
+    context in order."""
+    step = _step(backend)
+    expected = _step("reference", "cpu")()
+    captured = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(captured):
+            results = step()
+    except Exception as error:
+        known, right = REFUSALS[backend] in str(error), _close(step(), expected)
+        return known and right, f"refused: {said(error)}" + ("" if right else "; afterwards the results are wrong")
+    again = step()
+    if not _close(again, expected):
+        return False, "after the capture the results are wrong"
+    return _replayed(captured, results, again)
+
+
+def _close(got: Results, expected: Results) -> bool:
+    return all(torch.allclose(a.cpu(), e, rtol=1e-3, atol=1e-3) for a, e in zip(got, expected, strict=True))
+
+
+def _step(backend: str, device: str = DEVICE) -> Callable[[], Results]:
+    leaves = [x.float().to(device).requires_grad_() for x in drawn(*SIZES[0])]
+    ones = torch.ones(len(leaves[0]), device=device)
+    torch.cuda.synchronize()
+
+    def step() -> Results:
+        with fastvae.use_backend(backend):
+            joint = fastvae.agg_log_prob(*leaves)
+            return [joint.detach(), *torch.autograd.grad(joint, leaves, ones)]
+
+    return step
+
+
+def _replayed(captured: Any, results: Results, expected: Results) -> tuple[bool, str]:
+    for x in results:
+        x.fill_(torch.nan)
+    captured.replay()
+    torch.cuda.synchronize()
+    same = all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    return same, "replays to the same bits" if same else "a replay gives something else"
+
+
+class Trial(NamedTuple):
+    name: str
+    backend: str
+    run: Callable[[], tuple[bool, str]]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} on {self.backend}"
+
+
+def trials(backends: Sequence[str]) -> list[Trial]:
+    found = [
+        Trial(f"{op}, {str(dtype).removeprefix('torch.')}", b, functools.partial(compare, op, dtype, b))
+        for op in OPS
+        for dtype in DTYPES
+        for b in backends
+    ]
+    for b in backends:
+        found += [Trial("a graph", b, functools.partial(graph, b))]
+        found += [Trial("a first call in a graph", b, functools.partial(first_in_graph, b))]
+    return found
+
+
+def start(trial: Trial, verdict: Path) -> int:
+    """The process that runs it and writes its verdict."""
+    child = os.fork()
+    if child:
+        return child
+    log = os.open(verdict.with_suffix(".txt"), os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1), os.dup2(log, 2)
+    torch.set_num_threads(1 if TRIAL else 2)
+    try:
+        good, what = trial.run()
+        how = "PASS" if good else "WRONG"
+    except BaseException as error:
+        traceback.print_exc()
+        how, what = "FAULT", said(error)
+    verdict.write_text(json.dumps([how, what]))
+    os._exit(0)
+
+
+def verdicts(todo: Sequence[Trial], folder: Path, report: Callable[[dict[str, list[str]]], None]) -> None:
+    """Of all, in the order in which they are done; `report` is told after each."""
+    waiting = list(todo)
+    running: dict[int, tuple[Trial, Path, float]] = {}
+    found: dict[str, list[str]] = {}
+    assert not torch.cuda.is_initialized()  # or no child could use it
+    while waiting or running:
+        while waiting and len(running) < AT_A_TIME:
+            trial = waiting.pop(0)
+            verdict = folder / f"{trial.title}.json"
+            running[start(trial, verdict)] = (trial, verdict, time.monotonic())
+        time.sleep(0.02)
+        for child, (trial, verdict, begin) in list(running.items()):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            seconds = time.monotonic() - begin
+            if not ended and seconds < LIMIT:
+                continue
+            del running[child]
+            if not ended:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                how, what = "HANG", "killed"
+            elif verdict.exists():
+                how, what = json.loads(verdict.read_text())
+            else:
+                how, what = "FAULT", f"exit status {os.waitstatus_to_exitcode(status)}"
+            verdict.unlink(missing_ok=True)
+            found[trial.title] = [how, what, f"{seconds:.1f} s"]
+            report(found)
+
+
+def summary(found: dict[str, list[str]]) -> list[str]:
+    """What went wrong, and then one line for each op and backend of what did not."""
+    wrong = [f"{how} {title}: {what}, {seconds}" for title, (how, what, seconds) in found.items() if how != "PASS"]
+    right: dict[str, list[str]] = {}
+    for title, (how, what, seconds) in found.items():
+        if how == "PASS":
+            name, _, backend = title.rpartition(" on ")
+            op, _, dtype = name.partition(", ")
+            right.setdefault(f"{op} on {backend}", []).append(f"{dtype + ' ' if dtype else ''}{what}, {seconds}")
+    return wrong + [f"PASS {title}: {'; '.join(sorted(whats))}" for title, whats in sorted(right.items())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--no-bulk", action="store_true")
+    parser.add_argument("--here", action="store_true")
+    options = parser.parse_args()
+    if options.here:
+        for op in OPS:
+            print(op, evaluated(op, drawn(*SIZES[0]), "cuda", DEVICE, torch.float32)[0].flatten()[0], flush=True)
+        print(f"all {len(OPS)} ops")
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    import_all()
+    name = "sanity-nobulk" if options.no_bulk else "sanity"
+    todo = trials(("cuda",) if options.no_bulk else ("triton", "cuda"))
+    seen: dict[str, list[str]] = {}
+
+    def report(found: dict[str, list[str]]) -> None:
+        seen.update(found)
+        lines = summary(found)
+        (options.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (options.out / f"{name}.summary").write_text("".join(f"{line}\n" for line in lines))
+        (options.out / f"{name}.md").write_text(f"# {name}\n\n" + "".join(f"- {line}\n" for line in lines))
+
+    verdicts(todo, options.out, report)
+    wrong = [title for title, (how, *_) in seen.items() if how != "PASS"]
+    if options.no_bulk and (options.out / "sanity.json").exists():
+        before = json.loads((options.out / "sanity.json").read_text())
+        mended = [title for title, (how, *_) in before.items() if how != "PASS" and seen.get(title, [""])[0] == "PASS"]
+        line = f"Right without bulk copies, and not with them: {', '.join(mended) or 'nothing'}"
+        (options.out / "mended.txt").write_text(line + "\n")
+    if wrong or len(seen) < len(todo):
+        sys.exit(f"not right: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()

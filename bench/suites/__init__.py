@@ -1,0 +1,1 @@
+"""The benchmarks, one file per operation: `pytest bench/ --benchmark-only`."""

@@ -1,0 +1,195 @@
+"""Prior holes: where the prior puts samples and no data have been encoded, so that the decoder was never trained."""
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..aggregate.dataset import column_chunks, log_q, warn_if_saturated
+from ..aggregate.decomposition import KLDecomposition, decompose
+from ..aggregate.posteriors import Posteriors, open_posteriors
+from ..models.priors import StandardNormal
+from ..models.vae import VAE
+from ..ops.agg_log_prob import agg_log_prob
+from ..ops.checks import MOST_SAMPLES, check_count, check_flag, check_number
+from ..ops.cross_log_prob import log_prob_gauss
+from ..ops.sample_gauss import reparameterize
+from ..protocols import Prior, check_prior
+from .seeded import seeded
+
+
+class PriorHole(NamedTuple):
+    """What `prior_hole` gives. A share is that of the prior's samples in holes: where log q(z) is below `threshold`,
+    or, of some dimensions alone, below the same quantile of the data's. Where p(z) is q(z) it is that quantile.
+
+    Attributes:
+        terms: KL(q(z) ‖ p(z)) = `terms.agg_kl` in nats, and what it consists of, over all posteriors.
+        share: in all dimensions together, a scalar.
+        threshold: the quantile of `log_q_data`, in nats.
+        log_q_data: log q(z) of samples of the posteriors, each without its own posterior, `[S]`.
+        log_q_prior: log q(z) of samples of the prior, `[n_samples]`.
+        z_prior: those samples, `[n_samples, D]`.
+        dim_share: the share in each dimension alone, `[D]`.
+        dims: the `n_dims` dimensions with the most information about x, the one most responsible for holes first.
+        share_without: the share in all dimensions but that one of `dims`: the lower, the more responsible it is.
+        pairs: of those dimensions, the pair with the largest share first, `[P, 2]`.
+        pair_share: the shares in these two dimensions, `[P]`.
+        pair_threshold: the quantiles of the data's log-density in these two dimensions, `[P]`.
+    """
+
+    terms: KLDecomposition
+    share: Tensor
+    threshold: Tensor
+    log_q_data: Tensor
+    log_q_prior: Tensor
+    z_prior: Tensor
+    dim_share: Tensor
+    dims: Tensor
+    share_without: Tensor
+    pairs: Tensor
+    pair_share: Tensor
+    pair_threshold: Tensor
+
+
+@torch.no_grad()
+def prior_hole(
+    source: Any,
+    data: Any = None,
+    *,
+    prior: Prior | None = None,
+    n_samples: int = 4096,
+    quantile: float = 0.01,
+    n_dims: int = 12,
+    chunk_size: int = 4096,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> PriorHole:
+    """How far the prior is from the aggregate posterior q(z) of a data set, and which share of its samples is from
+    holes: regions where log q(z) is below the 1st percentile of the encoded data's.
+
+    The data's log q(z) leaves out the posterior that each sample was drawn from, as if it were new: else all but the
+    neighbourhood of the examples would be a hole. Takes O(n_samples·N·D·n_dims) time.
+
+    Args:
+        source: a VAE, or the posteriors (mu, logvar) in a form that `kl_decomposition_dataset` takes; put the VAE in
+            eval mode before.
+        data: with a VAE, its examples: one tensor, or an iterable of batches x or (x, labels), such as a DataLoader.
+        prior: p(z); None for the VAE's, and without a VAE for N(0, I).
+        n_samples: S, samples of the prior, and of the posteriors, of as many of them or of all N if those are fewer.
+        quantile: of the data's log q(z), below which there is a hole.
+        n_dims: how many dimensions are looked at one by one and in pairs, those with the most information about x.
+        chunk_size: columns per pass over the samples.
+        device: where to encode and compute; None for where the VAE's parameters, or the posteriors, are.
+        seed: of all samples; torch's generators are left as they were.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        TypeError, ValueError: as in `kl_decomposition_dataset`; a VAE without data; fewer than two posteriors, or such
+            as are not finite.
+
+    Warns:
+        UserWarning: as `kl_decomposition_dataset` does of `terms`.
+
+    Source: Basics VAE, section 2.5; Zheng, eq. 19.
+
+    Example:
+        >>> before = fastvae.prior_hole(vae.eval(), data)
+        >>> vae.fit_prior(data, 50)
+        >>> after = fastvae.prior_hole(vae, data)
+        >>> print(f"from holes: {before.share:.0%} of the samples, and now {after.share:.0%}")
+    """
+    n_samples = check_count("n_samples", n_samples, least=1, most=MOST_SAMPLES)
+    n_dims = check_count("n_dims", n_dims, least=1)
+    chunk_size = check_count("chunk_size", chunk_size, least=1)
+    seed = check_count("seed", seed, most=2**64 - 1)
+    progress = check_flag("progress", progress)
+    quantile = check_number("quantile", quantile)
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile: expected a number between 0 and 1, got {quantile}")
+    encoder = None
+    if isinstance(source, VAE):
+        if data is None:
+            raise ValueError("data: expected the examples to encode, as source is a VAE, got None")
+        prior = source.prior if prior is None else prior
+        if device is None:
+            device = next((p.device for p in source.parameters()), None)
+        source, encoder = data, source.encode
+    elif data is not None:
+        raise ValueError("data: expected None, as source has the posteriors, or a VAE as source")
+    check_prior(prior)
+    stream = open_posteriors(source, encoder, chunk_size=chunk_size, device=device, progress=progress)
+    N = len(stream.mu)
+    if N < 2:
+        raise ValueError(f"source: expected at least 2 posteriors, got {N}")
+
+    rows = stream.choose(min(N, n_samples), seed)
+    mu, logvar = stream.read(rows)  # [S, D]
+    z = reparameterize(mu, logvar, seed=seed)
+    S, D = z.shape
+    check_count("n_samples", n_samples, most=MOST_SAMPLES // D)
+    with seeded(seed, z.device), z.device:
+        prior = StandardNormal(D) if prior is None else prior
+        z_prior = prior.sample(n_samples).to(z)
+    if z_prior.shape != (n_samples, D):
+        raise ValueError(f"prior: expected samples {(n_samples, D)}, got {tuple(z_prior.shape)}")
+    own = torch.full((S + n_samples,), -1, dtype=torch.int64, device=z.device)
+    own[:S] = torch.as_tensor(rows, device="cpu")
+    both = torch.cat((z, z_prior))
+    joint, marginals = log_q(stream, both, own, chunk_size=chunk_size, progress=progress)
+
+    # With its own posterior, which is added again, a sample is one of the finite data set.
+    conditional = log_prob_gauss(z[..., None], mu[..., None], logvar[..., None]).double()  # [S, D]
+    full = torch.logaddexp(joint[:S], conditional.sum(1) - math.log(N))
+    full_marginals = torch.logaddexp(marginals[:S], conditional - math.log(N))
+    terms = decompose(z, conditional.sum(1), full, full_marginals, prior, "uniform", N)
+    warn_if_saturated(terms, N)
+
+    known = (conditional - full_marginals).mean(0)  # I(x; z_d)
+    dims = known.topk(min(n_dims, D)).indices.tolist()
+    pairs = list(itertools.combinations(sorted(dims), 2))
+    without = [[e for e in range(D) if e != d] for d in dims] if D > 1 else []
+    subsets = _log_q_of_subsets(stream, both, own, [*map(list, pairs), *without], chunk_size, progress)
+    densities = torch.cat((joint[None], marginals.T, subsets))  # [1 + D + P + n_dims, S + n_samples]
+    densities[:, :S] += math.log(N / (N - 1))  # a mean over the N - 1 others
+    if densities.isnan().any():
+        raise ValueError("source: expected posteriors and samples of the prior with log-densities, got NaN")
+    thresholds = _quantile(densities[:, :S], quantile)
+    shares = (densities[:, S:] < thresholds[:, None]).double().mean(1)
+    share, dim_share, pair_share, share_without = shares.split((1, D, len(pairs), len(without)))
+    order, by_pair = share_without.argsort(), pair_share.argsort(descending=True)
+    return PriorHole(
+        terms=terms,
+        share=share[0],
+        threshold=thresholds[0],
+        log_q_data=densities[0, :S],
+        log_q_prior=densities[0, S:],
+        z_prior=z_prior,
+        dim_share=dim_share,
+        dims=torch.tensor(dims, dtype=torch.int64, device=z.device)[order] if D > 1 else torch.zeros_like(own[:1]),
+        share_without=share_without[order] if D > 1 else torch.zeros_like(share),
+        pairs=torch.tensor(pairs, dtype=torch.int64, device=z.device).view(-1, 2)[by_pair],
+        pair_share=pair_share[by_pair],
+        pair_threshold=thresholds[1 + D : 1 + D + len(pairs)][by_pair],
+    )
+
+
+def _quantile(x: Tensor, q: float) -> Tensor:
+    """Of each row, as torch.quantile has it, which takes no more than 2**24 numbers."""
+    rank = q * (x.shape[1] - 1)
+    low, high = x.sort(1).values[:, [math.floor(rank), math.ceil(rank)]].T
+    return low.lerp(high, rank % 1)
+
+
+def _log_q_of_subsets(
+    stream: Posteriors, z: Tensor, own: Tensor, subsets: list[list[int]], chunk_size: int, progress: bool
+) -> Tensor:
+    """log q of some dimensions of z `[S, D]`, as `log_q` has it of all, for each of the subsets; `[subsets, S]`."""
+    total = torch.full((len(subsets), len(z)), -math.inf, dtype=torch.float64, device=z.device)
+    for (mu, logvar), weights in column_chunks(stream, own, chunk_size, progress):
+        for log_density, dims in zip(total, subsets, strict=True):
+            part = agg_log_prob(z[:, dims], mu[:, dims], logvar[:, dims], weights=weights)
+            torch.logaddexp(log_density, part.double(), out=log_density)
+    return total

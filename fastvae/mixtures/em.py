@@ -1,0 +1,187 @@
+"""Expectation maximization for Gaussian mixtures with diagonal covariances, without the responsibilities.
+
+    E-step  r_ik = w_k N(x_i; mu_k, var_k) / p(x_i),    p(x) = sum_k w_k N(x; mu_k, var_k)
+    M-step  N_k = sum_i r_ik,  w_k = N_k / S,  mu_k ← sum_i r_ik x_i / N_k,  var_k ← sum_i r_ik (x_i − mu_k)² / N_k
+
+The sums of the M-step are the gradients of sum_i log p(x_i), so r `[S, K]` is never formed:
+
+    g_w = N_k,    g_mu = sum_i r_ik (x_i − mu_k) / var_k,    g_logvar = ½ sum_i r_ik ((x_i − mu_k)² / var_k − 1)
+
+and with delta_k = var_k g_mu / N_k:    mu_k ← mu_k + delta_k,    var_k ← var_k (1 + 2 g_logvar / N_k) − delta_k².
+
+The last difference cancels where the new width is far below the old one, or below the way that the mean has moved. Such
+components get their sums about their new means instead, in float64. And where float32 could not place a mean to a
+small part of its width, the whole step is taken in float64.
+
+Source: Basics VAE, eq. 10 to 14; Dempster et al. 1977.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import accumulation_dtype
+from ..ops.agg_log_prob import agg_log_prob, mixture_sums
+from ..ops.cross_log_prob import cross_log_prob
+from ..ops.pairs import ColumnWeights
+
+CANCELLED = 1e-4  # a variance this much smaller than what it is the difference of is computed again
+MISPLACED = 1e-3  # widths: how far off rounding may put a mean
+CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}  # of points, and of what is made of them, at a time
+
+
+class Mixture(NamedTuple):
+    """The parameters, in float64."""
+
+    weights: Tensor  # [K], adding up to 1
+    means: Tensor  # [K, D]
+    variances: Tensor  # [K, D]
+
+
+class Moments(NamedTuple):
+    """The points as the components share them, in float64. A component whose share is no more than rounding is empty:
+    n is 0, and its mean and variance are what they were."""
+
+    n: Tensor  # N_k [K]
+    means: Tensor  # [K, D]
+    variances: Tensor  # [K, D]
+    log_likelihood: Tensor  # mean log p(x_i) of the mixture that made the shares, a scalar
+
+
+def chunks(x: Tensor, dtype: torch.dtype, columns: int = 1) -> Iterator[Tensor]:
+    """The points `[S, D]`, some rows `[R, D]` at a time, in a dtype: as few as are in bounds in `[R, columns]` too."""
+    row_bytes = max(columns, x.shape[1]) * dtype.itemsize
+    for part in x.split(max(1, CHUNK_BYTES.get(x.device.type, 2**26) // row_bytes)):
+        yield part.to(dtype)
+
+
+def kernel_arguments(mixture: Mixture, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(mu, logvar, log_w) to compute with for points of a dtype, in float32 if that will do."""
+    weights, means, variances = mixture
+    dtype = accumulation_dtype(dtype)
+    spacing = torch.finfo(dtype).eps * means.abs()
+    if (spacing > MISPLACED * variances.sqrt()).any():
+        dtype = torch.float64
+    return means.to(dtype), variances.log().to(dtype), weights.log().to(dtype)
+
+
+def log_prob(x: Tensor, mixture: Mixture) -> Tensor:
+    """log p(x_i) `[S]`"""
+    mu, logvar, log_w = kernel_arguments(mixture, x.dtype)
+    parts = [agg_log_prob(part, mu, logvar, weights=ColumnWeights(log_w)) for part in chunks(x, mu.dtype)]
+    return torch.cat(parts).to(accumulation_dtype(x.dtype))
+
+
+def log_joint(x: Tensor, mixture: Mixture) -> Iterator[Tensor]:
+    """log w_k N(x_i; mu_k, var_k), `[R, K]` for some rows at a time."""
+    mu, logvar, log_w = kernel_arguments(mixture, x.dtype)
+    for part in chunks(x, mu.dtype, len(mu)):
+        yield log_w + cross_log_prob(part, mu, logvar)
+
+
+def moments(x: Tensor, mixture: Mixture) -> Moments:
+    """The E-step and the sums of the M-step, for x `[S, D]`, in O(S·K·D) time and O(K·D) memory."""
+    mu, logvar, log_w = kernel_arguments(mixture, x.dtype)
+    log_likelihood, n, d_mu, d_logvar = (
+        torch.zeros(shape, dtype=torch.float64, device=x.device) for shape in ((), log_w.shape, mu.shape, mu.shape)
+    )
+    for part in chunks(x, mu.dtype):
+        joint, *gradients = mixture_sums(part, mu, logvar, log_w)
+        log_likelihood += joint.sum(dtype=torch.float64)
+        for total, gradient in zip((n, d_mu, d_logvar), gradients, strict=True):
+            total += gradient
+
+    empty = n <= 10 * torch.finfo(mu.dtype).eps
+    n = n.masked_fill(empty, 0.0)
+    share = n.where(~empty, 1.0)[:, None]
+    means, variances = mu.double(), logvar.double().exp()  # as the kernel had them
+    delta = variances * d_mu / share
+    narrow = variances * (1 + 2 * d_logvar / share) - delta**2
+    cancelled = (narrow < CANCELLED * torch.maximum(variances, delta**2)).any(1)
+    means, variances = (
+        old.where(empty[:, None], new) for old, new in ((mixture.means, means + delta), (mixture.variances, narrow))
+    )
+    again = (cancelled & ~empty).nonzero()[:, 0]
+    for _ in range(3):  # of a mean that has come from afar, the first leaves an error of eps times the way
+        if len(again) == 0:
+            break
+        centres = means[again]
+        n[again], means[again], variances[again] = _about(x, mixture, again, centres)
+        again = again[(variances[again] < CANCELLED * (means[again] - centres) ** 2).any(1)]
+    return Moments(n, means, variances, log_likelihood / len(x))
+
+
+def _about(x: Tensor, mixture: Mixture, components: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, means, variances) of some components, `[C]` and `[C, D]`, by sums about points near their new means."""
+    wide = kernel_arguments(mixture, torch.float64)
+    mu, logvar, log_w = (argument[components] for argument in wide)
+    n, first, second = torch.zeros_like(log_w), torch.zeros_like(centres), torch.zeros_like(centres)
+    for part in chunks(x, torch.float64, len(components)):
+        joint = agg_log_prob(part, *wide[:2], weights=ColumnWeights(wide[2]))
+        r = (log_w + cross_log_prob(part, mu, logvar) - joint[:, None]).exp()  # [R, C]
+        n += r.sum(0)
+        for k, centre in enumerate(centres):
+            off = part - centre
+            first[k] += r[:, k] @ off
+            second[k] += r[:, k] @ off**2
+    share = n.clamp(min=torch.finfo(n.dtype).tiny)[:, None]
+    return n, centres + first / share, second / share - (first / share) ** 2
+
+
+def spread(x: Tensor, centres: Tensor) -> Tensor:
+    """The mean of (x_i − the nearest of the centres `[K, D]`)² in each dimension, `[D]` in float64."""
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    for part in chunks(x, torch.float64, len(centres)):
+        total += (part - centres[distances(part, centres).argmin(1)]).square().sum(0)
+    return total / len(x)
+
+
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """`[S, K]`, from differences, which matrix products would lose in rounding."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def variance(x: Tensor) -> Tensor:
+    """Of each dimension, `[D]` in float64."""
+    mean = torch.stack([part.sum(0) for part in chunks(x, torch.float64)]).sum(0) / len(x)
+    return spread(x, mean[None])
+
+
+def seeds_far_apart(x: Tensor, n_components: int, generator: torch.Generator | None) -> Tensor:
+    """k-means++ (Arthur & Vassilvitskii 2007): each seed is a point drawn in proportion to its squared distance from
+    the nearest seed before it. `[K, D]` in float64, in O(S·K·D) time and O(S) memory; as long as there are other points
+    no seed comes twice."""
+    S = len(x)
+    draws = torch.rand(n_components, dtype=torch.float64, generator=generator, device="cpu").to(x.device)
+    chosen = (draws[0] * S).long()
+    seeds = [x[chosen].double()]
+    squared = torch.full((S,), torch.inf, dtype=torch.float64, device=x.device)  # distance from the nearest seed
+    for draw in draws[1:]:
+        distance = torch.cat([distances(part, seeds[-1][None])[:, 0] for part in chunks(x, torch.float64)])
+        squared = torch.minimum(squared, distance.square_())
+        cumulative = squared.cumsum(0)
+        chosen = torch.searchsorted(cumulative, draw * cumulative[-1], right=True).clamp(max=S - 1)
+        seeds.append(x[chosen].double())
+    return torch.stack(seeds)
+
+
+def seeds_anywhere(x: Tensor, n_components: int, generator: torch.Generator | None) -> Tensor:
+    """Any points, `[K, D]` in float64; as long as there are other points none comes twice."""
+    order = torch.randperm(len(x), generator=generator, device="cpu").to(x.device)
+    rows = distinct(x, n_components, order)
+    return x[rows.repeat(-(-n_components // len(rows)))[:n_components]].double()
+
+
+def distinct(x: Tensor, most: int, order: Tensor | None = None) -> Tensor:
+    """Row numbers of distinct points, as many as there are or `most` of them, the first in `order`."""
+    S, seen = len(x), 0
+    while True:
+        seen = min(S, max(most, 2 * seen))
+        rows = torch.arange(seen, device=x.device) if order is None else order[:seen]
+        points, which = x[rows].to(accumulation_dtype(x.dtype)).unique(dim=0, return_inverse=True)
+        if len(points) >= most or seen == S:
+            place = torch.arange(seen, device=x.device)
+            first = torch.full((len(points),), seen, device=x.device).scatter_reduce(0, which, place, "amin")
+            return rows[first.sort().values[:most]]

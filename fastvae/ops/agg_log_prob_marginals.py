@@ -1,0 +1,50 @@
+"""The weighted log-sum-exp for all dimensions together and for each alone, in one pass.
+
+    log q(z_i)    = log sum_j w_ij prod_d q(z_id | x_j)
+    log q_d(z_id) = log sum_j w_ij q(z_id | x_j)
+
+The public function is in `fastvae.aggregate.marginals`, which tabulates the latter where that is cheaper.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+
+from ..backends.contract import LogWeights
+from .declare import declare, declare_backward, empty_gradients, spread
+from .pairs import POSTERIORS, WEIGHTS, restored, result, save
+
+# Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
+
+agg_log_prob_marginals_op = declare(
+    f"agg_log_prob_marginals({POSTERIORS}, {WEIGHTS}) -> (Tensor, Tensor)",
+    lambda z, *_: (result(z, z.shape[0]), result(z, *z.shape)),
+    lambda backend, z, mu, logvar, *weights: backend.agg_log_prob_marginals(z, mu, logvar, LogWeights(*weights)),
+)
+_agg_log_prob_marginals_backward = declare_backward(
+    "agg_log_prob_marginals_backward(Tensor? d_joint, Tensor? d_marginals, Tensor joint, Tensor marginals,"
+    f" {POSTERIORS}, {WEIGHTS}, bool[] wanted) -> Tensor[]",
+    lambda d_joint, d_marginals, joint, marginals, z, mu, logvar, log_w, *rest: empty_gradients(
+        (z, mu, logvar, log_w), rest[-1]
+    ),
+    lambda backend, *arguments: backend.agg_log_prob_marginals_backward(
+        *arguments[:7], LogWeights(*arguments[7:12]), arguments[12]
+    ),
+)
+
+
+@agg_log_prob_marginals_op.differentiate
+class AggLogProbMarginals(Function):
+    """z [S, D], mu and logvar [N, D], then the fields of LogWeights; to the joint [S] and marginals [S, D]."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        save(ctx, inputs, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, d_joint: Tensor | None, d_marginals: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:4]
+        gradients = _agg_log_prob_marginals_backward(d_joint, d_marginals, *restored(ctx), wanted)
+        return spread(gradients, wanted, 8)

@@ -1,0 +1,240 @@
+"""Reparameterized Gaussian samples, with their log-densities and KL from the same pass.
+
+z = mu + sigma · eps, eps from the counter-based generator of `backends/philox.py`: the seed fixes the sample
+on every backend, and the backward draws it again instead of storing it.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..backends.contract import accumulation_dtype
+from .checks import as_rows, check_choice, check_count, check_posterior, check_seed, promote
+from .declare import declare, declare_backward, declare_random, empty_gradients, spread
+
+OUTPUTS = ("z", "log_q", "log_p", "kl")
+
+
+class GaussianSample(NamedTuple):
+    """What `sample_gauss` gives; None where it was not asked for."""
+
+    z: Tensor | None
+    log_q: Tensor | None
+    log_p: Tensor | None
+    kl: Tensor | None
+
+
+# Ops: mu, logvar [B, D]; n_samples L, or None for one sample without the axis of samples.
+
+
+def _fake(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: list[bool]) -> list[Tensor]:
+    B, D = mu.shape
+    samples = () if n_samples is None else (n_samples,)
+    dtype = accumulation_dtype(mu.dtype)
+    results = (
+        ((*samples, B, D), mu.dtype),
+        ((*samples, B), dtype),
+        ((*samples, B), dtype),
+        ((B,), dtype),
+    )
+    return [mu.new_empty(s, dtype=d) for (s, d), want in zip(results, outputs, strict=True) if want]
+
+
+def _compute(
+    backend: Any, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: list[bool]
+) -> list[Tensor]:
+    results = backend.sample_gauss(mu, logvar, seed, 1 if n_samples is None else n_samples, outputs)
+    if n_samples is None:
+        for result in results[: sum(outputs[:3])]:
+            result.squeeze_(0)  # in place, as nobody has seen them: views that a Function returns cannot be changed
+    return results
+
+
+def _fake_backward(
+    d_z: Tensor | None,
+    d_log_q: Tensor | None,
+    d_log_p: Tensor | None,
+    d_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    n_samples: int | None,
+    wanted: list[bool],
+) -> list[Tensor]:
+    return empty_gradients((mu, logvar), wanted)
+
+
+def _compute_backward(
+    backend: Any,
+    d_z: Tensor | None,
+    d_log_q: Tensor | None,
+    d_log_p: Tensor | None,
+    d_kl: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    n_samples: int | None,
+    wanted: list[bool],
+) -> list[Tensor]:
+    if n_samples is None:
+        n_samples = 1
+        d_z, d_log_q, d_log_p = (None if g is None else g.unsqueeze(0) for g in (d_z, d_log_q, d_log_p))
+    return backend.sample_gauss_backward(d_z, d_log_q, d_log_p, d_kl, mu, logvar, seed, n_samples, wanted)
+
+
+_sample_gauss = declare(
+    "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, SymInt? n_samples, bool[] outputs) -> Tensor[]",
+    _fake,
+    _compute,
+)
+_sample_gauss_backward = declare_backward(
+    "sample_gauss_backward(Tensor? d_z, Tensor? d_log_q, Tensor? d_log_p, Tensor? d_kl, Tensor mu, Tensor logvar,"
+    " Tensor seed, SymInt? n_samples, bool[] wanted) -> Tensor[]",
+    _fake_backward,
+    _compute_backward,
+)
+_draw_seed = declare_random(
+    "draw_seed(Tensor like) -> Tensor",
+    lambda like: like.new_empty((), dtype=torch.int64),
+    lambda like: torch.empty((), dtype=torch.int64, device=like.device).random_(),
+)
+
+
+@_sample_gauss.differentiate
+class SampleGauss(Function):
+    """mu, logvar [B, D]; returns those of z [L, B, D], log_q [L, B], log_p [L, B], kl [B] in `outputs`, without the
+    axis of samples where `n_samples` is None."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        mu, logvar, seed, ctx.n_samples, ctx.outputs = inputs
+        ctx.save_for_backward(mu, logvar, seed)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:2]
+        upstream = spread(grads, ctx.outputs, 4)
+        gradients = _sample_gauss_backward(*upstream, *ctx.saved_tensors, ctx.n_samples, wanted)
+        return spread(gradients, wanted, 5)
+
+
+def sample_gauss(
+    mu: Tensor,
+    logvar: Tensor,
+    n_samples: int | None = None,
+    *,
+    outputs: tuple[str, ...] = OUTPUTS,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> GaussianSample:
+    """Samples z ~ N(mu, exp(logvar)) with log q(z|x), log N(z; 0, I) and the closed-form KL, in one pass.
+
+    Args:
+        mu: means `[..., D]`; float64, float32, bfloat16 or float16.
+        logvar: log sigma², the shape of `mu`.
+        n_samples: L samples per posterior on a new leading axis; None for one without that axis.
+        outputs: which of `"z"`, `"log_q"`, `"log_p"`, `"kl"` to compute.
+        seed: an integer that fixes the sample on every backend; None draws one from torch's generator of the
+            tensors' device, so that `torch.manual_seed` governs.
+        generator: the torch.Generator to draw the seed from instead (not under `torch.compile`).
+
+    Returns:
+        GaussianSample: `z` `[(L,) ..., D]` in the dtype of `mu`; `log_q` and `log_p` `[(L,) ...]` and `kl`
+        `[...]` = KL(q ‖ N(0, I)), in nats, in float32 (float64 for float64 inputs), from z before it is rounded
+        to half precision. Gradients are total, at fixed noise: d log_q / d mu = 0, d log_q / d logvar = −½.
+
+    Raises:
+        TypeError: an input is not a floating-point tensor, or `n_samples` or `seed` not an integer.
+        ValueError: shapes or devices do not match, a negative `n_samples`, an unknown name in `outputs`, or
+            both `seed` and `generator`.
+
+    Example:
+        >>> z, log_q, log_p, _ = fastvae.sample_gauss(mu, logvar, 8, outputs=("z", "log_q", "log_p"))
+        >>> log_w = decoder(z).log_prob(x) + log_p - log_q
+    """
+    if not isinstance(outputs, (tuple, list)):
+        raise TypeError(f"outputs: expected a tuple of names, got {outputs!r}")
+    for name in outputs:
+        check_choice("outputs", name, OUTPUTS)
+    asked = tuple(name in outputs for name in OUTPUTS)
+    return GaussianSample(*spread(_sample(mu, logvar, n_samples, asked, seed, generator), asked, 4))
+
+
+def _sample(
+    mu: Tensor,
+    logvar: Tensor,
+    n_samples: int | None,
+    asked: tuple[bool, ...],
+    seed: int | None,
+    generator: torch.Generator | None,
+) -> Sequence[Tensor]:
+    """Those of z, log_q, log_p and kl that are asked for."""
+    check_posterior(mu, logvar)
+    if n_samples is not None:
+        n_samples = check_count("n_samples", n_samples)
+        if isinstance(n_samples, int) and n_samples > 2**32 and n_samples * max(1, mu.numel()) >= 2**60:
+            raise ValueError(f"n_samples: expected fewer, for mu of shape {tuple(mu.shape)}, got {n_samples}")
+    shape = mu.shape
+    mu, logvar = promote(mu, logvar)  # type: ignore[assignment]
+    if not any(asked):
+        return ()
+    seed_tensor = _seed(mu, seed, generator)
+    results = _sample_gauss(as_rows(mu), as_rows(logvar), seed_tensor, n_samples, asked)
+    if len(shape) == 2:
+        return results
+    samples = () if n_samples is None else (n_samples,)
+    shapes = (samples + shape, samples + shape[:-1], samples + shape[:-1], shape[:-1])
+    return [r.reshape(s) for r, s in zip(results, itertools.compress(shapes, asked), strict=True)]
+
+
+def reparameterize(
+    mu: Tensor,
+    logvar: Tensor,
+    n_samples: int | None = None,
+    *,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Reparameterized samples z = mu + exp(logvar / 2) · eps, eps ~ N(0, I) (Kingma & Welling 2014).
+
+    Args:
+        mu: means `[..., D]`; float64, float32, bfloat16 or float16.
+        logvar: log sigma², the shape of `mu`.
+        n_samples: L samples per posterior on a new leading axis; None for one without that axis.
+        seed, generator: as in `sample_gauss`, which draws the same z for the same seed.
+
+    Returns:
+        `[..., D]`, or `[L, ..., D]`, in the dtype of `mu`.
+
+    Raises:
+        TypeError, ValueError: as in `sample_gauss`.
+
+    Example:
+        >>> z = fastvae.reparameterize(mu, logvar)
+        >>> z8 = fastvae.reparameterize(mu, logvar, 8, seed=0)  # [8, B, D]
+    """
+    return _sample(mu, logvar, n_samples, (True, False, False, False), seed, generator)[0]
+
+
+def _seed(like: Tensor, seed: int | None, generator: torch.Generator | None) -> Tensor:
+    """The seed as a 0-dim int64 tensor on the device of `like`, made without a synchronization."""
+    if generator is not None:
+        if seed is not None:
+            raise ValueError("generator: expected None where seed is given, got both")
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+        if generator.device.type != like.device.type:
+            raise ValueError(f"generator: expected one on the device of mu, {like.device}, got {generator.device}")
+        return torch.empty((), dtype=torch.int64, device=like.device).random_(generator=generator)
+    if seed is None:
+        # The compiler merges equal calls, random or not, but no empty tensors: so each call gets one of its own.
+        return _draw_seed(torch.empty(0, device=like.device) if torch.compiler.is_compiling() else like)
+    seed = check_seed("seed", seed)
+    if seed >= 2**63:
+        seed -= 2**64
+    return torch.full((), seed, dtype=torch.int64, device=like.device)

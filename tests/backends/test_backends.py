@@ -1,0 +1,309 @@
+"""Who computes: the choice of a backend, and the reference's own promise about memory."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from conftest import TARGETS, Target
+from support.helpers import assert_accurate, op_named
+
+import fastvae
+from fastvae import backends
+from fastvae.backends import native_library, reference, settings
+
+CPU = torch.device("cpu")
+
+
+def used() -> ModuleType:
+    return backends.backend_for(CPU)
+
+
+@pytest.fixture(autouse=True)
+def _choice_restored() -> object:
+    with fastvae.use_backend(None):
+        yield
+
+
+def test_the_fixture_chooses(backend: Target) -> None:
+    assert used().__name__ == f"fastvae.backends.{backend.backend}"
+    if backend.instruction_set:
+        assert native_library._instruction_set == backend.instruction_set
+
+
+def test_best_available_by_default() -> None:
+    best = next(name for name in backends.CANDIDATES["cpu"] if backends.status(name).available)
+    assert used().__name__.endswith(best)
+
+
+def test_as_a_context_manager_and_as_a_function() -> None:
+    default = used()
+    with fastvae.use_backend("reference"):
+        assert used() is reference
+        with fastvae.use_backend(None):
+            assert used() is default
+        assert used() is reference
+    assert used() is default
+    fastvae.use_backend("reference")
+    assert used() is reference
+    fastvae.use_backend(None)
+    assert used() is default
+
+
+def test_restored_after_an_exception() -> None:
+    default = used()
+    with pytest.raises(KeyError), fastvae.use_backend("reference"):
+        raise KeyError
+    assert used() is default
+
+
+@pytest.mark.parametrize("name", ["fast", "", "Reference", 1, ["native"], np.array(["native", "cuda"])])
+def test_unknown_name(name: object) -> None:
+    before = used()
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        fastvae.use_backend(name)
+    assert used() is before
+
+
+@pytest.mark.parametrize("exact_skip", ["yes", 1, 0.0, np.array([True]), torch.tensor(True)])
+def test_an_exact_skip_that_is_neither_yes_nor_no(exact_skip: object) -> None:
+    before = used(), backends.exact_skip()
+    with pytest.raises(TypeError, match="exact_skip: expected True, False or None, got"):
+        fastvae.use_backend("reference", exact_skip=exact_skip)
+    assert (used(), backends.exact_skip()) == before
+
+
+def test_an_exact_skip_of_numpy() -> None:
+    with fastvae.use_backend(None, exact_skip=np.bool_(False)):
+        assert backends.exact_skip() is False
+        fastvae.agg_log_prob(*torch.zeros(3, 4, 2))  # which hands it to C
+
+
+def test_every_backend_has_a_status() -> None:
+    for name in backends.NAMES:
+        status = backends.status(name)
+        assert status.name == name
+        assert status.detail
+    assert backends.status("reference").available
+
+
+def test_every_backend_is_tested() -> None:
+    assert {target.backend for target in TARGETS.values()} == set(backends.NAMES)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"import fastvae, torch; from fastvae import backends; {code}"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_environment_variable() -> None:
+    name = "print(backends.backend_for(torch.device('cpu')).__name__)"
+    assert run(name, FASTVAE_BACKEND="reference").stdout.strip().endswith("reference")
+    best = next(b for b in backends.CANDIDATES["cpu"] if backends.status(b).available)
+    assert run(name, FASTVAE_BACKEND="").stdout.strip().endswith(best)
+
+
+KL = "fastvae.kl_gauss(torch.zeros(1, 1), torch.zeros(1, 1))"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("FASTVAE_BACKEND", "fast", "expected one of native, triton, cuda, reference"),
+        ("FASTVAE_BACKEND", "cuda", "it is not available: "),  # FASTVAE_CUDA_LIBRARY being none
+        ("FASTVAE_EXACT_SKIP", "yes", "expected 0 or 1"),
+        ("FASTVAE_LIBRARY", "/dev/null", ""),
+        ("FASTVAE_CPU_ISA", "mmx", ""),
+    ],
+)
+def test_a_variable_that_cannot_be_followed_is_an_error_that_names_it(variable: str, value: str, reason: str) -> None:
+    """At the first call, which no other backend computes in silence."""
+    unset = dict.fromkeys(("FASTVAE_BACKEND", "FASTVAE_LIBRARY", "FASTVAE_CUDA_LIBRARY", "FASTVAE_CPU_ISA"), "")
+    ran = run(KL, **unset | {variable: value})
+    assert ran.returncode == 1
+    error = ran.stderr.splitlines()[-1]
+    assert f"WrongSetting: {variable}={value}: {reason}" in error
+    assert issubclass(settings.WrongSetting, RuntimeError)
+
+
+def test_a_wrong_choice_is_overridden_by_a_right_one() -> None:
+    assert run(f"fastvae.use_backend('reference'); print({KL}.item())", FASTVAE_BACKEND="fast").stdout == "0.0\n"
+
+
+def test_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in (("0", False), ("1", True), ("", None)):
+        monkeypatch.setenv("FASTVAE_EXACT_SKIP", value)
+        assert settings.switch("FASTVAE_EXACT_SKIP") is expected
+    monkeypatch.delenv("FASTVAE_EXACT_SKIP")
+    assert settings.switch("FASTVAE_EXACT_SKIP") is None
+
+
+def test_a_wrong_switch_of_the_kernels_is_named_too() -> None:
+    pytest.importorskip("triton")
+    ran = run("print(backends.status('triton').detail)", FASTVAE_AUTOTUNE="often")
+    assert ran.stdout == "FASTVAE_AUTOTUNE=often: expected 0 or 1\n"
+
+
+@pytest.mark.parametrize("name", ["cross_log_prob", "agg_log_prob", "agg_log_prob_marginals"])
+@pytest.mark.parametrize("budget", [1, 20_000])
+def test_reference_computes_in_chunks(name: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row at a time, or a few with a remainder."""
+    with fastvae.use_backend("reference"):
+        op = op_named(name, S=19, N=23, D=11)
+        monkeypatch.setattr(reference, "CHUNK_BYTES", budget)
+        assert_accurate(op.fast, op.formula, op.inputs, op.centred)
+
+
+def test_reference_stays_within_its_budget() -> None:
+    """Whatever S and N, in a process of its own: here a single [S, N, D] tensor would be 288 MB."""
+    code = """
+import resource
+fastvae.use_backend("reference")
+z, mu = torch.randn(3000, 8), torch.randn(3000, 8, requires_grad=True)
+fastvae.agg_log_prob(z[:9], mu[:9], mu[:9]).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+joint, marginals = fastvae.agg_log_prob_marginals(z, mu, mu)
+(joint.sum() + marginals.sum()).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    assert float(run(f"exec({code!r})").stdout) < 2 * reference.CHUNK_BYTES / 2**20
+
+
+def test_triton_says_why_it_is_not_available() -> None:
+    """Without Triton, or with no GPU for it; and nothing of it is imported before it is asked for."""
+    status = "print(*backends.status('triton')[1:])"
+    nothing = "import sys; sys.modules['triton'] = None; " + status
+    assert run(nothing, TRITON_INTERPRET="").stdout.startswith("False Triton cannot be imported")
+    if backends.status("triton").available and not torch.cuda.is_available():
+        assert "no GPU" in run(status, TRITON_INTERPRET="").stdout
+    computing = "fastvae.kl_gauss(torch.zeros(2, 2), torch.zeros(2, 2)); import sys; print('triton' in sys.modules)"
+    assert run(computing, FASTVAE_BACKEND="", TRITON_INTERPRET="").stdout.strip() == "False"
+
+
+def test_triton_computes_on_the_cpu_only_in_its_interpreter() -> None:
+    pytest.importorskip("triton")
+    code = "backends.triton.kl_gauss(torch.zeros(2, 2), torch.zeros(2, 2), None, None, 'sum')"
+    failed = run(f"import fastvae.backends.triton; {code}", TRITON_INTERPRET="")
+    assert "RuntimeError: backend 'triton' computes on cpu tensors only in Triton's interpreter" in failed.stderr
+    assert run(f"import fastvae.backends.triton; print({code})", TRITON_INTERPRET="1").stdout == "tensor(0.)\n"
+
+
+def test_triton_has_the_functions_of_the_contract_and_no_others() -> None:
+    from fastvae.backends import contract, triton
+
+    promised = {name for name in vars(contract.Backend) if not name.startswith("_")}
+    assert promised == {f"{op}{direction}" for op in triton.OPS for direction in ("", "_backward")}
+    with pytest.raises(AttributeError, match="no attribute 'kl'"):
+        _ = triton.kl
+
+
+@pytest.fixture
+def tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Callable[..., int], list[int]]:
+    """`fastest` of three configurations, of which it then finds the second, and what was timed."""
+    triton = pytest.importorskip("triton")
+    from fastvae.kernels.triton import _launch
+
+    timed: list[int] = []
+
+    def seconds(run: Callable[[], int], **_: object) -> float:
+        timed.append(run())
+        return [3.0, 1.0, 2.0][timed[-1]]
+
+    monkeypatch.setattr(_launch, "_tuned", {})
+    monkeypatch.setattr(triton.testing, "do_bench", seconds)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    configs = [{"n": 0}, {"n": 1}, {"n": 2}]
+
+    def fastest(*problem: object) -> int:
+        return _launch.fastest(lambda config: config["n"], configs, *problem)
+
+    assert fastest("op", 1000) == 0
+    monkeypatch.setattr(_launch, "AUTOTUNE", True)
+    return fastest, timed
+
+
+def test_autotuning_measures_once(tuning: tuple[Callable[..., int], list[int]]) -> None:
+    from fastvae.kernels.triton import _launch
+
+    fastest, timed = tuning
+    assert [fastest("op", 1000), fastest("op", 1024), fastest("op", 600)] == [1, 1, 1]  # one size to a power of 2
+    assert timed == [0, 1, 2]
+    _launch._tuned.clear()  # as in another process
+    assert fastest("op", 1000) == 1
+    assert timed == [0, 1, 2]
+    assert fastest("op", 1025) == 1
+    assert timed == [0, 1, 2] * 2
+
+
+def test_a_captured_graph_takes_what_was_tuned(
+    tuning: tuple[Callable[..., int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has been compiled; nothing is measured within a capture, where nothing may wait."""
+    fastest, timed = tuning
+    fastest("op", 1000)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert fastest("op", 1000) == 1
+    assert fastest("op", 9000) == 0
+    assert timed == [0, 1, 2]
+
+
+def test_what_was_tuned_is_kept_whole(
+    tuning: tuple[Callable[..., int], list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that adds to the file keeps what others have added, and one that is stopped while it writes leaves
+    what was there."""
+    fastest, _ = tuning
+    file = tmp_path / "fastvae-tuned.json"
+    file.write_text('{"another": 2}')
+    fastest("op", 1000)
+    kept = json.loads(file.read_text())
+    assert len(kept) == 2
+    assert kept["another"] == 2
+
+    write = Path.write_text
+
+    def stopped(self: Path, text: str) -> int:
+        write(self, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fastest("op", 5000)
+    monkeypatch.undo()
+    assert json.loads(file.read_text()) == kept
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("found", ['{"half', "[1, 2]", '{"a": "b"}', "\x00"], ids=["half", "list", "words", "bytes"])
+def test_a_file_of_tunings_that_is_broken_is_measured_again(
+    tuning: tuple[Callable[..., int], list[int]], tmp_path: Path, found: str
+) -> None:
+    fastest, timed = tuning
+    file = tmp_path / "fastvae-tuned.json"
+    file.write_text(found)
+    assert fastest("op", 1000) == 1
+    assert timed == [0, 1, 2]
+    assert list(json.loads(file.read_text()).values()) == [1]
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(
+    tuning: tuple[Callable[..., int], list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastest, _ = tuning
+    file = tmp_path / "a file"
+    file.write_text("")
+    monkeypatch.setattr(pytest.importorskip("triton").knobs.cache, "dir", str(file))  # as a folder: even for root
+    assert [fastest("op", 1000), fastest("op", 1000)] == [1, 1]

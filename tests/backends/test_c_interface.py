@@ -1,0 +1,66 @@
+"""A library of another revision than the package's is refused, not called."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.host_simt import ROOT, needed
+
+from fastvae.backends import c_interface
+
+HEADERS = [ROOT / "kernels" / "include" / name for name in ("fastvae.h", "fastvae_cuda.h")]
+DECLARED = (3, "8d5f795be552bb54")  # the interface's number, and the digest of what it declares
+
+
+def declarations() -> str:
+    """What both headers declare: no comments, and whitespace all alike."""
+    return " ".join(" ".join(re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S).split()) for path in HEADERS)
+
+
+def test_the_number_rises_with_the_declarations() -> None:
+    (number,) = re.findall(r"#define FASTVAE_INTERFACE (\d+)", declarations())
+    assert int(number) == c_interface.INTERFACE, "fastvae.h and fastvae/backends/c_interface.py have different numbers"
+    digest = hashlib.sha256(declarations().encode()).hexdigest()[:16]
+    assert (int(number), digest) == DECLARED, (
+        "The C interface has changed. Raise its number, FASTVAE_INTERFACE in fastvae.h and INTERFACE in"
+        " fastvae/backends/c_interface.py; then DECLARED is what this test finds."
+    )
+
+
+@pytest.mark.parametrize("number", [c_interface.INTERFACE + 1, None])
+@pytest.mark.parametrize(
+    ("backend", "variable", "function"),
+    [("native", "FASTVAE_LIBRARY", "fastvae_interface"), ("cuda", "FASTVAE_CUDA_LIBRARY", "fastvae_cuda_interface")],
+)
+def test_another_revision_is_refused(
+    backend: str, variable: str, function: str, number: int | None, tmp_path: Path
+) -> None:
+    """With a reason, before anything else of it is called. What would compute with it is an error, and not computed by
+    something else."""
+    source = "" if number is None else f"int {function}(void) {{ return {number}; }}"
+    library = tmp_path / "library.so"
+    subprocess.run([needed("cc"), "-xc", "-shared", "-fPIC", "-", "-o", library], input=source, text=True, check=True)
+    code = f"""
+import fastvae, torch
+from fastvae.__main__ import main
+main(["info"])
+try:
+    fastvae.use_backend("{backend}")
+except RuntimeError as error:
+    print(error)
+print(fastvae.kl_gauss(torch.ones(1, 5), torch.zeros(1, 5)).item())
+"""
+    environment = {**os.environ, variable: str(library), "FASTVAE_BACKEND": ""}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    reason = f"{variable}={library}: the interface number of {library} is {number or 'none'} and that of the imported"
+    rest = f" .* is {c_interface.INTERFACE},.*unset {variable}$"
+    assert re.search(rf"^  {backend} +not used: {reason}{rest}", ran.stdout, re.M)
+    assert f"\nbackend {backend!r} is not available: {reason} " in ran.stdout
+    if backend == "native":
+        assert ran.stderr.splitlines()[-1].startswith(f"fastvae.backends.settings.WrongSetting: {reason} ")
+    else:  # which nobody has asked to compute
+        assert ran.stdout.splitlines()[-1] == "2.5"
