@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 import fastvae
-from fastvae.aggregate.dataset import log_q
+from fastvae.aggregate.columns import InMemory, Streamed
+from fastvae.aggregate.marginals import log_densities
 from fastvae.aggregate.posteriors import open_posteriors
 from fastvae.aggregate.table import tabulate
-from fastvae.ops.interpolate import Table, columns_of, interpolate
+from fastvae.backends.contract import LogWeights
+from fastvae.ops.interpolate import Interpolant, interpolate
 
 from ..harness import in_turns, peak_extra_bytes, seconds
 from . import early_exit
@@ -54,8 +56,8 @@ def population(N: int, D: int, logvar: float, spread: float = 0.5) -> tuple[Tens
     return fastvae.reparameterize(mu, logvars, seed=0), mu, logvars
 
 
-def table_of(z: Tensor, mu: Tensor, logvar: Tensor) -> Table:
-    columns = columns_of(mu, logvar, None, -math.log(len(mu)))
+def table_of(z: Tensor, mu: Tensor, logvar: Tensor) -> Interpolant:
+    columns = InMemory(mu, logvar, LogWeights())
     table = tabulate(z, columns, TOL, math.inf)
     assert table is not None
     return table
@@ -136,7 +138,8 @@ def full_data(N: int, target: str, brute: bool, progress: bool = False) -> Row:
     direct = seconds(lambda: run("direct")) if brute else math.nan
     table = table_of(z, mu, logvar)
     stream = open_posteriors((mu, logvar), None, chunk_size=CHUNK, device=None, progress=False)
-    joint = log_q(stream, z[:ROWS], chunk_size=CHUNK, progress=False)[0]
+    joint, _ = log_densities(z[:ROWS], Streamed(stream, chunk_size=CHUNK))
+    assert joint is not None
     got = terms(z, mu, logvar, joint, interpolate(table, z)[:ROWS])
     error = (got - terms(z.double(), mu.double(), logvar.double(), *exact(z, mu, logvar))).abs().max()
     points = len(table.points) / 10

@@ -1,8 +1,8 @@
-"""Draws docs/table_error.png: the panels of a marginal, and the error of tables against their tolerance.
+"""Draws docs/table_error.png: the intervals of a marginal, and the error of tables against their tolerance.
 
     python -m bench.pictures.table [--populations 60] [--out docs/table_error.png]
 
-Above: log q_d of 2,000 posteriors, one of which is narrow, and of 20,000 samples; a tick for each panel's edge. Below:
+Above: log q_d of 2,000 posteriors, one of which is narrow, and of 20,000 samples; a tick for each interval's edge. Below:
 the largest error of tables of random populations, each a dot, at each tolerance; on the diagonal it is the tolerance.
 """
 
@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvae.aggregate.columns import InMemory
 from fastvae.aggregate.table import tabulate
+from fastvae.backends.contract import LogWeights
 from fastvae.evaluation.plots import DATA, MODEL, save
-from fastvae.ops.interpolate import Table, columns_of, interpolate
+from fastvae.ops.interpolate import Interpolant, interpolate
 
 TOLERANCES = [10.0**-k for k in (6, 7, 8, 9, 10, 11)]
 
@@ -39,8 +41,8 @@ def population(generator: torch.Generator, N: int, S: int, narrow: int, clusters
     return z[:, None], mu[:, None], logvar[:, None]
 
 
-def made(z: Tensor, mu: Tensor, logvar: Tensor, tol: float) -> Table:
-    table = tabulate(z, columns_of(mu, logvar, None, -math.log(len(mu))), tol, math.inf)
+def made(z: Tensor, mu: Tensor, logvar: Tensor, tol: float) -> Interpolant:
+    table = tabulate(z, InMemory(mu, logvar, LogWeights()), tol, math.inf)
     assert table is not None
     return table
 
@@ -63,7 +65,7 @@ def draw(populations: int, figure: Any) -> None:
     edges = torch.cat((table.left, table.left + table.width)).unique()
     above.plot(edges, torch.full_like(edges, float(f.min()) - 1), "|", color=MODEL, markersize=9)
     share = 1 - len(table.singles) / len(z)
-    title = f"{len(table.left)} panels for 20,000 samples, {share:.1%} of them interpolated, tolerance 1e-6"
+    title = f"{len(table.left)} intervals for 20,000 samples, {share:.1%} of them interpolated, tolerance 1e-6"
     above.set(xlabel="z", ylabel="log q(z), nats", title=title)
 
     for _ in range(populations):

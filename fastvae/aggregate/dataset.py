@@ -1,28 +1,23 @@
-"""Evaluation on a whole data set: the terms of the KL, the mutual information of the decoder, active units.
+"""The KL of a whole data set of posteriors, term by term, with all of them for columns.
 
-These functions belong to the host: they look at values, and warn (`UserWarning`) where a number cannot mean what its
-name says. Nothing here is differentiable; `kl_decomposition` is, on a batch.
+It belongs to the host: it looks at values, and warns (`UserWarning`) where a number cannot mean what its name says.
+Nothing here is differentiable; `kl_decomposition` is, on a batch.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._warnings import warn
-from ..ops.agg_log_prob import agg_log_prob
 from ..ops.checks import MOST_SAMPLES, check_count, check_flag
-from ..ops.interpolate import interpolate
-from ..ops.pairs import ColumnWeights
 from ..ops.sample_gauss import reparameterize
 from ..protocols import Prior, check_prior
+from .columns import Streamed
 from .decomposition import KLDecomposition, decompose, log_conditional
-from .intervals import Columns
-from .marginals import agg_log_prob_marginals, check_method
-from .posteriors import Posteriors, check_rows, open_posteriors, shown
-from .table import affordable, tabulate
+from .marginals import check_method, log_densities
+from .posteriors import check_rows, open_posteriors
 
 
 @torch.no_grad()
@@ -99,69 +94,23 @@ def kl_decomposition_dataset(
     mu, logvar = stream.read(stream.choose(rows, seed))  # [R, D]
     check_count("n_samples", n_samples, most=MOST_SAMPLES // mu.numel())
     z = reparameterize(mu, logvar, n_samples, seed=seed)  # [L, R, D]
-    conditional = log_conditional(z, mu, logvar, analytic_conditional)
+    conditional = log_conditional(z, mu, logvar, analytic_conditional)  # [S], or a scalar
     z = z.flatten(0, 1)  # [S, D]
-    tol = check_method(method, tol, z.dtype)
-    joint, marginals = log_q(stream, z, chunk_size=chunk_size, progress=progress, method=method, tol=tol)
-    result = decompose(z, conditional, joint, marginals, prior, "uniform", N)
+    joint, marginals = log_densities(
+        z,
+        Streamed(stream, chunk_size=chunk_size, progress=progress),
+        method=method,
+        tol=check_method(method, tol, z.dtype),
+        floor=None if analytic_conditional else conditional - math.log(N),  # a sample's own posterior is a column
+    )
+    assert joint is not None
+    result = decompose(z, conditional, joint, marginals.double(), prior, "uniform", N)
     warn_if_saturated(result, N)
     return result
 
 
-def log_q(
-    stream: Posteriors,
-    z: Tensor,
-    own: Tensor | None = None,
-    *,
-    chunk_size: int,
-    progress: bool,
-    method: str = "direct",
-    tol: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """log 1/N sum_j q(z_i|x_j) `[S]`, and of each dimension `[S, D]`, over all N posteriors; in float64. The sum leaves
-    out column own_i where `own` `[S]` is given, and none where that is -1; the marginals are then direct."""
-    joint = torch.full(z.shape[:1], -math.inf, dtype=torch.float64, device=z.device)
-    tabulated = _tabulated(stream, z, chunk_size, method, tol) if own is None and method != "direct" else None
-    marginals = torch.full(z.shape, -math.inf, dtype=torch.float64, device=z.device) if tabulated is None else tabulated
-    for columns, weights in column_chunks(stream, own, chunk_size, progress):
-        if tabulated is None:
-            parts = agg_log_prob_marginals(z, *columns, weights=weights, method="direct")
-        else:
-            parts = (agg_log_prob(z, *columns, weights=weights),)  # type: ignore[assignment]
-        for total, part in zip((joint, marginals), parts, strict=False):
-            torch.logaddexp(total, part.double(), out=total)
-    return joint, marginals
-
-
-def _tabulated(stream: Posteriors, z: Tensor, chunk_size: int, method: str, tol: float) -> Tensor | None:
-    """The marginals from a table that knows all posteriors, None where it would need too many points."""
-    S, N = len(z), len(stream.mu)
-
-    def chunks() -> Iterator[tuple[Tensor, Tensor, None]]:
-        for (mu, logvar), _ in column_chunks(stream, None, chunk_size, False):
-            dtype = torch.promote_types(z.dtype, mu.dtype)
-            yield mu.T.to(dtype).contiguous(), logvar.T.to(dtype).contiguous(), None
-
-    most = S / 2 if method == "table" else affordable(S, N, z.dtype)
-    table = tabulate(z, Columns(chunks, -math.log(N), N), tol, most) if most > 0 else None
-    return None if table is None else interpolate(table, z)
-
-
-def column_chunks(
-    stream: Posteriors, own: Tensor | None, chunk_size: int, progress: bool
-) -> Iterator[tuple[tuple[Tensor, Tensor], ColumnWeights]]:
-    """(mu, logvar) of some posteriors at a time, each of weight 1/N, but of 0 for the samples that are its own."""
-    N = len(stream.mu)
-    for first in shown(range(0, N, chunk_size), "columns", progress):
-        columns = stream.read(slice(first, first + chunk_size))
-        if own is None:
-            yield columns, ColumnWeights(-math.log(N))
-        else:
-            here = (own >= first) & (own < first + len(columns[0]))
-            yield columns, ColumnWeights(-math.log(N), (own - first).where(here, -1), -math.inf)
-
-
 def warn_if_saturated(terms: KLDecomposition, n_examples: int) -> None:
+    """A warning where the mutual information cannot be larger, as there are no more examples."""
     if terms.saturation > 0.5 and n_examples > 4:  # of fewer, exp(mi) is a large share by rounding alone
         warn(
             f"mi: {terms.mi:.2f} nats is at the ceiling of log {n_examples} = {math.log(n_examples):.2f} that"

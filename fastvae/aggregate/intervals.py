@@ -1,35 +1,68 @@
-"""The panels of `table`: where samples are, and which panels are too wide for a column that reaches them.
+"""The intervals of the line that marginals are tabulated on: where samples are, and which intervals are too wide.
 
-There is a binary tree of panels for each dimension, over the samples' range. Its nodes are numbered as in a heap: the
-root is 1, and the halves of h are 2 h and 2 h + 1. The 2^LEVELS nodes of the last level are called cells.
+Each dimension has a binary tree of intervals over the samples' range. Nodes are numbered as in a heap: the root is 1,
+and the halves of h are 2 h and 2 h + 1. The 2^LEVELS nodes of the last level are called cells.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.interpolate import ELEMENTS, Columns, blocks
+from ..ops.interpolate import ELEMENTS, Chunk, blocks
 
-LEVELS = 12  # panels are halved so often at most
+LEVELS = 12  # intervals are halved so often at most
 EXTREME = 1e30  # what is larger, or a width that is smaller than its inverse, is not tabulated
 
 
+class Nodes(NamedTuple):
+    """Some intervals: the dimension of each, and its number in the tree, `[n]` int64."""
+
+    dim: Tensor
+    node: Tensor
+
+    def where(self, chosen: Tensor) -> "Nodes":
+        return Nodes(self.dim[chosen], self.node[chosen])
+
+    def halves(self) -> "Nodes":
+        two = torch.arange(2, device=self.node.device)
+        return Nodes(self.dim.repeat_interleave(2), (2 * self.node[:, None] + two).flatten())
+
+    def level(self) -> Tensor:
+        return torch.log2(self.node + 0.5).floor()
+
+    def cells(self) -> tuple[Tensor, Tensor]:
+        """The first cell of each, and the one after its last, of D·2^LEVELS."""
+        size = torch.exp2(LEVELS - self.level()).long()
+        first = (self.dim << LEVELS) + self.node * size - 2**LEVELS
+        return first, first + size
+
+
+def joined(parts: Iterable[Nodes]) -> Nodes:
+    return Nodes(*map(torch.cat, zip(*parts, strict=True)))
+
+
 class Tree(NamedTuple):
-    """low, root `[D]`: where the roots begin, and their widths. top `[D]`: the highest value that a column has. depth
-    `[D]`: the level that is as wide as the narrowest column allows."""
+    """The trees of all dimensions, `[D]` each.
+
+    Attributes:
+        low, root: where the roots begin, and their widths.
+        top: the highest value that a weighted column has anywhere.
+        depth: the level whose intervals are as wide as the narrowest column allows.
+    """
 
     low: Tensor
     root: Tensor
     top: Tensor
     depth: Tensor
 
-    def places(self, dim: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
-        """(left, width) of nodes `[n]`."""
-        nodes = torch.exp2(levels_of(node))
-        width = self.root[dim] / nodes
-        return self.low[dim] + (node - nodes) * width, width
+    def places(self, nodes: Nodes) -> tuple[Tensor, Tensor]:
+        """(left, width) of intervals, `[n]`."""
+        in_a_level = torch.exp2(nodes.level())
+        width = self.root[nodes.dim] / in_a_level
+        return self.low[nodes.dim] + (nodes.node - in_a_level) * width, width
 
     def cells(self, z: Tensor) -> Tensor:
         """The cells of the samples z `[S, D]`, of D·2^LEVELS, in int32."""
@@ -48,39 +81,28 @@ class Tree(NamedTuple):
             levels.insert(0, levels[0].unflatten(1, (-1, 2)).sum(2))
         return torch.cat((torch.zeros_like(levels[0]), *levels), 1)
 
-    def samples_in(self, cells: Tensor, dim: Tensor, node: Tensor) -> Tensor:
+    def samples_in(self, cells: Tensor, nodes: Nodes) -> Tensor:
         """Which elements of z `[S D]` are in one of the nodes, none of which is in another."""
-        if len(dim) == 0:
-            return dim
+        if len(nodes.dim) == 0:
+            return nodes.dim
+        begin, end = nodes.cells()
         inside = torch.zeros((len(self.low) << LEVELS) + 1, dtype=torch.int32, device=cells.device)
-        begin = first_cells(dim, node)
-        inside.index_add_(0, begin, torch.ones_like(begin, dtype=torch.int32))
-        end = begin + torch.exp2(LEVELS - levels_of(node)).long()
-        inside.index_add_(0, end, torch.full_like(end, -1, dtype=torch.int32))
+        one = torch.ones_like(begin, dtype=torch.int32)
+        inside.index_add_(0, begin, one).index_add_(0, end, -one)
         return (inside.cumsum(0) > 0).index_select(0, cells.flatten()).nonzero()[:, 0]
 
 
-def levels_of(node: Tensor) -> Tensor:
-    return torch.log2(node + 0.5).floor()
-
-
-def first_cells(dim: Tensor, node: Tensor) -> Tensor:
-    """The first cell of each node."""
-    size = torch.exp2(LEVELS - levels_of(node)).long()
-    return (dim << LEVELS) + node * size - 2**LEVELS
-
-
-def plant(z: Tensor, columns: Columns, width: float) -> Tree | None:
-    """The trees of z `[S, D]`, such that one level's panels are `width` times the narrowest column; None where
+def plant(z: Tensor, chunks: Iterable[Chunk], log_w_all: float, width: float) -> Tree | None:
+    """The trees of z `[S, D]`, such that one level's intervals are `width` times the narrowest column; None where
     something is not finite, or extreme."""
     low, high = (x.double() for x in z.aminmax(dim=0))
-    narrowest, top = torch.full_like(low, math.inf), torch.full_like(low, -math.inf)
+    narrowest, top = torch.full_like(low, math.inf), torch.full_like(low, -math.inf)  # log sigma², log-density
     means = [low.new_zeros(2)]
-    for mu, logvar, log_w in columns.chunks():
+    for mu, logvar, log_w in chunks:
         means.append(torch.stack(mu.aminmax()).double())
         least = logvar.amin(1).double()
         narrowest = torch.minimum(narrowest, least)
-        highest = columns.log_w - 0.5 * least if log_w is None else (log_w - 0.5 * logvar).amax(1)
+        highest = log_w_all - 0.5 * least if log_w is None else (log_w - 0.5 * logvar).amax(1)
         top = torch.maximum(top, highest)
     widest = 0.9999 * width * torch.exp(0.5 * narrowest)  # in spite of rounding
     depth = torch.log2((high - low) / widest).ceil().clamp(min=0)
@@ -89,19 +111,38 @@ def plant(z: Tensor, columns: Columns, width: float) -> Tree | None:
     return tree if bool(moderate & ((high + 2 * tree.root) * (2**LEVELS / tree.root)).isfinite().all()) else None
 
 
-def too_wide(tree: Tree, columns: Columns, width: float, reach: float) -> Tensor:
-    """Which nodes are wider than `width` times the sigma of a column that is within `reach` times its sigma of them,
-    `[D, 2^(LEVELS + 1)]`. A column has the level of the widest panels that it allows; those above one of them that is
-    as far away from the column's own as any column of that level can reach are too wide."""
-    D, deepest = len(tree.low), min(LEVELS + 1, int(tree.depth.max()))
-    away = math.ceil(2 * reach / width) + 1  # panels of its level, as they are more than width / 2 sigmas wide
-    pad = away + 1  # panels on either side of the samples; the last holds all columns further out
-    start = [2**k - 1 + 2 * pad * k for k in range(deepest + 2)]  # of the panels of a level, [pad, 2^k, pad]
-    size = start[-1]
-    taken = torch.zeros(D * size, dtype=torch.bool, device=tree.low.device)
-    offset = torch.arange(D, device=taken.device)[:, None] * size
+def too_wide(tree: Tree, chunks: Iterable[Chunk], width: float, reach: float) -> Tensor:
+    """Which nodes are wider than `width` times the sigma of a column that reaches them, `[D, 2^(LEVELS + 1)]`. A column
+    reaches as far as `reach` times its sigma.
+
+    Each column is looked at once. The widest intervals that it allows are those of one level, its own; of these it
+    marks the one that its mean is in. They are between width / 2 and width times its sigma wide, so what it reaches is
+    within a fixed number of intervals, `away`, of the mark. Level by level, then, an interval is reached where a mark
+    of its level is so near; and all that have a reached interval inside, being wider, are too wide.
+    """
+    deepest = min(LEVELS + 1, int(tree.depth.max()))
+    away = math.ceil(2 * reach / width) + 1
+    marks = _marks(tree, chunks, width, deepest, away + 1)
+    result = torch.zeros(len(tree.low), 2 ** (LEVELS + 1), dtype=torch.bool, device=tree.low.device)
+    inside = result[:, : 2**deepest]  # of the level's intervals, those with a reached one inside
+    for level in range(deepest, 0, -1):
+        before = marks[level].cumsum(1, dtype=torch.int32)  # marks up to a place, [D, pad + 2^level + pad]
+        reached = before[:, 2 * away + 1 : -1] > before[:, : 2**level]
+        inside = (reached | inside).unflatten(1, (-1, 2)).any(2)
+        result[:, 2 ** (level - 1) : 2**level] = inside
+    return result
+
+
+def _marks(tree: Tree, chunks: Iterable[Chunk], width: float, deepest: int, pad: int) -> list[Tensor]:
+    """For each level up to `deepest` the intervals that have the mean of a column of that level in them,
+    `[D, pad + 2^level + pad]`: `pad` of them are on either side of the samples' range, and the last on a side stands
+    for all that is further out."""
+    D = len(tree.low)
+    starts = [2**level - 1 + 2 * pad * level for level in range(deepest + 2)]  # of the levels, one after the other
+    marks = torch.zeros(D, starts[-1], dtype=torch.bool, device=tree.low.device)
+    offset = torch.arange(D, device=marks.device)[:, None] * starts[-1]
     n = max(1, ELEMENTS // D)
-    for mus, logvars, log_w in columns.chunks():
+    for mus, logvars, log_w in chunks:
         low, scale, finest = (
             x[:, None].to(mus.dtype) for x in (tree.low, 1 / tree.root, torch.log2(tree.root / width))
         )
@@ -109,36 +150,24 @@ def too_wide(tree: Tree, columns: Columns, width: float, reach: float) -> Tensor
             mu, logvar = mus[:, first : first + n], logvars[:, first : first + n]
             level = torch.add(finest, logvar, alpha=-0.5 / math.log(2)).ceil_().clamp_(0, deepest)
             if log_w is not None:
-                level.masked_fill_(log_w[first : first + n] == -math.inf, 0)
-            nodes = torch.exp2(level)
-            panel = (mu - low).mul_(scale).mul_(nodes).floor_().clamp_(min=-pad)
-            place = torch.minimum(panel, nodes.add_(pad - 1)).add_(nodes).add_(level, alpha=2 * pad)
-            taken.index_fill_(0, place.long().add_(offset).flatten(), True)
-    result = torch.zeros(D, 2 ** (LEVELS + 1), dtype=torch.bool, device=taken.device)
-    above = result[:, : 2**deepest]
-    for k in range(deepest, 0, -1):
-        sums = taken.view(D, size)[:, start[k] : start[k + 1]].cumsum(1, dtype=torch.int32)
-        reached = sums[:, 2 * pad - 1 : -1] > sums[:, : 2**k]
-        above = (reached | above).unflatten(1, (-1, 2)).any(2)
-        result[:, 2 ** (k - 1) : 2**k] = above
-    return result
+                level.masked_fill_(log_w[first : first + n] == -math.inf, 0)  # a column without weight allows anything
+            in_a_level = torch.exp2(level)
+            interval = (mu - low).mul_(scale).mul_(in_a_level).floor_().clamp_(min=-pad)
+            interval = torch.minimum(interval, in_a_level + (pad - 1))
+            place = interval.add_(in_a_level - 1).add_(level, alpha=2 * pad).add_(pad)  # starts[level] + pad + interval
+            marks.view(-1).index_fill_(0, place.long().add_(offset).flatten(), True)
+    return list(marks.tensor_split(starts[1:-1], 1))
 
 
-def halved(dim: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
-    return dim.repeat_interleave(2), (2 * node[:, None] + torch.arange(2, device=node.device)).flatten()
-
-
-def widest(counts: Tensor, halve: Tensor) -> tuple[Tensor, Tensor]:
-    """(dim, node) of the widest panels with samples that are not to be halved, or cannot be."""
-    dim, node = (torch.arange(len(counts), device=counts.device), torch.ones_like(counts[:, 0]))
+def widest(counts: Tensor, to_halve: Tensor) -> Nodes:
+    """The widest intervals with samples that are not to be halved, or cannot be."""
+    nodes = Nodes(torch.arange(len(counts), device=counts.device), torch.ones_like(counts[:, 0]))  # the roots
     found = []
-    for k in range(LEVELS + 1):
-        if len(dim) == 0:
+    for level in range(LEVELS + 1):
+        if len(nodes.dim) == 0:
             break
-        go_on = halve[dim, node] & (k < LEVELS)
-        found.append((dim[~go_on], node[~go_on]))
-        dim, node = halved(dim[go_on], node[go_on])
-        some = counts[dim, node] > 0
-        dim, node = dim[some], node[some]
-    dims, nodes = zip(*found, strict=True)
-    return torch.cat(dims), torch.cat(nodes)
+        halve = to_halve[nodes] & (level < LEVELS)
+        found.append(nodes.where(~halve))
+        nodes = nodes.where(halve).halves()
+        nodes = nodes.where(counts[nodes] > 0)
+    return joined(found)

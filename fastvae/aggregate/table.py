@@ -1,107 +1,161 @@
+"""Marginals as functions of one variable: log q_d tabulated, where it would be evaluated at many samples.
+
+    f(x) = log sum_j w_j N(x; mu_j, sigma_j²)
+
+is a smooth function of one real variable, and on a short interval nearly the polynomial sum_k c_k T_k(u), u in [-1, 1],
+through its values at 16 Chebyshev points. How nearly, the last coefficients tell, if no detail of f hides between the
+points. So an interval is halved until
+
+  - it is no wider than WIDTH times the smallest sigma of the columns that reach it. A column reaches as far as its
+    term can exceed tol / N of f, where f is no lower than DEPTH nats below the highest value that a column has;
+  - the largest of |c_15|, |c_14|, |c_13| / 4, |c_12| / 16 and |c_11| / 64 is below tol / 4, or below the rounding of
+    the values, and no value is lower than that. (The last two alone are both small by chance now and then.)
+
+Intervals without samples are left out. Where an interval has no more samples than points, or halving does not help, the
+samples are points themselves: nothing is interpolated across what was not resolved, and no population costs much more
+than it did. docs/beyond-brute-force.md derives the error.
+
+Source: Trefethen 2019, Approximation Theory and Approximation Practice, chapters 3, 4 and 8.
+"""
+
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.contract import LogWeights
-from ..ops.interpolate import NODES, Columns, Table, chebyshev, log_sums, product
-from .intervals import LEVELS, first_cells, halved, levels_of, plant, too_wide, widest
+from ..ops.interpolate import NODES, Interpolant, chebyshev, log_sums, product
+from .columns import Columns
+from .intervals import LEVELS, Nodes, Tree, joined, plant, too_wide, widest
 
-WIDTH = 4.0  # of a panel, in units of sigma
+WIDTH = 4.0  # of an interval, in units of sigma
 DEPTH = 64.0  # nats
 ROUGHEST = 100.0  # times the tolerance: the rounding of values so large that the interpolant's slope would be noise
 LOOSEST = 1e-6  # nats: of a larger error the last coefficients tell too little, and it would save few points
-
-
-def affordable(S: int, N: int, dtype: torch.dtype) -> float:
-    """How many evaluations for each dimension make the joint and a table half as expensive as the joint and all S
-    marginals, as measured with the native kernels. An evaluation in float64 takes the time of 3 in float32; packing a
-    column that of 80, interpolating at a sample that of 130, and the calls themselves that of 2.5 million."""
-    return (0.26 if dtype == torch.float64 else 0.1) * S - 80 - (130 * S + 2.5e6) / max(1, N)
+DECAY = (*[0.0] * 11, 1 / 64, 1 / 16, 1 / 4, 1, 1)  # of the coefficients that are looked at
 
 
 @torch.no_grad()
-def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Table | None:
+def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Interpolant | None:
     """log sum_j w_j N(z_id; mu_jd, sigma_jd²) at the samples z `[S, D]` to within `tol`.
 
     None where more than `most` evaluations of the sum, in the mean over dimensions, would be needed; where something
     is not finite; and where there is nothing to tabulate.
     """
     S, D = z.shape
+    if S * D * columns.N == 0:
+        return None
     tol = min(tol, LOOSEST)
-    tree = plant(z, columns, WIDTH) if S * D * columns.N else None
+    log_w = columns.weights.common(columns.N)
+    tree = plant(z, columns.by_dimension(), log_w, WIDTH)
     if tree is None:
         return None
+    reach = math.sqrt(2 * (DEPTH + math.log(columns.N) - math.log(tol)))
+    unresolved = too_wide(tree, columns.by_dimension(), WIDTH, reach)  # of all nodes, as is what follows
     cells = tree.cells(z)
     counts = tree.counts(cells)
-    unresolved = too_wide(tree, columns, WIDTH, math.sqrt(2 * (DEPTH + math.log(columns.N) - math.log(tol))))
-    dim, node = widest(counts, unresolved & (counts > 2 * NODES))
-    u, to_coefficients = chebyshev(z)
-    decay = torch.tensor([0.0] * 11 + [1 / 64, 1 / 16, 1 / 4, 1, 1], dtype=torch.float64, device=z.device)
-    spent, found = 0, []
-    while len(dim):
-        alone = unresolved[dim, node] | (counts[dim, node] <= NODES)
-        singles = tree.samples_in(cells, dim[alone], node[alone])
-        dim, node = dim[~alone], node[~alone]
-        spent += len(singles) + NODES * len(dim)
+    nodes = widest(counts, unresolved & (counts > 2 * NODES))
+    spent, fits, singles, single_values = 0, [], [], []
+    while len(nodes.dim):
+        # Where interpolation would not do, or not save anything, the samples are points themselves.
+        alone = unresolved[nodes] | (counts[nodes] <= NODES)
+        samples, nodes = tree.samples_in(cells, nodes.where(alone)), nodes.where(~alone)
+        spent += len(samples) + NODES * len(nodes.dim)
         if spent > most * D:
             return None
-        left, width = tree.places(dim, node)
-        points = left[:, None] + (u + 1) * (0.5 * width[:, None])  # [P, 16]
-        x = torch.cat((points.flatten(), z.reshape(-1)[singles].double()))
-        dims = torch.cat((dim.repeat_interleave(NODES), singles % D))
-        values, single_values = log_sums(columns, x, dims, D).split((points.numel(), len(singles)))
-        values = values.view_as(points)
-        coefficients = product(values, to_coefficients.T)
-        error = (coefficients.abs() * decay).amax(1)
-        rounding = 8 * torch.finfo(torch.float64).eps * values.abs().amax(1)
-        high = values.amin(1) > tree.top[dim] - DEPTH
-        good = high & (error < rounding.clamp(min=tol / 4)) & (rounding < ROUGHEST * tol)
-        found.append(
-            (
-                *(x[good] for x in (first_cells(dim, node), dim, left, width, coefficients, points, values)),
-                *(singles, single_values),
-            )
-        )
-        halve = high & ~good & (levels_of(node) < LEVELS) & (counts[dim, node] > 2 * NODES)
-        alone = ~(good | halve)
-        unresolved[dim[alone], node[alone]] = True
-        halves = halved(dim[halve], node[halve])
-        dim, node = (torch.cat((a, b[alone])) for a, b in zip(halves, (dim, node), strict=True))
-    *panels, singles, single_values = map(torch.cat, zip(*found, strict=True))
-    begin, dim, left, width, coefficients, points, values = (x[panels[0].argsort()] for x in panels)
-    if len(begin) == 0:
+        fit, values = _evaluated(z, columns, tree, nodes, samples)
+        singles.append(samples)
+        single_values.append(values)
+        good, high = fit.accepted(tree, tol)
+        fits.append(fit.where(good))
+        halve = high & ~good & (nodes.level() < LEVELS) & (counts[nodes] > 2 * NODES)
+        given_up = nodes.where(~(good | halve))  # their samples become points in the next round
+        unresolved[given_up] = True
+        nodes = joined((nodes.where(halve).halves(), given_up))
+    fit = Fit(joined(fit.nodes for fit in fits), *map(torch.cat, zip(*(fit[1:] for fit in fits), strict=True)))
+    if len(fit.left) == 0:
         return None
-    panel = torch.zeros(D << LEVELS, dtype=torch.int32, device=z.device)
-    panel[begin] = torch.arange(len(begin), dtype=torch.int32, device=z.device)
-    return Table(
-        panel=panel.cummax(0).values.index_select(0, cells.flatten()).view(S, D),
-        left=left,
-        width=width,
-        coefficients=coefficients.T.contiguous(),
-        points=torch.cat((points.flatten(), z.reshape(-1)[singles].double())),
-        dims=torch.cat((dim.repeat_interleave(NODES), singles % D)),
-        values=torch.cat((values.flatten(), single_values)),
+    return _interpolant(z, cells, fit, torch.cat(singles), torch.cat(single_values))
+
+
+class Fit(NamedTuple):
+    """f on P intervals."""
+
+    nodes: Nodes  # [P]
+    left: Tensor  # [P]
+    width: Tensor  # [P]
+    points: Tensor  # [P, 16]
+    values: Tensor  # [P, 16], f there
+    coefficients: Tensor  # [P, 16] of the polynomials through these
+
+    def where(self, chosen: Tensor) -> "Fit":
+        return Fit(self.nodes.where(chosen), *(x[chosen] for x in self[1:]))
+
+    def accepted(self, tree: Tree, tol: float) -> tuple[Tensor, Tensor]:
+        """Which of the polynomials are f to within `tol`; and which values are all high enough for that to be known,
+        so that halving may help where a polynomial is not."""
+        error = (self.coefficients.abs() * self.coefficients.new_tensor(DECAY)).amax(1)
+        rounding = 8 * torch.finfo(torch.float64).eps * self.values.abs().amax(1)
+        high = self.values.amin(1) > tree.top[self.nodes.dim] - DEPTH
+        return high & (error < rounding.clamp(min=tol / 4)) & (rounding < ROUGHEST * tol), high
+
+
+def _evaluated(z: Tensor, columns: Columns, tree: Tree, nodes: Nodes, samples: Tensor) -> tuple[Fit, Tensor]:
+    """f on intervals, and at some samples, which are numbered as elements of z `[S, D]`."""
+    u, to_coefficients = chebyshev(z)
+    left, width = tree.places(nodes)
+    points = left[:, None] + (u + 1) * (0.5 * width[:, None])
+    x, dims = _with_samples(points, nodes.dim, z, samples)
+    sums = log_sums(columns.by_dimension(), columns.weights.common(columns.N), x, dims, z.shape[1])
+    values, sample_values = sums.split((points.numel(), len(samples)))
+    values = values.view_as(points)
+    return Fit(nodes, left, width, points, values, product(values, to_coefficients.T)), sample_values
+
+
+def _with_samples(points: Tensor, dim: Tensor, z: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, its dimension) `[n]` of all points: those of intervals `[P, 16]`, then samples."""
+    x = torch.cat((points.flatten(), z.reshape(-1)[samples].double()))
+    return x, torch.cat((dim.repeat_interleave(NODES), samples % z.shape[1]))
+
+
+def _interpolant(z: Tensor, cells: Tensor, fit: Fit, singles: Tensor, single_values: Tensor) -> Interpolant:
+    """Each sample's interval is the last that begins at its cell or before, if it is in one at all."""
+    begin, _ = fit.nodes.cells()
+    fit, begin = fit.where(begin.argsort()), begin.sort().values
+    interval = torch.zeros(z.shape[1] << LEVELS, dtype=torch.int32, device=z.device)
+    interval[begin] = torch.arange(len(begin), dtype=torch.int32, device=z.device)
+    points, dims = _with_samples(fit.points, fit.nodes.dim, z, singles)
+    return Interpolant(
+        interval=interval.cummax(0).values.index_select(0, cells.flatten()).view(z.shape),
+        left=fit.left,
+        width=fit.width,
+        coefficients=fit.coefficients.T.contiguous(),
+        points=points,
+        dims=dims,
+        values=torch.cat((fit.values.flatten(), single_values)),
         singles=singles,
     )
 
 
-def override(
-    common: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, direct: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The marginals `[S, D]` where those of the common weights are given: f + log(1 + sum (w_new - w_common) q / e^f)
-    over the own and next column. That multiplies the error of f by up to 2; rows `[n]` where it would be more are
-    those that `direct` gives."""
-    N, own, changes = len(mu), weights.own, []
-    if own is None:
+def override(common: Tensor, z: Tensor, columns: Columns, direct: Callable[[Tensor], Tensor]) -> Tensor:
+    """The marginals `[S, D]` with the weights of the own and the next column, from those with the common weights, f:
+
+        f + log(1 + sum (w_new − w_common) q / e^f)
+
+    over these two columns. That multiplies the error of f by up to 2; rows `[n]` where it would be more, as they owe
+    most of f to a column that they leave out, are those that `direct` gives.
+    """
+    N, weights = columns.N, columns.weights
+    if weights.own is None:
         return common
-    known = (own >= 0) & (own < N)
-    own = own.where(known, 0)
+    known = (weights.own >= 0) & (weights.own < N)
+    own = weights.own.where(known, 0)
+    changes = []  # (log q of the column, its new log-weight, its common one)
     for log_new, column in ((weights.log_w_own, own), (weights.log_w_next, (own + 1) % N)):
         if log_new is None or (column is not own and N == 1 and weights.log_w_own is not None):
             continue
-        mean, log_var = mu[column].double(), logvar[column].double()
+        mean, log_var = (x.double() for x in columns.rows(column))
         log_q = -0.5 * ((z.double() - mean) ** 2 * torch.exp(-log_var) + log_var + math.log(2 * math.pi))
         log_old = weights.common(N) if weights.log_w is None else weights.log_w[column, None].double()
         changes.append((log_q.masked_fill(~known[:, None], -math.inf), log_new, log_old))

@@ -22,11 +22,11 @@ class LogWeights(NamedTuple):
     sample i drawn from column o = own[i]: `log_w_own` at j = o, else `log_w_next` at j = (o + 1) mod N, where
     these are not None. An `own[i]` outside [0, N) means: drawn from none of them."""
 
-    log_w: Tensor | None  # [N]
-    log_w_all: float | None
-    own: Tensor | None  # [S] int64
-    log_w_own: float | None
-    log_w_next: float | None
+    log_w: Tensor | None = None  # [N]
+    log_w_all: float | None = None
+    own: Tensor | None = None  # [S] int64
+    log_w_own: float | None = None
+    log_w_next: float | None = None
 
     def common(self, n_columns: int) -> float:
         """The log-weight of every column where there is no `log_w`."""

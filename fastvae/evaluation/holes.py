@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..aggregate.dataset import column_chunks, log_q, warn_if_saturated
+from ..aggregate.columns import Streamed
+from ..aggregate.dataset import warn_if_saturated
 from ..aggregate.decomposition import KLDecomposition, decompose
-from ..aggregate.posteriors import Posteriors, open_posteriors
+from ..aggregate.marginals import log_densities
+from ..aggregate.posteriors import open_posteriors
 from ..models.priors import StandardNormal
 from ..models.vae import VAE
-from ..ops.agg_log_prob import agg_log_prob
+from ..ops.agg_log_prob import agg_log_prob_op
 from ..ops.checks import MOST_SAMPLES, check_count, check_flag, check_number
 from ..ops.cross_log_prob import log_prob_gauss
 from ..ops.sample_gauss import reparameterize
@@ -120,60 +122,91 @@ def prior_hole(
     elif data is not None:
         raise ValueError("data: expected None, as source has the posteriors, or a VAE as source")
     check_prior(prior)
-    stream = open_posteriors(source, encoder, chunk_size=chunk_size, device=device, progress=progress)
-    N = len(stream.mu)
+    posteriors = open_posteriors(source, encoder, chunk_size=chunk_size, device=device, progress=progress)
+    N = len(posteriors.mu)
     if N < 2:
         raise ValueError(f"source: expected at least 2 posteriors, got {N}")
 
-    rows = stream.choose(min(N, n_samples), seed)
-    mu, logvar = stream.read(rows)  # [S, D]
+    rows = posteriors.choose(min(N, n_samples), seed)
+    mu, logvar = posteriors.read(rows)  # [S, D]
     z = reparameterize(mu, logvar, seed=seed)
-    S, D = z.shape
-    check_count("n_samples", n_samples, most=MOST_SAMPLES // D)
-    with seeded(seed, z.device), z.device:
-        prior = StandardNormal(D) if prior is None else prior
-        z_prior = prior.sample(n_samples).to(z)
-    if z_prior.shape != (n_samples, D):
-        raise ValueError(f"prior: expected samples {(n_samples, D)}, got {tuple(z_prior.shape)}")
-    own = torch.full((S + n_samples,), -1, dtype=torch.int64, device=z.device)
-    own[:S] = torch.as_tensor(rows, device="cpu")
+    z_prior = _sampled(prior, n_samples, z, seed)
+    own = torch.full((len(z) + n_samples,), -1, dtype=torch.int64, device=z.device)
+    own[: len(z)] = torch.as_tensor(rows, device="cpu")
+    columns = Streamed(posteriors, own=own, chunk_size=chunk_size, progress=progress)
     both = torch.cat((z, z_prior))
-    joint, marginals = log_q(stream, both, own, chunk_size=chunk_size, progress=progress)
+    joint, marginals = log_densities(both, columns)
+    assert joint is not None
 
-    # With its own posterior, which is added again, a sample is one of the finite data set.
-    conditional = log_prob_gauss(z[..., None], mu[..., None], logvar[..., None]).double()  # [S, D]
-    full = torch.logaddexp(joint[:S], conditional.sum(1) - math.log(N))
-    full_marginals = torch.logaddexp(marginals[:S], conditional - math.log(N))
-    terms = decompose(z, conditional.sum(1), full, full_marginals, prior, "uniform", N)
+    terms, known = _terms(z, mu, logvar, joint[: len(z)], marginals[: len(z)], prior, N)
     warn_if_saturated(terms, N)
-
-    known = (conditional - full_marginals).mean(0)  # I(x; z_d)
+    D = z.shape[1]
     dims = known.topk(min(n_dims, D)).indices.tolist()
     pairs = list(itertools.combinations(sorted(dims), 2))
     without = [[e for e in range(D) if e != d] for d in dims] if D > 1 else []
-    subsets = _log_q_of_subsets(stream, both, own, [*map(list, pairs), *without], chunk_size, progress)
-    densities = torch.cat((joint[None], marginals.T, subsets))  # [1 + D + P + n_dims, S + n_samples]
-    densities[:, :S] += math.log(N / (N - 1))  # a mean over the N - 1 others
-    if densities.isnan().any():
-        raise ValueError("source: expected posteriors and samples of the prior with log-densities, got NaN")
-    thresholds = _quantile(densities[:, :S], quantile)
-    shares = (densities[:, S:] < thresholds[:, None]).double().mean(1)
-    share, dim_share, pair_share, share_without = shares.split((1, D, len(pairs), len(without)))
-    order, by_pair = share_without.argsort(), pair_share.argsort(descending=True)
+    subsets = _log_q_of_subsets(both, columns, [*map(list, pairs), *without])
+
+    def holes(log_q: Tensor) -> tuple[Tensor, Tensor]:
+        return _thresholds_and_shares(log_q[:, : len(z)] + math.log(N / (N - 1)), log_q[:, len(z) :], quantile)
+
+    threshold, share = holes(joint[None])
+    _, dim_share = holes(marginals.T)
+    pair_threshold, pair_share = holes(subsets[: len(pairs)])
+    _, share_without = holes(subsets[len(pairs) :]) if D > 1 else (threshold, torch.zeros_like(share))
+    by_share, by_pair = share_without.argsort(), pair_share.argsort(descending=True)
     return PriorHole(
         terms=terms,
         share=share[0],
-        threshold=thresholds[0],
-        log_q_data=densities[0, :S],
-        log_q_prior=densities[0, S:],
+        threshold=threshold[0],
+        log_q_data=joint[: len(z)] + math.log(N / (N - 1)),
+        log_q_prior=joint[len(z) :],
         z_prior=z_prior,
         dim_share=dim_share,
-        dims=torch.tensor(dims, dtype=torch.int64, device=z.device)[order] if D > 1 else torch.zeros_like(own[:1]),
-        share_without=share_without[order] if D > 1 else torch.zeros_like(share),
-        pairs=torch.tensor(pairs, dtype=torch.int64, device=z.device).view(-1, 2)[by_pair],
+        dims=own.new_tensor(dims)[by_share],
+        share_without=share_without[by_share],
+        pairs=own.new_tensor(pairs).view(-1, 2)[by_pair],
         pair_share=pair_share[by_pair],
-        pair_threshold=thresholds[1 + D : 1 + D + len(pairs)][by_pair],
+        pair_threshold=pair_threshold[by_pair],
     )
+
+
+def _sampled(prior: Prior | None, n: int, z: Tensor, seed: int) -> Tensor:
+    """Samples of the prior `[n, D]`, like those of the posteriors, z; None is N(0, I)."""
+    D = z.shape[1]
+    check_count("n_samples", n, most=MOST_SAMPLES // D)
+    with seeded(seed, z.device), z.device:
+        z_prior = (StandardNormal(D) if prior is None else prior).sample(n).to(z)
+    if z_prior.shape != (n, D):
+        raise ValueError(f"prior: expected samples {(n, D)}, got {tuple(z_prior.shape)}")
+    return z_prior
+
+
+def _terms(
+    z: Tensor, mu: Tensor, logvar: Tensor, joint: Tensor, marginals: Tensor, prior: Prior | None, N: int
+) -> tuple[KLDecomposition, Tensor]:
+    """The terms of the KL over all N posteriors, and I(x; z_d) of each dimension, `[D]`. joint `[S]` and marginals
+    `[S, D]` leave out each sample's own posterior, which is added again: here a sample is one of the data set."""
+    conditional = log_prob_gauss(z[..., None], mu[..., None], logvar[..., None]).double()  # [S, D]
+    joint = torch.logaddexp(joint, conditional.sum(1) - math.log(N))
+    marginals = torch.logaddexp(marginals, conditional - math.log(N))
+    terms = decompose(z, conditional.sum(1), joint, marginals, prior, "uniform", N)
+    return terms, (conditional - marginals).mean(0)
+
+
+def _log_q_of_subsets(z: Tensor, columns: Streamed, subsets: list[list[int]]) -> Tensor:
+    """log q of some dimensions of z `[S, D]` alone, for each of the subsets; `[subsets, S]`."""
+    sums = columns.log_sum(
+        lambda mu, logvar, weights: [agg_log_prob_op(*(x[:, s] for x in (z, mu, logvar)), *weights) for s in subsets]
+    )
+    return torch.stack(sums) if sums else z.new_empty(0, len(z), dtype=torch.float64)
+
+
+def _thresholds_and_shares(data: Tensor, prior: Tensor, q: float) -> tuple[Tensor, Tensor]:
+    """The q-quantile of each row of log-densities of data `[k, S]`, and the share of the prior's `[k, n]` below it."""
+    if data.isnan().any() or prior.isnan().any():
+        raise ValueError("source: expected posteriors and samples of the prior with log-densities, got NaN")
+    threshold = _quantile(data, q)
+    return threshold, (prior < threshold[:, None]).double().mean(1)
 
 
 def _quantile(x: Tensor, q: float) -> Tensor:
@@ -181,15 +214,3 @@ def _quantile(x: Tensor, q: float) -> Tensor:
     rank = q * (x.shape[1] - 1)
     low, high = x.sort(1).values[:, [math.floor(rank), math.ceil(rank)]].T
     return low.lerp(high, rank % 1)
-
-
-def _log_q_of_subsets(
-    stream: Posteriors, z: Tensor, own: Tensor, subsets: list[list[int]], chunk_size: int, progress: bool
-) -> Tensor:
-    """log q of some dimensions of z `[S, D]`, as `log_q` has it of all, for each of the subsets; `[subsets, S]`."""
-    total = torch.full((len(subsets), len(z)), -math.inf, dtype=torch.float64, device=z.device)
-    for (mu, logvar), weights in column_chunks(stream, own, chunk_size, progress):
-        for log_density, dims in zip(total, subsets, strict=True):
-            part = agg_log_prob(z[:, dims], mu[:, dims], logvar[:, dims], weights=weights)
-            torch.logaddexp(log_density, part.double(), out=log_density)
-    return total

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends.contract import LogWeights
-from .declare import declare, declare_backward, empty_gradients, spread
+from .declare import declare, declare_backward, empty_gradients, placed
 from .pairs import POSTERIORS, WEIGHTS, ColumnWeights, checked, over_batches, restored, result, save
 
 # Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
@@ -44,7 +44,7 @@ class AggLogProb(Function):
     @staticmethod
     def backward(ctx: Any, d_joint: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
-        return spread(_agg_log_prob_backward(d_joint, *restored(ctx), wanted), wanted, 8)
+        return placed(_agg_log_prob_backward(d_joint, *restored(ctx), wanted), wanted, 8)
 
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeights | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends.contract import LogWeights
-from .declare import declare, declare_backward, empty_gradients, spread
+from .declare import declare, declare_backward, empty_gradients, placed
 from .pairs import POSTERIORS, WEIGHTS, restored, result, save
 
 # Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
@@ -47,4 +47,4 @@ class AggLogProbMarginals(Function):
     def backward(ctx: Any, d_joint: Tensor | None, d_marginals: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
         gradients = _agg_log_prob_marginals_backward(d_joint, d_marginals, *restored(ctx), wanted)
-        return spread(gradients, wanted, 8)
+        return placed(gradients, wanted, 8)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .checks import accumulated, check_device, check_tensor
-from .declare import declare, declare_backward, empty_gradients, spread
+from .declare import declare, declare_backward, empty_gradients, placed
 from .pairs import POSTERIORS, checked, over_batches, result
 
 _cross_log_prob = declare(
@@ -34,7 +34,7 @@ class CrossLogProb(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad
-        return spread(_cross_log_prob_backward(grad, *ctx.saved_tensors, wanted), wanted, 3)
+        return placed(_cross_log_prob_backward(grad, *ctx.saved_tensors, wanted), wanted, 3)
 
 
 def log_prob_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:

@@ -162,8 +162,8 @@ def empty_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> li
     return [torch.empty_like(x) for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
 
 
-def spread(gradients: Sequence[Tensor | None], wanted: Sequence[bool], n_inputs: int) -> tuple[Tensor | None, ...]:
-    """What an op returned, at the places of those that were wanted; None elsewhere."""
+def placed(gradients: Sequence[Tensor | None], wanted: Sequence[bool], n_inputs: int) -> tuple[Tensor | None, ...]:
+    """The gradients that an op returned, each at the place of the input it belongs to; None elsewhere."""
     remaining = iter(gradients)
     found = [next(remaining) if want else None for want in wanted]
     return (*found, *[None] * (n_inputs - len(found)))

@@ -1,29 +1,19 @@
-"""Marginals as functions of one variable: log q_d tabulated, where it would be evaluated at many samples.
+"""Marginals log q_d at many samples, interpolated between points where they were evaluated.
 
     f(x) = log sum_j w_j N(x; mu_j, sigma_j²)
 
-is a smooth function of one real variable. On a panel of it, it is nearly the polynomial sum_k c_k T_k(u), u in [-1, 1],
-through its values at 16 Chebyshev points. How nearly, the last coefficients tell, if no detail of f hides between the
-points. So a panel is halved until
+On an interval of the line f is taken for the polynomial sum_k c_k T_k(u), u in [-1, 1], through its values at 16
+Chebyshev points. `fastvae.aggregate.table` chooses the intervals, so that this is right to a tolerance. A sample that
+is in none of them has a point, and so a value, of its own.
 
-  - it is no wider than WIDTH times the smallest sigma of the columns that reach it. A column reaches as far as its
-    term can exceed tol / N of f, where f is no lower than DEPTH nats below the highest value that a column has;
-  - the largest of |c_15|, |c_14|, |c_13| / 4, |c_12| / 16 and |c_11| / 64 is below tol / 4, or below the rounding of
-    the values, and no value is lower than that. (The last two alone are both small by chance now and then.)
+Points, values and coefficients are float64. The values are those of `agg_log_prob` in one dimension, and so are their
+gradients with respect to the columns: the interpolant is linear in its values.
 
-Panels without samples are left out. Where a panel has no more samples than points, or halving does not help, the
-samples are points themselves: nothing is interpolated across what was not resolved, and no population costs much more
-than it did. docs/beyond-brute-force.md derives the error.
-
-Points, values and coefficients are float64: in float32 the last coefficients never get small. The values are those of
-`agg_log_prob` in one dimension, and so are the gradients with respect to the columns, at the points: the interpolant
-is linear in its values.
-
-Source: Trefethen 2019, Approximation Theory and Approximation Practice, chapters 3, 4 and 8.
+Source: Trefethen 2019, chapters 3 and 4.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,40 +21,38 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends.contract import accumulation_dtype
-from .declare import declare, declare_backward, empty_gradients, spread
+from .declare import declare, declare_backward, empty_gradients, placed
 
-NODES = 16  # points of a panel
+NODES = 16  # points of an interval
 ELEMENTS = 2**17  # of a matrix at a time, which stay in the cache
 
 
-class Columns(NamedTuple):
-    """The columns of a weighted log-sum-exp, chunk by chunk as often as one asks: mu and logvar `[D, n]` in float64, or
-    in float32 where the samples are too; log_w `[n]` or None for `log_w` of all; N in all."""
+class Interpolant(NamedTuple):
+    """The marginals at the samples z `[S, D]` that it was made for, with P intervals in all dimensions together."""
 
-    chunks: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor | None]]]
-    log_w: float
-    N: int
-
-
-class Table(NamedTuple):
-    """The marginals at the samples z `[S, D]` that it was made for: P panels, and the samples that are points."""
-
-    panel: Tensor  # [S, D] int32, the number of each sample's panel; of a sample that is a point, any
-    left: Tensor  # [P] and width [P], of the panels
+    interval: Tensor  # [S, D] int32, the number of each sample's interval; of a sample that is a point, any
+    left: Tensor  # [P] and width [P], of the intervals
     width: Tensor
     coefficients: Tensor  # [16, P]
-    points: Tensor  # [n]: those of the panels, [P, 16], and the samples
-    dims: Tensor  # [n] int64
-    values: Tensor  # [n]
-    singles: Tensor  # [n − 16 P] int64, which elements of z, [S D], these samples are
+    points: Tensor  # [n]: those of the intervals, [P, 16], and the samples that are points
+    dims: Tensor  # [n] int64, the dimension of each point
+    values: Tensor  # [n], f there
+    singles: Tensor  # [n − 16 P] int64, which elements of z, [S D], the samples that are points are
 
 
-def columns_of(mu: Tensor, logvar: Tensor, log_w: Tensor | None, log_w_all: float) -> Columns:
-    """Columns in memory, mu and logvar `[N, D]`."""
+class Chunk(NamedTuple):
+    """Some columns of a weighted log-sum-exp, a dimension in each row, without gradient."""
+
+    mu: Tensor  # [D, n], float64, or float32 where the samples are too
+    logvar: Tensor  # [D, n]
+    log_w: Tensor | None  # [n] float64; None where all columns have the same
+
+
+def transposed(mu: Tensor, logvar: Tensor, log_w: Tensor | None) -> Chunk:
+    """Columns mu and logvar `[n, D]` as a chunk."""
     dtype = accumulation_dtype(mu.dtype)
     mu, logvar = (x.detach().T.to(dtype).contiguous() for x in (mu, logvar))
-    chunk = mu, logvar, None if log_w is None else log_w.detach().double()
-    return Columns(lambda: [chunk], log_w_all, mu.shape[1])
+    return Chunk(mu, logvar, None if log_w is None else log_w.detach().double())
 
 
 def chebyshev(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,22 +72,22 @@ def product(x: Tensor, matrix: Tensor) -> Tensor:
     return result
 
 
-def _by_dimension(dims: Tensor, D: int) -> tuple[Tensor, list[tuple[int, slice]]]:
-    """An order that sorts by dimension, and the place of each dimension that occurs."""
+def _sorted_by_dimension(dims: Tensor, D: int) -> tuple[Tensor, list[tuple[int, slice]]]:
+    """An order that sorts points by their dimension, and the place of each dimension that occurs."""
     sizes = torch.bincount(dims, minlength=D)
     ends = sizes.cumsum(0).tolist()
     places = [(d, slice(end - n, end)) for d, (end, n) in enumerate(zip(ends, sizes.tolist(), strict=True)) if n]
     return dims.argsort(stable=True), places
 
 
-def log_sums(columns: Columns, x: Tensor, dims: Tensor, D: int) -> Tensor:
-    """The log-sum-exp at points x `[n]`, each of one dimension."""
-    order, places = _by_dimension(dims, D)
+def log_sums(chunks: Iterable[Chunk], log_w_all: float, x: Tensor, dims: Tensor, D: int) -> Tensor:
+    """The log-sum-exp f at points x `[n]` in float64, each of one dimension; log_w_all where a chunk has no log_w."""
+    order, places = _sorted_by_dimension(dims, D)
     x, total = x[order, None], torch.full_like(x, -math.inf)
-    for mu, logvar, log_w in columns.chunks():
+    for mu, logvar, log_w in chunks:
         for d, part in places:
             posteriors = x[part], mu[d, :, None].double(), logvar[d, :, None].double()
-            value = torch.ops.fastvae.agg_log_prob(*posteriors, log_w, columns.log_w, None, None, None)
+            value = torch.ops.fastvae.agg_log_prob(*posteriors, log_w, log_w_all, None, None, None)
             torch.logaddexp(total[part], value, out=total[part])
     return torch.empty_like(total).index_put_((order,), total)
 
@@ -110,39 +98,40 @@ def blocks(z: Tensor) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, len(z), step))
 
 
-def _within(table: Table, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """The panels of some samples, and u in them, flat."""
-    panel = table.panel[rows].flatten()
-    u = z[rows].flatten() - table.left.index_select(0, panel)
-    u = u.div_(table.width.index_select(0, panel)).mul_(2).sub_(1)
-    return panel, u.clamp_(-1, 1)  # a sample that is a point is in no panel
+def _within(interpolant: Interpolant, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """The intervals of some samples, and u in them, flat."""
+    interval = interpolant.interval[rows].flatten()
+    u = z[rows].flatten() - interpolant.left.index_select(0, interval)
+    u = u.div_(interpolant.width.index_select(0, interval)).mul_(2).sub_(1)
+    return interval, u.clamp_(-1, 1)  # a sample that is a point is in no interval
 
 
-def interpolate(table: Table, z: Tensor) -> Tensor:
+def interpolate(interpolant: Interpolant, z: Tensor) -> Tensor:
     """The marginals at the samples, `[S, D]`, in float64."""
     result = torch.empty(z.shape, dtype=torch.float64, device=z.device)
     for rows in blocks(z):
-        panel, u = _within(table, z, rows)
+        interval, u = _within(interpolant, z, rows)
         b, b_next = torch.zeros_like(u), torch.zeros_like(u)  # Clenshaw's recurrence
-        for c in table.coefficients[1:].flip(0):
-            b, b_next = c.index_select(0, panel).sub_(b_next).addcmul_(u, b, value=2), b
-        result[rows] = table.coefficients[0].index_select(0, panel).addcmul_(u, b).sub_(b_next).view(-1, z.shape[1])
-    result.view(-1)[table.singles] = table.values[len(table.values) - len(table.singles) :]
+        for c in interpolant.coefficients[1:].flip(0):
+            b, b_next = c.index_select(0, interval).sub_(b_next).addcmul_(u, b, value=2), b
+        constant = interpolant.coefficients[0].index_select(0, interval)
+        result[rows] = constant.addcmul_(u, b).sub_(b_next).view(-1, z.shape[1])
+    result.view(-1)[interpolant.singles] = interpolant.values[len(interpolant.values) - len(interpolant.singles) :]
     return result
 
 
-# Ops: z [S, D], mu and logvar [N, D], log_w [N] or None, log_w of all, the fields of a Table of these.
+# Ops: z [S, D], mu and logvar [N, D], log_w [N] or None, log_w of all, the fields of an Interpolant of these.
 
-_TABULATED = "Tensor z, Tensor mu, Tensor logvar, Tensor? log_w, float log_w_all, Tensor[] table"
+_TABULATED = "Tensor z, Tensor mu, Tensor logvar, Tensor? log_w, float log_w_all, Tensor[] interpolant"
 
 interpolation = declare(
     f"interpolate({_TABULATED}) -> Tensor",
     lambda z, *_: z.new_empty(z.shape, dtype=torch.float64),
-    lambda backend, z, mu, logvar, log_w, log_w_all, table: interpolate(Table(*table), z),
+    lambda backend, z, mu, logvar, log_w, log_w_all, interpolant: interpolate(Interpolant(*interpolant), z),
 )
 _interpolate_backward = declare_backward(
     f"interpolate_backward(Tensor grad, {_TABULATED}, bool[] wanted) -> Tensor[]",
-    lambda grad, z, mu, logvar, log_w, log_w_all, table, wanted: empty_gradients((z, mu, logvar, log_w), wanted),
+    lambda grad, z, mu, logvar, log_w, log_w_all, interpolant, wanted: empty_gradients((z, mu, logvar, log_w), wanted),
     lambda backend, *arguments: _gradients(*arguments),
 )
 
@@ -153,14 +142,14 @@ class Interpolation(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.log_w_all, table = inputs
-        ctx.save_for_backward(*tensors, *table)
+        *tensors, ctx.log_w_all, interpolant = inputs
+        ctx.save_for_backward(*tensors, *interpolant)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, table = ctx.saved_tensors[:4], list(ctx.saved_tensors[4:])
+        inputs, interpolant = ctx.saved_tensors[:4], list(ctx.saved_tensors[4:])
         wanted = ctx.needs_input_grad[:4]
-        return spread(_interpolate_backward(grad, *inputs, ctx.log_w_all, table, wanted), wanted, 6)
+        return placed(_interpolate_backward(grad, *inputs, ctx.log_w_all, interpolant, wanted), wanted, 6)
 
 
 def _gradients(
@@ -173,30 +162,31 @@ def _gradients(
     fields: list[Tensor],
     wanted: list[bool],
 ) -> list[Tensor]:
-    inputs, table = (z, mu, logvar, log_w), Table(*fields)
-    d_z, d_coefficients = _through_panels(table, z, grad)
+    inputs, interpolant = (z, mu, logvar, log_w), Interpolant(*fields)
+    d_z, d_coefficients = _through_intervals(interpolant, z, grad)
     _, to_coefficients = chebyshev(grad)
-    d_values = torch.cat((product(d_coefficients, to_coefficients).flatten(), grad.reshape(-1)[table.singles]))
-    d_points, *others = _through_columns(table, inputs, log_w_all, d_values, wanted)
-    d_z.view(-1)[table.singles] = d_points[len(d_points) - len(table.singles) :].to(d_z.dtype)
+    d_values = torch.cat((product(d_coefficients, to_coefficients).flatten(), grad.reshape(-1)[interpolant.singles]))
+    d_points, *others = _through_columns(interpolant, inputs, log_w_all, d_values, wanted)
+    d_z.view(-1)[interpolant.singles] = d_points[len(d_points) - len(interpolant.singles) :].to(d_z.dtype)
     gradients = zip((d_z, *others), inputs, wanted, strict=True)
     return [g.to(x.dtype) for g, x, want in gradients if want and x is not None]
 
 
-def _through_panels(table: Table, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """d z `[S, D]` of the samples in panels, in z's dtype, and d coefficients `[P, 16]`."""
+def _through_intervals(interpolant: Interpolant, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """d z `[S, D]` of the samples in intervals, in z's dtype, and d coefficients `[P, 16]`."""
     k = torch.arange(NODES, dtype=torch.float64, device=z.device)[:, None]
-    slopes = table.coefficients * (2 * k / table.width)  # of T_k: k U_{k − 1}
+    slopes = interpolant.coefficients * (2 * k / interpolant.width)  # of T_k: k U_{k − 1}
     d_z, d_coefficients = torch.empty_like(z, memory_format=torch.contiguous_format), torch.zeros_like(slopes)
-    single = torch.zeros(z.numel(), dtype=torch.bool, device=z.device).index_fill_(0, table.singles, True).view(z.shape)
+    single = torch.zeros(z.numel(), dtype=torch.bool, device=z.device)
+    single = single.index_fill_(0, interpolant.singles, True).view(z.shape)
     for rows in blocks(z):
-        panel, u = _within(table, z, rows)
+        interval, u = _within(interpolant, z, rows)
         above, slope = grad[rows].masked_fill(single[rows], 0).flatten(), torch.zeros_like(u)
         t, t_next = torch.ones_like(u), u  # T_k and T_{k + 1}
         v, v_next = torch.zeros_like(u), torch.ones_like(u)  # U_{k − 1} and U_k
         for d_c, c in zip(d_coefficients, slopes, strict=True):
-            d_c.index_add_(0, panel, above * t)
-            slope.addcmul_(c.index_select(0, panel), v)
+            d_c.index_add_(0, interval, above * t)
+            slope.addcmul_(c.index_select(0, interval), v)
             t, t_next = t_next, (2 * u).mul_(t_next).sub_(t)
             v, v_next = v_next, (2 * u).mul_(v_next).sub_(v)
         d_z[rows] = slope.mul_(above).view(-1, z.shape[1])
@@ -204,13 +194,13 @@ def _through_panels(table: Table, z: Tensor, grad: Tensor) -> tuple[Tensor, Tens
 
 
 def _through_columns(
-    table: Table, inputs: tuple[Any, ...], log_w_all: float, d_values: Tensor, wanted: list[bool]
+    interpolant: Interpolant, inputs: tuple[Any, ...], log_w_all: float, d_values: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
     """d points `[n]`, d mu and d logvar `[N, D]` in their dtypes, d log_w `[N]`; zero where not wanted."""
-    ((mu, logvar, log_w),) = columns_of(inputs[1], inputs[2], inputs[3], log_w_all).chunks()
-    order, places = _by_dimension(table.dims, len(mu))
-    x, d_x = table.points[order, None], torch.zeros_like(table.points)
-    values, d_values = table.values[order], d_values[order]
+    mu, logvar, log_w = transposed(*inputs[1:4])
+    order, places = _sorted_by_dimension(interpolant.dims, len(mu))
+    x, d_x = interpolant.points[order, None], torch.zeros_like(interpolant.points)
+    values, d_values = interpolant.values[order], d_values[order]
     d_mu, d_logvar = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs[1:3])
     d_log_w = d_x.new_zeros(mu.shape[1])
     for d, part in places:

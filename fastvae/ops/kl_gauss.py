@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from ..backends.contract import REDUCTIONS, accumulation_dtype, kl_shape
 from .checks import as_rows, check_choice, check_device, check_number, check_posterior, check_tensor, promote
-from .declare import declare, declare_backward, empty_gradients, spread
+from .declare import declare, declare_backward, empty_gradients, placed
 
 
 def _fake(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str) -> Tensor:
@@ -64,7 +64,7 @@ class KLGauss(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
-        return spread(_kl_gauss_backward(grad, *ctx.saved_tensors, ctx.reduction, wanted), wanted, 5)
+        return placed(_kl_gauss_backward(grad, *ctx.saved_tensors, ctx.reduction, wanted), wanted, 5)
 
 
 def kl_gauss(

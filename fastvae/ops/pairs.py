@@ -24,7 +24,7 @@ class ColumnWeights(NamedTuple):
         log_w_next: a number that replaces `log_w` at column (own(i) + 1) mod N, for the `mss` estimator; where
             that is the own column, `log_w_own` wins.
 
-    A log-weight is a number or −inf. NaN or +inf in `log_w` may spread to rows that replace it.
+    A log-weight is a number or −inf. NaN or +inf in `log_w` may placed to rows that replace it.
     """
 
     log_w: float | Tensor
@@ -118,7 +118,7 @@ def over_batches(function: Callable[..., Any], z: Tensor, mu: Tensor, logvar: Te
 
 def _log_weights(weights: ColumnWeights | None, z: Tensor, mu: Tensor) -> LogWeights:
     if weights is None:
-        return LogWeights(None, None, None, None, None)
+        return LogWeights()
     if not isinstance(weights, ColumnWeights):
         raise TypeError(f"weights: expected a ColumnWeights, got {type(weights).__name__}")
     S, N = z.shape[-2], mu.shape[-2]

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from ..backends.contract import accumulation_dtype
 from .checks import as_rows, check_choice, check_count, check_posterior, check_seed, promote
-from .declare import declare, declare_backward, declare_random, empty_gradients, spread
+from .declare import declare, declare_backward, declare_random, empty_gradients, placed
 
 OUTPUTS = ("z", "log_q", "log_p", "kl")
 
@@ -118,9 +118,9 @@ class SampleGauss(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:2]
-        upstream = spread(grads, ctx.outputs, 4)
+        upstream = placed(grads, ctx.outputs, 4)
         gradients = _sample_gauss_backward(*upstream, *ctx.saved_tensors, ctx.n_samples, wanted)
-        return spread(gradients, wanted, 5)
+        return placed(gradients, wanted, 5)
 
 
 def sample_gauss(
@@ -162,7 +162,7 @@ def sample_gauss(
     for name in outputs:
         check_choice("outputs", name, OUTPUTS)
     asked = tuple(name in outputs for name in OUTPUTS)
-    return GaussianSample(*spread(_sample(mu, logvar, n_samples, asked, seed, generator), asked, 4))
+    return GaussianSample(*placed(_sample(mu, logvar, n_samples, asked, seed, generator), asked, 4))
 
 
 def _sample(

@@ -26,13 +26,17 @@ from torch import Tensor
 
 import fastvae
 from fastvae import ColumnWeights
+from fastvae.aggregate.columns import InMemory
 from fastvae.aggregate.table import WIDTH, tabulate
-from fastvae.ops.interpolate import Table, chebyshev, columns_of, interpolate, interpolation
+from fastvae.backends.contract import LogWeights
+from fastvae.ops.interpolate import Interpolant, chebyshev, interpolate, interpolation
 
 
-def tabulated(z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor | None = None, tol: float = 1e-6) -> Table | None:
+def tabulated(
+    z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor | None = None, tol: float = 1e-6
+) -> Interpolant | None:
     """The table, whatever it takes."""
-    return tabulate(z, columns_of(mu, logvar, log_w, -math.log(len(mu))), tol, math.inf)
+    return tabulate(z, InMemory(mu, logvar, LogWeights(log_w)), tol, math.inf)
 
 
 def assert_within(tol: float, z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor | None = None) -> float:
@@ -113,7 +117,7 @@ def test_a_smooth_population_takes_few_points(tol: float) -> None:
 
 
 def test_the_last_coefficients_tell() -> None:
-    """On panels no wider than they may be, 16 points, one after the other through every kind of detail and kink."""
+    """On intervals no wider than they may be, 16 points, one after the other through every kind of detail and kink."""
     g = torch.Generator().manual_seed(1)
     u, matrix = chebyshev(torch.zeros(()))
     x = torch.linspace(-1, 1, 101, dtype=torch.float64)
@@ -219,10 +223,10 @@ def test_gradients_are_those_of_the_interpolant() -> None:
         z.detach()[None] < (table.left + table.width)[:, None, None]
     )
     inside &= dims[:, None, None] == torch.arange(2)
-    panel = inside.int().argmax(0)  # [S, D]
-    t = (2 * (z - table.left[panel]) / table.width[panel] - 1).clamp(-1 + 1e-15, 1 - 1e-15)
+    interval = inside.int().argmax(0)  # [S, D]
+    t = (2 * (z - table.left[interval]) / table.width[interval] - 1).clamp(-1 + 1e-15, 1 - 1e-15)
     powers = torch.cos(torch.arange(16) * torch.arccos(t)[..., None])
-    expected = (powers * coefficients[panel]).sum(-1).reshape(-1).index_put((table.singles,), singles)
+    expected = (powers * coefficients[interval]).sum(-1).reshape(-1).index_put((table.singles,), singles)
     got = interpolation(z, mu, logvar, log_w, 0.0, list(table))
     torch.testing.assert_close(got.flatten(), expected, rtol=0, atol=1e-12)
 

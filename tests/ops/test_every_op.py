@@ -24,10 +24,10 @@ from support.helpers import (
 )
 from torch import Tensor
 
+from fastvae.aggregate.columns import InMemory
 from fastvae.aggregate.table import tabulate
 from fastvae.backends import backend_for
-from fastvae.backends.contract import REDUCTIONS
-from fastvae.ops.interpolate import columns_of
+from fastvae.backends.contract import REDUCTIONS, LogWeights
 
 
 @pytest.fixture(params=OPS)
@@ -313,7 +313,7 @@ def arguments_of_ops() -> dict[str, list[tuple[object, ...]]]:
     weights = (log_w, None, own, -0.5, 0.5)
     joint, marginals = torch.ops.fastvae.agg_log_prob_marginals(z, mu, logvar, *weights)
     many = 2 * draw(400, 3, seed=8).float()
-    table = tabulate(many, columns_of(mu, logvar, None, -1.5), 1e-6, math.inf)
+    table = tabulate(many, InMemory(mu, logvar, LogWeights(log_w_all=-1.5)), 1e-6, math.inf)
     assert table is not None
     tabulated = (many, mu, logvar, log_w, -1.5, list(table))
     unweighted = torch.ops.fastvae.agg_log_prob(z, mu, logvar, None, -1.5, None, None, None)

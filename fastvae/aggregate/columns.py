@@ -1,0 +1,119 @@
+"""The columns of log sum_j w_ij q(z_i | x_j): N posteriors and their log-weights, in memory or read some at a time."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import LogWeights
+from ..ops.checks import accumulated
+from ..ops.interpolate import Chunk, Interpolant, interpolate, interpolation, transposed
+from .posteriors import Posteriors, shown
+
+Evaluate = Callable[[Tensor, Tensor, LogWeights], Sequence[Tensor]]  # of mu, logvar [n, D] and weights
+
+
+class Columns(Protocol):
+    """What the sums of `fastvae.aggregate.marginals` are over."""
+
+    N: int
+    weights: LogWeights  # own columns are numbered from 0 to N − 1
+
+    def log_sum(self, evaluate: Evaluate) -> list[Tensor]:
+        """The log-sum-exp over all columns of what `evaluate` gives for some of them, mu and logvar `[n, D]` with
+        their weights, tensor by tensor."""
+
+    def by_dimension(self) -> Iterator[Chunk]:
+        """Some columns at a time, transposed."""
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and logvar `[S, D]` of the columns with the numbers `index` `[S]`."""
+
+    def of_samples(self, rows: Tensor) -> "Columns":
+        """The same columns, as the samples with the numbers `rows` see them."""
+
+    def interpolate(self, interpolant: Interpolant, z: Tensor) -> Tensor:
+        """The tabulated marginals at the samples, `[S, D]` in float64."""
+
+
+class InMemory:
+    """Columns mu and logvar `[N, D]`: all that is made of them is differentiable."""
+
+    def __init__(self, mu: Tensor, logvar: Tensor, weights: LogWeights):
+        self.mu, self.logvar, self.weights, self.N = mu, logvar, weights, len(mu)
+        self._transposed: Chunk | None = None
+
+    def log_sum(self, evaluate: Evaluate) -> list[Tensor]:
+        return list(evaluate(self.mu, self.logvar, self.weights))
+
+    def by_dimension(self) -> Iterator[Chunk]:
+        if self._transposed is None:
+            self._transposed = transposed(self.mu, self.logvar, self.weights.log_w)
+        yield self._transposed
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mu[index], self.logvar[index]
+
+    def of_samples(self, rows: Tensor) -> "InMemory":
+        return InMemory(self.mu, self.logvar, _of_samples(self.weights, rows))
+
+    def interpolate(self, interpolant: Interpolant, z: Tensor) -> Tensor:
+        weights = self.weights
+        return interpolation(z, self.mu, self.logvar, weights.log_w, weights.common(self.N), list(interpolant))
+
+
+class Streamed:
+    """All posteriors of a data set, each of weight 1/N, `chunk_size` at a time; without gradient.
+
+    Args:
+        own: `[S]` int64, a column for each sample that its sum leaves out, or −1; None where no sum leaves one out.
+        progress: show how far a sum is on stderr.
+    """
+
+    def __init__(self, posteriors: Posteriors, *, own: Tensor | None = None, chunk_size: int, progress: bool = False):
+        self.posteriors, self.chunk_size, self.progress = posteriors, chunk_size, progress
+        self.N = len(posteriors.mu)
+        self.weights = LogWeights(own=own, log_w_own=None if own is None else -math.inf)
+
+    def log_sum(self, evaluate: Evaluate) -> list[Tensor]:
+        totals: list[Tensor] = []
+        for first in shown(range(0, self.N, self.chunk_size), "columns", self.progress):
+            mu, logvar = self._read(first)
+            parts = [part.double() for part in evaluate(mu, logvar, self._weights_of(first, len(mu)))]
+            for total, part in zip(totals, parts, strict=False):
+                torch.logaddexp(total, part, out=total)
+            totals = totals or parts
+        return totals
+
+    def by_dimension(self) -> Iterator[Chunk]:
+        for first in range(0, self.N, self.chunk_size):
+            mu, logvar = self._read(first)
+            yield transposed(mu, logvar, None)
+
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.posteriors.read(index.numpy(force=True))
+
+    def of_samples(self, rows: Tensor) -> "Streamed":
+        columns = Streamed(self.posteriors, chunk_size=self.chunk_size)
+        columns.weights = _of_samples(self.weights, rows)
+        return columns
+
+    def interpolate(self, interpolant: Interpolant, z: Tensor) -> Tensor:
+        return interpolate(interpolant, z)
+
+    def _read(self, first: int) -> tuple[Tensor, ...]:
+        """(mu, logvar) of the columns from a number on, of one dtype."""
+        return accumulated(*self.posteriors.read(slice(first, first + self.chunk_size)))
+
+    def _weights_of(self, first: int, n: int) -> LogWeights:
+        """The weights of n columns, numbered from 0: a sample whose own column is elsewhere is from none of them."""
+        own = self.weights.own
+        if own is not None:
+            own = (own - first).where((own >= first) & (own < first + n), -1)
+        return self.weights._replace(log_w_all=-math.log(self.N), own=own)
+
+
+def _of_samples(weights: LogWeights, rows: Tensor) -> LogWeights:
+    return weights._replace(own=None if weights.own is None else weights.own[rows])
