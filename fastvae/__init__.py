@@ -26,7 +26,7 @@ from .ops.cross_log_prob import cross_log_prob, log_prob_gauss
 from .ops.kl_gauss import kl_gauss
 from .ops.pairs import ColumnWeights
 from .ops.sample_gauss import GaussianSample, reparameterize, sample_gauss
-from .protocols import Likelihood, Objective, Prior
+from .protocols import Draws, Likelihood, Objective, Prior
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ __all__ = [
     "ColumnWeights",
     "DecoderMI",
     "DiagonalGaussian",
+    "Draws",
     "GaussianMixture",
     "GaussianSample",
     "InfoVAE",

@@ -1,5 +1,6 @@
-"""What one extends: a prior, a likelihood, an objective; and the checks that say what an object lacks."""
+"""What one extends: a prior, a likelihood, an objective and what it is handed; and checks that say what one lacks."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -43,25 +44,102 @@ class Likelihood(Protocol):
         """x drawn from p(x|z) by torch's generator, the shape of `output`, in the dtype of `log_prob`."""
 
 
+class Draws:
+    """What an objective is handed: k·m samples z of each posterior of a batch, and what can be said of them.
+
+    The terms `log_px_z`, `log_pz`, `log_qz_x` and `kl` are computed when they are first asked for, so that an objective
+    pays for those alone that it uses.
+
+    Attributes:
+        z: `[k, m, B, D]`, what the decoder and the prior are given. Nothing but `log_qz_x` reaches the posteriors'
+            parameters around it, so that a hook on it sees all of its gradient.
+        mu, logvar: the posteriors' means and log sigma², `[B, D]`.
+        prior: p(z).
+        step: training steps so far, 0-dim int64.
+    """
+
+    def __init__(
+        self,
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        *,
+        log_px_z: Callable[[Tensor], Tensor],  # of z [k, m, B, D], to [k, m, B]
+        prior: Prior,
+        step: Tensor,
+        log_qz_x: Tensor | None = None,  # [k, m, B]; None where the objective does not need it
+    ):
+        if z.ndim != 4 or z.shape[2:] != mu.shape or 0 in z.shape[:3]:
+            raise ValueError(f"z: expected [k, m, B, D] with mu's B > 0 and D, {tuple(mu.shape)}, got {tuple(z.shape)}")
+        self.z, self.mu, self.logvar, self.prior, self.step = z, mu, logvar, prior, step
+        self._likelihood = log_px_z
+        self._log_px_z: Tensor | None = None
+        self._log_pz: Tensor | None = None
+        self._log_qz_x = None if log_qz_x is None else _of_samples("log_qz_x", log_qz_x, z)
+
+    @property
+    def log_px_z(self) -> Tensor:
+        """log p(x|z), `[k, m, B]`."""
+        if self._log_px_z is None:
+            self._log_px_z = _of_samples("log_px_z", self._likelihood(self.z), self.z)
+        return self._log_px_z
+
+    @property
+    def log_pz(self) -> Tensor:
+        """log p(z), `[k, m, B]`."""
+        if self._log_pz is None:
+            self._log_pz = log_prior(self.prior, self.z)
+        return self._log_pz
+
+    @property
+    def log_qz_x(self) -> Tensor:
+        """log q(z|x), `[k, m, B]`, from z before it was rounded to half precision; its gradient is total, at fixed
+        noise. It is drawn with z, and so only for an objective that has it in `needs`."""
+        if self._log_qz_x is None:
+            raise RuntimeError("objective: asks for log_qz_x, so expected 'log_qz_x' among what it needs, got none")
+        return self._log_qz_x
+
+    @property
+    def kl(self) -> Tensor:
+        """mean KL(q(z|x) ‖ p(z)), a scalar: the closed form where the prior has one, else mean log q(z|x) − log p(z).
+        An objective that uses it has it in `needs`."""
+        if has_closed_form(self.prior):
+            return self.prior.kl(self.mu, self.logvar)  # type: ignore[attr-defined]
+        return (self.log_qz_x - self.log_pz).mean()
+
+
+def _of_samples(name: str, log_density: Any, z: Tensor) -> Tensor:
+    check_tensor(name, log_density)
+    if log_density.shape != z.shape[:-1]:
+        raise ValueError(f"{name}: expected shape {tuple(z.shape[:-1])}, got {tuple(log_density.shape)}")
+    return log_density
+
+
 class Objective(Protocol):
-    """What `VAE` asks of an objective."""
+    """What `VAE` asks of an objective: how many samples it wants, and a loss of them.
+
+    Attributes:
+        k, m: the numbers of samples of each posterior, k outside the logarithm and m inside it; 1 and 1 for the ELBO.
+        needs: the terms of `Draws` that rest on the density of the draw: of `"log_qz_x"` and `"kl"` those that it uses.
+            The VAE then has log q(z|x) from the same pass as z, where it is needed. An objective without this attribute
+            has it always.
+    """
 
     k: int
     m: int
 
-    def __call__(
-        self,
-        log_px_z: Tensor,  # log p(x|z) [k, m, B]
-        log_pz: Tensor,  # log p(z) [k, m, B]
-        log_qz_x: Tensor,  # log q(z|x) [k, m, B], its gradient total, at fixed noise
-        *,
-        z: Tensor,  # [k, m, B, D], what the decoder and the prior were given
-        mu: Tensor,  # [B, D]
-        logvar: Tensor,  # [B, D]
-        prior: Prior,
-        step: Tensor,  # 0-dim int64: training steps so far
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, a scalar, and its terms by name."""
+    def __call__(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, a scalar, and its terms by name, `"nell"` and `"kl"` among them."""
+
+
+def needs_log_q(objective: Objective, prior: Prior) -> bool:
+    """Whether an objective's draws must have log q(z|x)."""
+    needs = getattr(objective, "needs", ("log_qz_x",))
+    return "log_qz_x" in needs or ("kl" in needs and not has_closed_form(prior))
+
+
+def has_closed_form(prior: Prior) -> bool:
+    return hasattr(prior, "kl")
 
 
 def check_posteriors(posteriors: Any, n: int) -> tuple[Tensor, Tensor]:
@@ -78,6 +156,7 @@ def check_posteriors(posteriors: Any, n: int) -> tuple[Tensor, Tensor]:
 
 
 def check_prior(prior: Prior | None) -> None:
+    """A prior has `log_prob` and `marginal_log_prob`; None stands for N(0, I)."""
     if prior is None:
         return
     if isinstance(prior, type):
@@ -93,3 +172,9 @@ def check_log_prob(method: str, log_p: Tensor, shape: torch.Size) -> Tensor:
     if log_p.shape != shape:
         raise ValueError(f"prior: expected {tuple(shape)} from {method}, got {tuple(log_p.shape)}")
     return log_p
+
+
+def log_prior(prior: Prior, z: Tensor) -> Tensor:
+    """log p(z), z `[..., D]` to `[...]`."""
+    rows = z.flatten(0, -2)
+    return check_log_prob("log_prob", prior.log_prob(rows), rows.shape[:1]).view(z.shape[:-1])

@@ -2,8 +2,9 @@
 
     python -m bench.pictures.table [--populations 60] [--out docs/table_error.png]
 
-Above: log q_d of 2,000 posteriors, one of which is narrow, and of 20,000 samples; a tick for each interval's edge. Below:
-the largest error of tables of random populations, each a dot, at each tolerance; on the diagonal it is the tolerance.
+Above: log q_d of 2,000 posteriors, one of which is narrow, and of 20,000 samples; a tick for each interval's edge.
+Below: the largest error of tables of random populations, each a dot, at each tolerance; on the diagonal it is the
+tolerance.
 """
 
 import argparse

@@ -11,13 +11,15 @@ from ..aggregate.decomposition import kl_decomposition
 from ..aggregate.estimators import agg_entropy, check_estimator
 from ..aggregate.mmd import check_bandwidth, mmd
 from ..ops.checks import check_choice, check_count
-from .objectives import Draws, OfDraws, Weight, check_weight, terms
+from ..protocols import Draws
+from .objectives import terms
+from .schedules import Scheduled, Weight, check_weight
 
 DIVERGENCES = ("mmd", "agg_kl")
 
 
 @dataclass(frozen=True)
-class BetaTCVAE(OfDraws):
+class BetaTCVAE(Scheduled):
     """The ELBO with a weight for each term of its KL (Chen et al. 2018), in nats per example.
 
         loss = Nell + alpha · MI + beta · TC + gamma · (sum_d KL_d − prior factorization)
@@ -58,12 +60,13 @@ class BetaTCVAE(OfDraws):
     estimator: str | None = None
     k: ClassVar[int] = 1
     m: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         self._convert(**{name: check_weight(name, getattr(self, name)) for name in ("alpha", "beta", "gamma")})
         self._convert(dataset_size=_checked_size(self.dataset_size, self.estimator))
 
-    def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         nell = -draws.log_px_z.mean()
         of_kl = kl_decomposition(
             draws.z.flatten(0, -2),
@@ -73,14 +76,14 @@ class BetaTCVAE(OfDraws):
             estimator=self.estimator,
             prior=draws.prior,
         )
-        alpha, beta, gamma = (draws.now(name, getattr(self, name)) for name in ("alpha", "beta", "gamma"))
+        alpha, beta, gamma = (self._now(name, draws) for name in ("alpha", "beta", "gamma"))
         loss = nell + alpha * of_kl.mi + beta * of_kl.tc + gamma * (of_kl.dim_kl.sum() - of_kl.prior_factorization)
         shown = ("mi", "tc", "dim_kl", "prior_factorization", "saturation")
         return loss, {**terms(nell, of_kl.kl), **{name: getattr(of_kl, name) for name in shown}}
 
 
 @dataclass(frozen=True)
-class InfoVAE(OfDraws):
+class InfoVAE(Scheduled):
     """The ELBO with weights for the mutual information and the aggregate posterior (Zhao et al. 2019), in nats.
 
         loss = Nell + (1 − alpha) · KL + (alpha + lambda − 1) · D(q(z) ‖ p(z))
@@ -123,6 +126,7 @@ class InfoVAE(OfDraws):
     estimator: str | None = None
     k: ClassVar[int] = 1
     m: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ("kl",)
 
     def __post_init__(self) -> None:
         self._convert(
@@ -138,9 +142,10 @@ class InfoVAE(OfDraws):
         if self.divergence == "agg_kl":
             self._convert(dataset_size=_checked_size(self.dataset_size, self.estimator))
 
-    def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        nell, kl = -draws.log_px_z.mean(), draws.kl()
-        samples = draws.z.flatten(0, -2)  # [B, D], the view that the decoder has: inductor mistakes two for two tensors
+    def __call__(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        nell, kl = -draws.log_px_z.mean(), draws.kl
+        # As the decoder has it: of another view the compiler makes another tensor.
+        samples = draws.z.flatten(0, -2)  # [B, D]
         if self.divergence == "mmd":
             if len(samples) < 2:
                 raise ValueError(
@@ -153,7 +158,7 @@ class InfoVAE(OfDraws):
                 samples, draws.mu, draws.logvar, dataset_size=self.dataset_size, estimator=self.estimator
             )
             divergence = -entropy - draws.log_pz.mean()
-        alpha, lambda_ = draws.now("alpha", self.alpha), draws.now("lambda_", self.lambda_)
+        alpha, lambda_ = self._now("alpha", draws), self._now("lambda_", draws)
         loss = nell + (1 - alpha) * kl + (alpha + lambda_ - 1) * divergence
         return loss, {**terms(nell, kl), self.divergence: divergence}
 

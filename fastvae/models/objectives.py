@@ -1,116 +1,23 @@
-"""Training objectives of a VAE: what one is, and the bounds on log p(x).
+"""Training objectives of a VAE: the bounds on log p(x). `fastvae.Objective` says what one is.
 
-An objective says how many samples it wants, `k` outside the logarithm and `m` inside it, gets their
-log-densities `[k, m, B]`, and returns the loss and a dict of named terms, "nell" and "kl" among them. One
-that stops gradients in log q(z|x), or bounds the KL of each dimension, takes what it needs from z, mu, logvar
-and the prior.
-
-A weight is a number, or a schedule: a function of the training step. The step comes as a 0-dim tensor: a schedule
-written with tensor operations compiles, and does not make a GPU wait. The training loop counts it, by `vae.advance()`,
-or gives it, by `vae(x, step=n)`. A lambda cannot be pickled, and so no model that has it for a schedule can: a function
-at the top level of a module can, and so can an object with `__call__`. The defaults of each objective are the bound on
-log p(x) itself.
+The defaults of each are the bound on log p(x) itself. Weights may be schedules (see schedules.py).
 """
 
-import copy
-import math
-import pickle
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..backends.contract import accumulation_dtype
-from ..ops.checks import check_choice, check_count, check_number, check_same_shape, check_tensor
+from ..ops.checks import check_choice, check_count, check_number
 from ..ops.cross_log_prob import log_prob_gauss
+from ..protocols import Draws, has_closed_form
 from .bounds import GRADIENTS, effective_sample_size, mc_iw_elbo
-
-Weight = float | Callable[[Tensor], float | Tensor]
-
-
-class Draws(NamedTuple):
-    """The arguments of an objective, and what several make of them."""
-
-    log_px_z: Tensor
-    log_pz: Tensor
-    log_qz_x: Tensor
-    z: Tensor
-    mu: Tensor
-    logvar: Tensor
-    prior: Any
-    step: Tensor
-
-    def kl(self) -> Tensor:
-        """mean KL(q(z|x) ‖ p(z)), in closed form where the prior has one."""
-        closed = hasattr(self.prior, "kl")
-        return self.prior.kl(self.mu, self.logvar) if closed else (self.log_qz_x - self.log_pz).mean()
-
-    def now(self, name: str, weight: Weight) -> float | Tensor:
-        """A weight at this step."""
-        if not callable(weight):
-            return weight
-        value = weight(self.step)
-        if not isinstance(value, Tensor):
-            return check_number(name, value)
-        if value.ndim:
-            raise ValueError(f"{name}: expected a scalar from the schedule, got shape {tuple(value.shape)}")
-        return value.to(accumulation_dtype(self.log_px_z.dtype))  # as scalars, float64 among them, have no say in it
+from .schedules import Scheduled, Weight, check_weight
 
 
 @dataclass(frozen=True)
-class OfDraws:
-    """An objective by what it makes of its arguments together, `_loss`."""
-
-    def __call__(
-        self, log_px_z: Tensor, log_pz: Tensor, log_qz_x: Tensor, **others: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        for name, x in (("log_px_z", log_px_z), ("log_pz", log_pz), ("log_qz_x", log_qz_x)):
-            check_tensor(name, x)
-            check_same_shape(name, x, "log_px_z", log_px_z)
-        if 0 in log_px_z.shape:
-            raise ValueError(f"log_px_z: expected at least one example, got shape {tuple(log_px_z.shape)}")
-        return self._loss(Draws(log_px_z, log_pz, log_qz_x, **others))
-
-    def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        raise NotImplementedError
-
-    def schedules(self) -> list[str]:
-        """The names of the weights that follow the step."""
-        return [field.name for field in fields(self) if callable(getattr(self, field.name))]
-
-    def _convert(self, **checked: Any) -> None:
-        """Keep the numbers that the checks gave."""
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        pickler = sys._getframe(1).f_globals.get("__name__", "")
-        for name in () if "cloudpickle" in pickler or "dill" in pickler else self.schedules():  # those take lambdas
-            try:
-                pickle.dumps(getattr(self, name))
-            except Exception as error:
-                raise pickle.PicklingError(
-                    f"{name}: expected a schedule that can be pickled, such as a function at the top level of a module,"
-                    f" or an object of a small class with __call__, got {getattr(self, name)!r}: {error}"
-                ) from error
-        return self.__dict__
-
-    def __copy__(self) -> "OfDraws":
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OfDraws":
-        """Not by way of `__getstate__`, as a lambda can be copied."""
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        copied._convert(**{name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        return copied
-
-
-@dataclass(frozen=True)
-class ELBO(OfDraws):
+class ELBO(Scheduled):
     """The evidence lower bound, negated: loss = Nell + beta · KL, in nats per example.
 
         Nell = mean −log p(x|z),    KL = mean KL(q(z|x) ‖ p(z)),    ELBO = −(Nell + KL) ≤ log p(x)
@@ -148,6 +55,7 @@ class ELBO(OfDraws):
     capacity: Weight | None = None
     k: ClassVar[int] = 1
     m: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ("kl",)
 
     def __post_init__(self) -> None:
         self._convert(
@@ -166,17 +74,17 @@ class ELBO(OfDraws):
             raise ValueError(f"free_bits: expected a number > 0 where groups are given, got {self.free_bits}")
         return tuple(check_count("groups", size, least=1) for size in self.groups)
 
-    def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         nell = -draws.log_px_z.mean()
         if self.free_bits:
             dims = _kl_of_dims(draws.mu, draws.logvar, draws.prior)
             least = min(self.free_bits, torch.finfo(dims.dtype).max)
             kl, penalty = dims.sum(), self._groups(dims).clamp(min=least).sum()
         else:
-            kl = penalty = draws.kl()
+            kl = penalty = draws.kl
         if self.capacity is not None:
-            penalty = (penalty - draws.now("capacity", self.capacity)).abs()
-        return nell + draws.now("beta", self.beta) * penalty, terms(nell, kl)
+            penalty = (penalty - self._now("capacity", draws)).abs()
+        return nell + self._now("beta", draws) * penalty, terms(nell, kl)
 
     def _groups(self, dims: Tensor) -> Tensor:
         """The KL of each group from that of each dimension, `[D]`."""
@@ -188,7 +96,7 @@ class ELBO(OfDraws):
 
 
 @dataclass(frozen=True)
-class IWAE(OfDraws):
+class IWAE(Scheduled):
     """The importance-weighted bound, negated (Burda et al. 2016), in nats per example; k of them averaged.
 
         loss = −mean_B mean_k log 1/m sum_m w,    w = p(x|z) p(z) / q(z|x)
@@ -197,7 +105,7 @@ class IWAE(OfDraws):
         m: samples inside the logarithm: the bound's tightness. 1 is the ELBO by Monte Carlo.
         k: samples of the bound, which lower the variance and leave the bound as it is.
         gradient: `"iwae"`, `"stl"` or `"dreg"`: the gradient of the same loss by another estimator, as
-            `fastvae.importance` describes them. For m > 1 the encoder learns best by `"dreg"`; `"stl"` is biased
+            `fastvae.bounds` describes them. For m > 1 the encoder learns best by `"dreg"`; `"stl"` is biased
             there. The two go through z: where z is rounded to half precision, so is what they see of the noise,
             and it is better to have an encoder whose result is float32.
 
@@ -216,13 +124,14 @@ class IWAE(OfDraws):
     m: int
     k: int = 1
     gradient: str = "iwae"
+    needs: ClassVar[tuple[str, ...]] = ("log_qz_x",)
 
     def __post_init__(self) -> None:
         self._convert(m=check_count("m", self.m, least=1), k=check_count("k", self.k, least=1))
         check_choice("gradient", self.gradient, GRADIENTS)
 
-    def _loss(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        log_px_z, log_pz, log_qz_x, z = draws[:4]
+    def __call__(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        log_px_z, log_pz, log_qz_x, z = draws.log_px_z, draws.log_pz, draws.log_qz_x, draws.z
         if self.gradient != "iwae":
             stopped = log_prob_gauss(z, draws.mu.detach(), draws.logvar.detach())
             log_qz_x = stopped + (log_qz_x - stopped).detach()  # the value from before z was rounded
@@ -236,7 +145,7 @@ class IWAE(OfDraws):
 def _kl_of_dims(mu: Tensor, logvar: Tensor, prior: Any) -> Tensor:
     """The closed form's mean of each dimension, `[D]`."""
     name = type(prior).__name__
-    if not hasattr(prior, "kl"):
+    if not has_closed_form(prior):
         raise ValueError(f"free_bits: expected a prior with a closed form, kl(), got {name}")
     try:
         dims = prior.kl(mu, logvar, reduction="dim")
@@ -252,10 +161,3 @@ def _kl_of_dims(mu: Tensor, logvar: Tensor, prior: Any) -> Tensor:
 
 def terms(nell: Tensor, kl: Tensor) -> dict[str, Tensor]:
     return {"nell": nell, "kl": kl, "elbo": -(nell + kl)}
-
-
-def check_weight(name: str, weight: Any, least: float = 0.0, most: float = math.inf) -> Weight:
-    """A finite number, as a Python float, or a schedule as it is."""
-    if callable(weight) and not isinstance(weight, type):
-        return weight
-    return check_number(name, weight, least=least, most=most, finite=True)

@@ -23,8 +23,8 @@ class StandardNormal(nn.Module):
     """p(z) = N(0, I).
 
     Args:
-        dim: D, the number of latent dimensions, which only `sample` needs. None takes it from the z that `log_prob` is
-            given in training mode (a forward pass of the VAE does that). It is in the state dict, 0 where not known.
+        dim: D, the number of latent dimensions, which only `sample` needs. None takes it from what `log_prob` or `kl`
+            is given in training mode (a forward pass of the VAE does that). It is in the state dict, 0 where not known.
         device, dtype: of the samples; `to` changes them, as for any module.
 
     Example:
@@ -62,7 +62,10 @@ class StandardNormal(nn.Module):
 
     def kl(self, mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", free_bits: float = 0.0) -> Tensor:
         """KL(q(z|x) ‖ p(z)) in nats, by `kl_gauss`."""
-        return kl_gauss(mu, logvar, reduction=reduction, free_bits=free_bits)
+        kl = kl_gauss(mu, logvar, reduction=reduction, free_bits=free_bits)
+        if self.training:
+            self._learn(mu)
+        return kl
 
     def sample(self, n: int) -> Tensor:
         """`[n, D]`, from torch's generator.
@@ -84,8 +87,8 @@ class StandardNormal(nn.Module):
         return self._seen if self.dim.is_meta else int(self.dim) or self._seen
 
     def _learn(self, z: Tensor) -> None:
-        """Take the dimension from z, unless it is known. The buffer is not for the compiler or function transforms to
-        change, nor, if it was made under inference_mode, to be changed outside of it."""
+        """Take the dimension from z `[..., D]`, unless it is known. The buffer is not for the compiler or function
+        transforms to change, nor, if it was made under inference_mode, to be changed outside of it."""
         eager = has_values(z) and not self.dim.is_meta
         if not eager or (self.dim.is_inference() and not torch.is_inference_mode_enabled()):
             self._seen = z.shape[-1]  # not looked at before, or the compiler would make of each value another graph

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .._warnings import warn
 from ..ops.checks import check_count
 from ..ops.declare import has_values
-from .objectives import OfDraws
+from .schedules import Scheduled
 
 PATIENCE = 100  # forward passes in training that a schedule may stand still for
 
@@ -54,7 +54,7 @@ class CountsSteps(nn.Module):
         """A warning, once, of a loop that does not call `advance`. Eager training alone is counted, in Python."""
         if not self.training or not has_values(self.step) or self._standing >= PATIENCE:
             return
-        schedules = objective.schedules() if isinstance(objective, OfDraws) else []
+        schedules = objective.schedules() if isinstance(objective, Scheduled) else []
         self._standing += bool(schedules)
         if self._standing == PATIENCE and int(self.step) == 0:
             warn(

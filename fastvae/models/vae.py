@@ -12,7 +12,7 @@ from ..mixtures.gaussian_mixture import GaussianMixture
 from ..ops.checks import as_rows, check_choice, check_count, check_flag, check_seed, check_tensor
 from ..ops.declare import has_values
 from ..ops.sample_gauss import reparameterize, sample_gauss
-from ..protocols import Likelihood, Objective, Prior, check_log_prob, check_posteriors
+from ..protocols import Draws, Likelihood, Objective, Prior, check_posteriors, log_prior, needs_log_q
 from .likelihoods import make_likelihood
 from .mixture_priors import MixturePrior, how_to_load
 from .objectives import ELBO
@@ -78,7 +78,7 @@ class VAE(CountsSteps):
             Or an object such as `fastvae.likelihoods.Gaussian(0.1)`.
         prior: p(z), an object with `log_prob(z)`, `marginal_log_prob(z)`, `sample(n)`, and `kl(mu, logvar)`
             where that has a closed form; None for `StandardNormal()`.
-        objective: what the loss is, as `fastvae.objectives.Objective` describes it; None for `ELBO()`.
+        objective: what the loss is, as `fastvae.Objective` describes it; None for `ELBO()`.
         **likelihood_options: `total_count`, `variance`, `learned`.
 
     Calling it, `vae(x)` or `vae(x, step=n)`, draws the objective's samples and gives a `VAEOutput`. It moves no
@@ -117,7 +117,7 @@ class VAE(CountsSteps):
         self.decoder = decoder
         self.likelihood = make_likelihood(likelihood, **likelihood_options)
         self.prior = StandardNormal() if prior is None else prior
-        self.objective = ELBO() if objective is None else objective
+        self.objective: Any = ELBO() if objective is None else objective
         for name, needed in _PARTS.items():
             part = getattr(self, name)
             if isinstance(part, type) or not all(hasattr(part, method) for method in needed):
@@ -130,20 +130,19 @@ class VAE(CountsSteps):
             raise ValueError(f"x: expected at least one example, got shape {tuple(x.shape)}")
         k, m = self.objective.k, self.objective.m
         mu, logvar = self.encode(x)
-        samples, log_q, _, _ = sample_gauss(mu, logvar, k * m, outputs=("z", "log_q"))
+        log_q_too = needs_log_q(self.objective, self.prior)
+        samples, log_q, _, _ = sample_gauss(mu, logvar, k * m, outputs=("z", "log_q") if log_q_too else ("z",))
         assert samples is not None
-        assert log_q is not None
-        z = samples.unflatten(0, (k, m))  # [k, m, B, D], the objective's to hook: `samples` stays as it is
-        result = self.objective(
-            self.log_px_z(x, z),
-            self._log_pz(z),
-            log_q.unflatten(0, (k, m)),
-            z=z,
-            mu=mu,
-            logvar=logvar,
+        draws = Draws(
+            samples.unflatten(0, (k, m)),  # [k, m, B, D], the objective's to hook: `samples` stays as it is
+            mu,
+            logvar,
+            log_px_z=lambda z: self.log_px_z(x, z),
             prior=self.prior,
             step=self._step(step, x.device, self.objective),
+            log_qz_x=None if log_q is None else log_q.unflatten(0, (k, m)),
         )
+        result = self.objective(draws)
         if not (isinstance(result, tuple) and len(result) == 2 and {"nell", "kl"} <= set(result[1])):
             raise TypeError("objective: expected (loss, terms) from it, with 'nell' and 'kl' among the terms")
         loss, terms = result
@@ -326,12 +325,7 @@ class VAE(CountsSteps):
         z, log_q, _, _ = sample_gauss(*posterior, n, outputs=("z", "log_q"))
         assert z is not None
         assert log_q is not None
-        return self.log_px_z(x, z) + self._log_pz(z) - log_q
-
-    def _log_pz(self, z: Tensor) -> Tensor:
-        """log p(z), z `[..., D]` to `[...]`."""
-        rows = z.flatten(0, -2)
-        return check_log_prob("log_prob", self.prior.log_prob(rows), rows.shape[:1]).view(z.shape[:-1])
+        return self.log_px_z(x, z) + log_prior(self.prior, z) - log_q
 
     def _sample_prior(self, n: int, like: Tensor | None = None) -> Tensor:
         """`[n, D]` from p(z), in the dtype of the parameters, or of `like` where there are none."""
