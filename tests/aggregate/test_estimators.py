@@ -34,7 +34,7 @@ NORMALIZED = ("uniform", "stratified", "mss", "loo")
 
 
 def weight_matrix(estimator: str, B: int, N: int) -> Tensor:
-    """w_ij for own(i) = i, from the table in estimators.md."""
+    """w_ij for own(i) = i, from the table in fastvae/aggregate/estimators.py."""
     M, i = B - 1, torch.arange(B)
     own, following, other = {
         "uniform": (1 / B, 1 / B, 1 / B),

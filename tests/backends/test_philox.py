@@ -26,7 +26,7 @@ def philox_in_integers(counter: list[int], key: list[int]) -> list[int]:
 
 
 def normal_in_integers(seed: int, element: int) -> float:
-    """Element `element` of the stream, as design section 6 spells it."""
+    """Element `element` of the stream, as docs/architecture.md spells it under "Random numbers"."""
     group, place = divmod(element, 4)
     words = philox_in_integers([group % WORD, group // WORD, 0, 0], [seed % WORD, (seed // WORD) % WORD])
     w0, w1 = words[:2] if place < 2 else words[2:]

@@ -256,9 +256,9 @@ def _exact_and_tolerance(
 class Expected:
     """What a function gives in float64, and how far from it a result may be.
 
-    Design, section 5: at most twice the error of the broadcast formula in the same dtype, plus the change that
-    moving each centred z and mu by half an ulp makes, plus 4 eps max(1, |result|); errors are max norms. The
-    error of the formula is the largest of eight in float32, in proportion to eps (no dtype is wide enough to
+    The tolerance rule (docs/architecture.md): at most twice the error of the broadcast formula in the same dtype, plus
+    the change that moving each centred z and mu by half an ulp makes, plus 4 eps max(1, |result|); errors are max
+    norms. The error of the formula is the largest of eight in float32, in proportion to eps (no dtype is wide enough to
     find float64's own; the exact values are no better either, hence three times instead of twice there).
     Eight draws miss the largest error now and then: a random search over cases, which finds that, takes a margin,
     and one that takes fewer draws takes a larger one.
