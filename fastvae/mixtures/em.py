@@ -130,8 +130,8 @@ def _about(x: Tensor, mixture: Mixture, components: Tensor, centres: Tensor) -> 
     return n, centres + first / share, second / share - (first / share) ** 2
 
 
-def spread(x: Tensor, centres: Tensor) -> Tensor:
-    """The mean of (x_i − the nearest of the centres `[K, D]`)² in each dimension, `[D]` in float64."""
+def variance_within(x: Tensor, centres: Tensor) -> Tensor:
+    """The mean of (x_i − the nearest of the centres `[K, D]`)², `[D]` in float64."""
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     for part in chunks(x, torch.float64, len(centres)):
         total += (part - centres[distances(part, centres).argmin(1)]).square().sum(0)
@@ -144,9 +144,9 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def variance(x: Tensor) -> Tensor:
-    """Of each dimension, `[D]` in float64."""
+    """The variance of the points in each dimension, `[D]` in float64."""
     mean = torch.stack([part.sum(0) for part in chunks(x, torch.float64)]).sum(0) / len(x)
-    return spread(x, mean[None])
+    return variance_within(x, mean[None])
 
 
 def seeds_far_apart(x: Tensor, n_components: int, generator: torch.Generator | None) -> Tensor:

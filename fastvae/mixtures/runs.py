@@ -63,7 +63,7 @@ def start(x: Tensor, options: Options, generator: torch.Generator | None) -> Mix
             raise ValueError(f"init: expected means [{K}, {D}], got shape {tuple(init.means.shape)}")
         return Mixture(*(parameter.to(x.device) for parameter in init))
     seeds = (em.seeds_far_apart if init == "kmeans++" else em.seeds_anywhere)(x, K, generator)
-    variances = em.spread(x, seeds).expand(K, D)  # 0 where every point is a seed: then reg_covar is the width
+    variances = em.variance_within(x, seeds).expand(K, D)  # 0 where every point is a seed: then reg_covar is the width
     return regularized(seeds.new_full((K,), 1 / K), seeds, variances, x.dtype, options)
 
 
