@@ -237,7 +237,7 @@ def test_kmeans_plus_plus_finds_clusters_that_are_far_apart():
         seeds = em.seeds_far_apart(x, 5, torch.Generator().manual_seed(seed))
         assert sorted(((seeds[:, 0] + 5e3) / 1e4).round().tolist()) == [0, 1, 2, 3, 4]
         assert all((x == one).all(1).any() for one in seeds)
-        variances = em.spread(x, seeds)
+        variances = em.variance_within(x, seeds)
         assert ((variances > 1e-4 / 2) & (variances < 1e-3)).all()  # 1e-4, and the seeds' squared distances
 
 
