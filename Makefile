@@ -7,7 +7,7 @@
 #                    table of targets (ONLY=kl_gauss: of one op);  make bench-smoke: a trial that measures nothing
 #   make bench-compare BASE=<commit>  this tree against a commit, call by call: faster, slower, or within noise
 #                    (COUNT=1: instructions instead of times, by valgrind)
-#   make check       ruff, ruff format, mypy
+#   make check       ruff, ruff format, mypy, import-linter
 #   make sanitize    the native tests under the address, undefined-behaviour and thread sanitizers
 #   make cuda        the CUDA C++ kernels too, by nvcc; without one, or where it fails, `fastvae info` says why
 #   make gpu-library the same for an H100 or H200 alone, with bulk copies and without, where bench/gpu/run.sh looks
@@ -69,6 +69,7 @@ check: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # Leaks are not looked for: Python itself leaks at exit. The thread sanitizer does not understand OpenMP's runtime,
 # so it watches a driver that has none, and so computes on the library's own pool; without forks, which it does not
@@ -128,7 +129,7 @@ dist: $(BUILT)
 	ls -l dist
 
 clean:
-	rm -rf $(VENV) build dist demo-out .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist demo-out .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache .benchmarks
 
 # torch comes first and pinned, so that nothing below can choose another build of it.
 $(BIN)/torch-installed:
