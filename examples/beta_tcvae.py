@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastvae
-from fastvae import demo
-from fastvae.evaluation import plots
+from fastvae import demo, plots
 from fastvae.protocols import Objective
 
 D, HIDDEN, BATCH, LEARNING_RATE = 10, 128, 300, 2e-3

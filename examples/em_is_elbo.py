@@ -49,7 +49,7 @@ def ascend(x: Tensor) -> list[tuple[float, float, float]]:
 
 
 def draw(figure: Any, rows: list[tuple[float, float, float]]) -> None:
-    from fastvae.evaluation import plots
+    from fastvae import plots
 
     axes = figure.subplots()
     steps, rows = range(2, len(rows) + 1), rows[1:]  # the first q, the same for every point, is far below
@@ -74,7 +74,7 @@ def main() -> None:
         print(f"EM step {i:2d}    {log_likelihood:12.6f}    {before:12.6f} {after:12.6f}    {gap:10.6f}")
         assert abs(after - log_likelihood) < 1e-9
     if options.out:
-        from fastvae.evaluation import plots
+        from fastvae import plots
 
         plots.save(options.out, (7, 4), lambda figure: draw(figure, rows))
 

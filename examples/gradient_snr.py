@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastvae
-from fastvae.evaluation import plots
+from fastvae import plots
 
 D, X = 10, 20  # dimensions of z and x
 NOISE = 0.5  # the standard deviation of x given z

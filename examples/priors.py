@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvae
-from fastvae import VAE, demo
-from fastvae.evaluation import plots
+from fastvae import VAE, demo, plots
 
 COMPONENTS = 100  # of the learned priors
 FITTED = 50  # components of the mixture that `fit_prior` fits

@@ -1,5 +1,8 @@
 """Fused kernels for variational autoencoders."""
 
+from importlib import import_module
+from typing import Any
+
 from .aggregate import estimators
 from .aggregate.dataset import kl_decomposition_dataset
 from .aggregate.decomposition import KLDecomposition, kl_decomposition
@@ -84,3 +87,10 @@ __all__ = [
     "sample_gauss",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`fastvae.plots`, imported when it is asked for, as it needs matplotlib."""
+    if name != "plots":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(".evaluation.plots", __name__)

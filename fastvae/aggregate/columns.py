@@ -12,7 +12,7 @@ from ..ops.checks import accumulated
 from ..ops.interpolate import Chunk, Interpolant, interpolate, interpolation, transposed
 from .posteriors import Posteriors, shown
 
-Evaluate = Callable[[Tensor, Tensor, LogWeights], Sequence[Tensor]]  # of mu, logvar [n, D] and weights
+Evaluate = Callable[..., Sequence[Tensor]]  # of mu and logvar [n, D], and the fields of LogWeights
 
 
 class Columns(Protocol):
@@ -46,7 +46,7 @@ class InMemory:
         self._transposed: Chunk | None = None
 
     def log_sum(self, evaluate: Evaluate) -> list[Tensor]:
-        return list(evaluate(self.mu, self.logvar, self.weights))
+        return list(evaluate(self.mu, self.logvar, *self.weights))
 
     def by_dimension(self) -> Iterator[Chunk]:
         if self._transposed is None:
@@ -81,7 +81,7 @@ class Streamed:
         totals: list[Tensor] = []
         for first in shown(range(0, self.N, self.chunk_size), "columns", self.progress):
             mu, logvar = self._read(first)
-            parts = [part.double() for part in evaluate(mu, logvar, self._weights_of(first, len(mu)))]
+            parts = [part.double() for part in evaluate(mu, logvar, *self._weights_of(first, len(mu)))]
             for total, part in zip(totals, parts, strict=False):
                 torch.logaddexp(total, part, out=total)
             totals = totals or parts

@@ -101,9 +101,9 @@ def log_densities(
     """
     marginals = None if method == "direct" else _tabulated(z, columns, method, tol)
     if marginals is None:
-        log_q, marginals = columns.log_sum(lambda *chunk: agg_log_prob_marginals_op(z, *chunk[:2], *chunk[2]))
+        log_q, marginals = columns.log_sum(lambda *chunk: agg_log_prob_marginals_op(z, *chunk))
     elif joint:
-        (log_q,) = columns.log_sum(lambda *chunk: [agg_log_prob_op(z, *chunk[:2], *chunk[2])])
+        (log_q,) = columns.log_sum(lambda *chunk: [agg_log_prob_op(z, *chunk)])
     if not joint:
         return None, marginals
     return log_q if floor is None else torch.maximum(log_q, floor.to(log_q.dtype)), marginals

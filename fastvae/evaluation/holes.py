@@ -111,17 +111,16 @@ def prior_hole(
     quantile = check_number("quantile", quantile)
     if not 0 < quantile < 1:
         raise ValueError(f"quantile: expected a number between 0 and 1, got {quantile}")
-    encoder = None
-    if isinstance(source, VAE):
+    vae = source if isinstance(source, VAE) else None
+    if vae is None and data is not None:
+        raise ValueError("data: expected None, as source has the posteriors, or a VAE as source")
+    if vae is not None:
         if data is None:
             raise ValueError("data: expected the examples to encode, as source is a VAE, got None")
-        prior = source.prior if prior is None else prior
-        if device is None:
-            device = next((p.device for p in source.parameters()), None)
-        source, encoder = data, source.encode
-    elif data is not None:
-        raise ValueError("data: expected None, as source has the posteriors, or a VAE as source")
+        prior = vae.prior if prior is None else prior
+        device = next((p.device for p in vae.parameters()), None) if device is None else device
     check_prior(prior)
+    source, encoder = (source, None) if vae is None else (data, vae.encode)
     posteriors = open_posteriors(source, encoder, chunk_size=chunk_size, device=device, progress=progress)
     N = len(posteriors.mu)
     if N < 2:
@@ -131,23 +130,23 @@ def prior_hole(
     mu, logvar = posteriors.read(rows)  # [S, D]
     z = reparameterize(mu, logvar, seed=seed)
     z_prior = _sampled(prior, n_samples, z, seed)
-    own = torch.full((len(z) + n_samples,), -1, dtype=torch.int64, device=z.device)
-    own[: len(z)] = torch.as_tensor(rows, device="cpu")
+    S, D = z.shape
+    own = torch.full((S + n_samples,), -1, dtype=torch.int64, device=z.device)
+    own[:S] = torch.as_tensor(rows, device="cpu")
     columns = Streamed(posteriors, own=own, chunk_size=chunk_size, progress=progress)
-    both = torch.cat((z, z_prior))
+    both = torch.cat((z, z_prior))  # [S + n_samples, D]
     joint, marginals = log_densities(both, columns)
     assert joint is not None
-
-    terms, known = _terms(z, mu, logvar, joint[: len(z)], marginals[: len(z)], prior, N)
+    terms, known = _terms(z, mu, logvar, joint[:S], marginals[:S], prior, N)
     warn_if_saturated(terms, N)
-    D = z.shape[1]
+
     dims = known.topk(min(n_dims, D)).indices.tolist()
     pairs = list(itertools.combinations(sorted(dims), 2))
     without = [[e for e in range(D) if e != d] for d in dims] if D > 1 else []
     subsets = _log_q_of_subsets(both, columns, [*map(list, pairs), *without])
 
-    def holes(log_q: Tensor) -> tuple[Tensor, Tensor]:
-        return _thresholds_and_shares(log_q[:, : len(z)] + math.log(N / (N - 1)), log_q[:, len(z) :], quantile)
+    def holes(log_q: Tensor) -> tuple[Tensor, Tensor]:  # [k, S + n_samples]; of the data, of N − 1 columns' mean
+        return _thresholds_and_shares(log_q[:, :S] + math.log(N / (N - 1)), log_q[:, S:], quantile)
 
     threshold, share = holes(joint[None])
     _, dim_share = holes(marginals.T)
@@ -158,8 +157,8 @@ def prior_hole(
         terms=terms,
         share=share[0],
         threshold=threshold[0],
-        log_q_data=joint[: len(z)] + math.log(N / (N - 1)),
-        log_q_prior=joint[len(z) :],
+        log_q_data=joint[:S] + math.log(N / (N - 1)),
+        log_q_prior=joint[S:],
         z_prior=z_prior,
         dim_share=dim_share,
         dims=own.new_tensor(dims)[by_share],
@@ -196,7 +195,7 @@ def _terms(
 def _log_q_of_subsets(z: Tensor, columns: Streamed, subsets: list[list[int]]) -> Tensor:
     """log q of some dimensions of z `[S, D]` alone, for each of the subsets; `[subsets, S]`."""
     sums = columns.log_sum(
-        lambda mu, logvar, weights: [agg_log_prob_op(*(x[:, s] for x in (z, mu, logvar)), *weights) for s in subsets]
+        lambda mu, logvar, *weights: [agg_log_prob_op(z[:, s], mu[:, s], logvar[:, s], *weights) for s in subsets]
     )
     return torch.stack(sums) if sums else z.new_empty(0, len(z), dtype=torch.float64)
 
