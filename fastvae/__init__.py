@@ -9,8 +9,7 @@ from .aggregate.decomposition import KLDecomposition, kl_decomposition
 from .aggregate.estimators import agg_entropy, estimator_weights
 from .aggregate.marginals import agg_log_prob_marginals
 from .aggregate.mmd import mmd
-from .backends import use_backend
-from .backends.precision import precision
+from .backends.use import precision, use, use_backend
 from .evaluation.active_units import active_units
 from .evaluation.holes import PriorHole, prior_hole
 from .evaluation.mutual_information import DecoderMI, decoder_mutual_information, mi_bounds
@@ -85,6 +84,7 @@ __all__ = [
     "priors",
     "reparameterize",
     "sample_gauss",
+    "use",
     "use_backend",
 ]
 

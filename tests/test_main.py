@@ -14,7 +14,7 @@ import torch
 import fastvae
 from fastvae import backends
 from fastvae.__main__ import main
-from fastvae.backends import cuda, native, native_library, triton
+from fastvae.backends import cuda, native, native_library, settings, triton
 
 
 def info(capsys):
@@ -71,7 +71,8 @@ def test_info_says_which_variable_is_wrong(wrong, monkeypatch, capsys):
     for variable in ("FASTVAE_BACKEND", "FASTVAE_LIBRARY", "FASTVAE_CUDA_LIBRARY", "FASTVAE_CPU_ISA"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(name, value)
-    monkeypatch.setattr(backends, "_forced", value if name == "FASTVAE_BACKEND" else None)
+    forced = value if name == "FASTVAE_BACKEND" else None
+    monkeypatch.setattr(settings, "current", settings.current._replace(backend=forced))
     monkeypatch.setattr(backends, "_choose", backends._choose.__wrapped__)
     monkeypatch.setattr(native_library, "_instruction_set", None)
     for remembered in (native_library, cuda):

@@ -4,23 +4,20 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from .._warnings import warn
-from .settings import WrongSetting, setting, switch
+from . import settings
+from .settings import WrongSetting, switch
 
 # Best first, by device type. `reference` runs everywhere, so what stands after it is used only by name: on the CPU
 # Triton's interpreter and CUDA kernels run on the host; on GPUs the CUDA library, until a committed measurement shows
 # it faster than Triton.
 CANDIDATES = {"cpu": ("native", "reference", "triton", "cuda"), "cuda": ("triton", "reference", "cuda")}
 NAMES = ("native", "triton", "cuda", "reference")
-
-_forced: str | None = setting("FASTVAE_BACKEND")  # of NAMES, if use_backend has set it
-_exact_skip: bool | None = None  # as use_backend has set it
 
 
 class BackendStatus(NamedTuple):
@@ -46,7 +43,7 @@ def _status(name: str) -> BackendStatus:
 
 def backend_for(device: torch.device) -> ModuleType:
     """The backend that computes for tensors on this device."""
-    return _backend(_forced, device.type)
+    return _backend(settings.current.backend, device.type)
 
 
 def name_for(device: torch.device) -> str:
@@ -55,7 +52,7 @@ def name_for(device: torch.device) -> str:
     Raises:
         RuntimeError: the one that was asked for cannot.
     """
-    return _choose(_forced, device.type)
+    return _choose(settings.current.backend, device.type)
 
 
 @functools.cache
@@ -94,7 +91,8 @@ def _warn_of_a_missing_library() -> None:
 
 def wrong_settings() -> list[str]:
     """What environment variables ask for that cannot be, with the reason."""
-    asked: list[Callable[[], object]] = [functools.partial(_choose, _forced, device) for device in ("cpu", "cuda")]
+    forced = settings.current.backend
+    asked: list[Callable[[], object]] = [functools.partial(_choose, forced, device) for device in ("cpu", "cuda")]
     asked += [functools.partial(_status, name) for name in NAMES]
     found: list[str] = []
     for ask in asked:
@@ -105,69 +103,3 @@ def wrong_settings() -> list[str]:
         except RuntimeError:
             pass  # something else is wrong
     return list(dict.fromkeys(found))
-
-
-def exact_skip(otherwise: bool = True) -> bool:
-    """Whether kernels may leave out pairs that are too far apart to change a result by as much as its rounding;
-    `otherwise` where nobody has said."""
-    said = _exact_skip if _exact_skip is not None else _exact_skip_from_outside()
-    return otherwise if said is None else said
-
-
-@functools.cache
-def _exact_skip_from_outside() -> bool | None:
-    return switch("FASTVAE_EXACT_SKIP")
-
-
-class use_backend:
-    """Compute with one backend from here on, or within a `with` block; None goes back to the best available.
-
-    The environment variable `FASTVAE_BACKEND` sets it from outside. The choice is the process's, not the
-    thread's, because autograd runs backward functions on threads of its own.
-
-    Args:
-        name: "native", "triton", "cuda", "reference", or None.
-        exact_skip: whether `agg_log_prob` may leave out pairs that are too far apart to change a result by as much as
-            its rounding; `FASTVAE_EXACT_SKIP`, 0 or 1, sets that from outside. None keeps what is set, and if nothing
-            is, does so on the CPU alone: on GPUs it has not been measured.
-
-    Raises:
-        ValueError: `name` is not a backend's.
-        TypeError: `exact_skip` is not True, False or None.
-        RuntimeError: the backend is not available here; the message says why. Nothing is changed then.
-
-    Example:
-        >>> with fastvae.use_backend("reference"):
-        ...     kl = fastvae.kl_gauss(mu, logvar)
-    """
-
-    def __init__(self, name: str | None, *, exact_skip: bool | None = None):
-        global _forced, _exact_skip
-        if name is not None:
-            _check_name(name)
-            found = status(name)
-            if not found.available:
-                raise RuntimeError(f"backend {name!r} is not available: {found.detail}")
-        if not (exact_skip is None or isinstance(exact_skip, (bool, np.bool_))):
-            raise TypeError(f"exact_skip: expected True, False or None, got {exact_skip!r}")
-        self._before = _forced, _exact_skip
-        _forced = name
-        if exact_skip is not None:
-            _exact_skip = bool(exact_skip)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        global _forced, _exact_skip
-        _forced, _exact_skip = self._before
-
-
-def _check_name(name: object) -> None:
-    if not isinstance(name, str) or name not in NAMES:
-        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")

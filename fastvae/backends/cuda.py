@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import c_interface as c
-from . import exact_skip, installed
+from . import installed
 from .contract import LogWeights, accumulation_dtype, kl_scale, kl_shape
+from .settings import exact_skip
 
 LIBRARY = "libfastvae_cuda.so"
 WHY_NOT = "libfastvae_cuda.txt"  # what a build that failed leaves instead

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import c_interface as c
-from . import exact_skip
 from .contract import LogWeights, accumulation_dtype, kl_scale, kl_shape
 from .native_library import kernels
 from .native_library import status as status  # of this backend
+from .settings import exact_skip
 
 HUGE_PAGES_FROM = 2**22  # bytes
 

@@ -1,7 +1,12 @@
-"""The environment variables that say how to compute. One that is empty is as if it were not set; one that cannot be
-followed is an error that names it, since who sets it wants no other way."""
+"""How to compute: what `fastvae.use` was last told, and the environment variables that say so from outside.
 
+A variable that is empty is as if it were not set; one that cannot be followed is an error that names it, since who sets
+it wants no other way.
+"""
+
+import functools
 import os
+from typing import NamedTuple
 
 
 class WrongSetting(RuntimeError):
@@ -19,3 +24,26 @@ def switch(name: str) -> bool | None:
     if value not in ("0", "1", None):
         raise WrongSetting(f"{name}={value}: expected 0 or 1")
     return None if value is None else value == "1"
+
+
+class Settings(NamedTuple):
+    backend: str | None  # its name; None: the best available
+    exact_skip: bool | None  # None: nobody has said, but perhaps FASTVAE_EXACT_SKIP
+    precision: str  # "exact" or "tf32x3"
+
+
+current = Settings(setting("FASTVAE_BACKEND"), None, "exact")  # the process's; fastvae.use changes it
+
+
+def exact_skip(otherwise: bool = True) -> bool:
+    """Whether kernels may leave out pairs that are too far apart to change a result by as much as its rounding;
+    `otherwise` where nobody has said."""
+    said = current.exact_skip
+    if said is None:
+        said = _exact_skip_from_outside()
+    return otherwise if said is None else said
+
+
+@functools.cache
+def _exact_skip_from_outside() -> bool | None:
+    return switch("FASTVAE_EXACT_SKIP")

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.backends import precision
+from fastvae.backends import settings
 from fastvae.backends.contract import LogWeights
 
 from . import tensor_cores
@@ -165,7 +165,7 @@ def _operands(packed: Packed) -> tuple[Tensor | float | None, ...]:
 
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
-    if precision.current() == "tf32x3" and z.dtype != torch.float64 and has_tensor_cores():
+    if settings.current.precision == "tf32x3" and z.dtype != torch.float64 and has_tensor_cores():
         return tensor_cores.agg_log_prob(z, mu, logvar, weights)
     packed = pack(z, mu, logvar, weights, order=early_order(mu, logvar))
     S, N, D = packed.S, packed.N, packed.D

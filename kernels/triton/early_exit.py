@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.backends import exact_skip
+from fastvae.backends.settings import exact_skip
 
 from ._launch import cdiv, launch
 from .elementary import INF, LOG2E, largest

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import TARGETS, Target
 from support.helpers import assert_accurate, op_named
+from torch import Tensor
 
 import fastvae
 from fastvae import backends
@@ -73,16 +74,95 @@ def test_unknown_name(name: object) -> None:
 
 @pytest.mark.parametrize("exact_skip", ["yes", 1, 0.0, np.array([True]), torch.tensor(True)])
 def test_an_exact_skip_that_is_neither_yes_nor_no(exact_skip: object) -> None:
-    before = used(), backends.exact_skip()
+    before = used(), settings.exact_skip()
     with pytest.raises(TypeError, match="exact_skip: expected True, False or None, got"):
         fastvae.use_backend("reference", exact_skip=exact_skip)
-    assert (used(), backends.exact_skip()) == before
+    assert (used(), settings.exact_skip()) == before
 
 
 def test_an_exact_skip_of_numpy() -> None:
-    with fastvae.use_backend(None, exact_skip=np.bool_(False)):
-        assert backends.exact_skip() is False
+    with fastvae.use(exact_skip=np.bool_(False)):
+        assert settings.exact_skip() is False
         fastvae.agg_log_prob(*torch.zeros(3, 4, 2))  # which hands it to C
+
+
+def test_each_setting_alone_leaves_the_others() -> None:
+    with fastvae.use(backend="reference", exact_skip=False, precision="tf32x3"):
+        assert settings.current == ("reference", False, "tf32x3")
+        for name, value in (("backend", None), ("exact_skip", True), ("precision", "exact")):
+            before = settings.current
+            with fastvae.use(**{name: value}):
+                assert settings.current == before._replace(**{name: value})
+            assert settings.current == before
+        with fastvae.use():
+            assert settings.current == ("reference", False, "tf32x3")
+
+
+def test_exact_skip_alone_keeps_the_backend() -> None:
+    with fastvae.use_backend("reference"), fastvae.use(exact_skip=False):
+        assert used() is reference
+        assert settings.exact_skip() is False
+
+
+def test_settings_nest_and_are_restored() -> None:
+    """Also where a plain statement within a block has set something else."""
+    before = settings.current
+    with fastvae.use(backend="reference", exact_skip=True):
+        with fastvae.use(backend=None, precision="tf32x3"):
+            assert settings.current == (None, True, "tf32x3")
+            fastvae.use(backend="reference", exact_skip=None)
+            assert settings.current == ("reference", None, "tf32x3")
+        assert settings.current == ("reference", None, before.precision)
+    assert settings.current == before
+    with pytest.raises(KeyError), fastvae.use(backend="reference", exact_skip=False, precision="tf32x3"):
+        raise KeyError
+    assert settings.current == before
+
+
+def test_settings_from_here_on() -> None:
+    with fastvae.use(backend=None, exact_skip=None, precision="exact"):  # to be restored
+        fastvae.use(backend="reference", exact_skip=False)
+        fastvae.use(precision="tf32x3")
+        assert used() is reference
+        assert settings.current == ("reference", False, "tf32x3")
+
+
+@pytest.mark.parametrize("name", ["backend", "exact_skip", "precision"])
+def test_one_bad_setting_changes_none(name: str) -> None:
+    good = {"backend": "reference", "exact_skip": False, "precision": "tf32x3"}
+    before = settings.current
+    error = TypeError if name == "exact_skip" else ValueError
+    with pytest.raises(error, match=f"^{name}: expected "):
+        fastvae.use(**good | {name: "yes"})
+    assert settings.current == before
+
+
+def test_a_backend_that_is_not_available_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_status", lambda name: backends.BackendStatus(name, False, "it is away"))
+    before = settings.current
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: it is away"):
+        fastvae.use(precision="tf32x3", exact_skip=False, backend="cuda")
+    assert settings.current == before
+
+
+def test_settings_within_compiled_code() -> None:
+    """They break no graph, and what is within computes by those around it."""
+
+    def kl(x: Tensor) -> Tensor:
+        with fastvae.use(backend=None), fastvae.precision("tf32x3"):
+            return fastvae.kl_gauss(x, x) + (1 if settings.current.precision == "tf32x3" else 0)
+
+    x = torch.ones(3, 2)
+    with fastvae.use(backend="reference", precision="exact"):
+        assert torch.equal(torch.compile(kl, backend="eager", fullgraph=True)(x), 1 + fastvae.kl_gauss(x, x))
+        assert settings.current[::2] == ("reference", "exact")
+
+
+def test_short_forms_are_the_same() -> None:
+    with fastvae.use_backend("reference", exact_skip=False), fastvae.precision("tf32x3"):
+        assert settings.current == ("reference", False, "tf32x3")
+        with fastvae.use_backend(None):  # keeps the others
+            assert settings.current == (None, False, "tf32x3")
 
 
 def test_every_backend_has_a_status() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import ColumnWeights
+from fastvae.backends import settings
 
 
 @pytest.fixture(params=TRITON)
@@ -123,16 +124,14 @@ def test_no_effect_elsewhere(backend: Target) -> None:
 
 
 def test_the_choice() -> None:
-    from fastvae.backends.precision import current
-
-    assert current() == "exact"
+    assert settings.current.precision == "exact"
     with fastvae.precision("tf32x3"):
-        assert current() == "tf32x3"
+        assert settings.current.precision == "tf32x3"
         with fastvae.precision("exact"):
-            assert current() == "exact"
-        assert current() == "tf32x3"
-    assert current() == "exact"
+            assert settings.current.precision == "exact"
+        assert settings.current.precision == "tf32x3"
+    assert settings.current.precision == "exact"
     for wrong in ("tf32", 3, None, ["exact"], np.array(["exact", "tf32x3"])):
         with pytest.raises(ValueError, match="precision: expected one of exact, tf32x3, got"):
             fastvae.precision(wrong)
-        assert current() == "exact"
+        assert settings.current.precision == "exact"

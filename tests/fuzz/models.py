@@ -1,5 +1,6 @@
 """The surfaces of VAEs, of what is asked of them, and of the switches."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -157,13 +158,19 @@ def vae_methods(draw: Draw) -> Call:
 def switches(draw: Draw) -> Call:
     available = [name for name in NAMES if status(name).available]
     arguments = {
-        "name": draw.choice((None, *available)),
+        "backend": draw.choice((None, *available)),
         "exact_skip": draw.choice((None, True, False)),
         "precision": draw.choice(("exact", "tf32x3")),
     }
+    in_short = draw.chance(0.5)
 
-    def function(name: Any, exact_skip: Any, precision: Any) -> Any:
-        with fastvae.use_backend(name, exact_skip=exact_skip), fastvae.precision(precision):
+    def function(**settings: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            if in_short:
+                stack.enter_context(fastvae.precision(settings.pop("precision")))
+                stack.enter_context(fastvae.use_backend(settings.pop("backend"), **settings))
+            else:
+                stack.enter_context(fastvae.use(**settings))
             return fastvae.kl_gauss(torch.zeros(2, 2), torch.zeros(2, 2))
 
     return Call(function, arguments, own_device=True)

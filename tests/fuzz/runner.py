@@ -25,8 +25,7 @@ from torch import Tensor
 from variations import SURROUNDINGS, disguised, formed, wrong
 
 import kernels  # noqa: F401
-from fastvae import backends
-from fastvae.backends import precision
+from fastvae.backends import settings
 
 # RuntimeErrors
 DOCUMENTED = ("first derivatives only", "fit: expected", "is not available", "was asked for")
@@ -234,6 +233,6 @@ def state(draws: bool) -> dict[str, Any]:
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "switches": (backends._forced, backends._exact_skip, precision._current),
+        "switches": settings.current,
         "filters": len(warnings.filters),
     }

@@ -29,8 +29,8 @@ from support.helpers import (
 from torch import Tensor
 
 import fastvae
-from fastvae import ColumnWeights, backends
-from fastvae.backends import native_library
+from fastvae import ColumnWeights
+from fastvae.backends import native_library, settings
 
 
 @pytest.fixture(params=[*NATIVE, *CUDA])
@@ -150,7 +150,7 @@ def problem(case: str, S: int, dtype: torch.dtype) -> tuple[Callable[..., Tensor
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_visible_is_lost(backend: Target, case: str, dtype: torch.dtype, exact_skip: bool) -> None:
     fast, inputs, expected = problem(case, 13, dtype)
-    with fastvae.use_backend(backend.backend, exact_skip=exact_skip):
+    with fastvae.use(exact_skip=exact_skip):
         expected.check(evaluate(fast, inputs))
 
 
@@ -189,7 +189,7 @@ def test_gradients_of_as_many_samples_as_columns(
     fast, inputs, exact, tolerances = large(case)
     names = ["joint", *inputs]
     inputs = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
-    with fastvae.use_backend(backend.backend, exact_skip=exact_skip):
+    with fastvae.use(exact_skip=exact_skip):
         got = dict(zip(["joint", *(n for n in inputs if n in wanted)], evaluate(fast, inputs), strict=True))
     for name, x, tolerance in zip(names, exact, tolerances, strict=True):
         if name in got:
@@ -225,7 +225,7 @@ def test_any_population(
     weights = ColumnWeights(spread * draw(N, seed=seed + 3), own)
     fast, formula = functions(weights)
     inputs = with_weights(population(S, D, logvar, min(active, D), seed), weights, dtype)
-    with fastvae.use_backend(backend.backend, exact_skip=True):
+    with fastvae.use(exact_skip=True):
         Expected(formula, inputs, ("z", "mu"), margin=SEARCH_MARGIN).check(evaluate(fast, inputs))
 
 
@@ -280,9 +280,9 @@ def test_without_early_exit_all_dimensions_are_visited(native: Target, backward:
     S, D = 61, 33
     inputs = {name: x.requires_grad_(backward) for name, x in cast(population(S, D, -4, D), torch.float32).items()}
     everything = S * N * D * (3 if backward else 1)
-    with fastvae.use_backend("native", exact_skip=False):
+    with fastvae.use(exact_skip=False):
         assert visits(inputs) == (everything, everything)
-    with fastvae.use_backend("native", exact_skip=True):
+    with fastvae.use(exact_skip=True):
         visited, counted = visits(inputs)
         assert counted == everything
         assert visited < everything
@@ -336,7 +336,7 @@ def test_what_many_little_terms_come_to_is_seen(backend: Target, dtype: torch.dt
     fast, formula = functions(ColumnWeights(0.0, torch.zeros(128, dtype=torch.int64)))
     inputs = needing_gradients(cast(inputs, dtype))
     expected = Expected(formula, inputs, ("z", "mu"))
-    with fastvae.use_backend(backend.backend, exact_skip=True):
+    with fastvae.use(exact_skip=True):
         expected.check(evaluate(fast, inputs))
 
 
@@ -347,19 +347,19 @@ def test_it_can_be_turned_off(native: Target) -> None:
     """By an argument, with results that differ in their last bits at most."""
     inputs = cast(population(96, 33, -4, 33), torch.float32)
     with fastvae.use_backend("native", exact_skip=False):
-        assert not backends.exact_skip()
+        assert not settings.exact_skip()
         with fastvae.use_backend("native"):  # keeps what is set
-            assert not backends.exact_skip()
+            assert not settings.exact_skip()
         plain = fastvae.agg_log_prob(**inputs)
-    with fastvae.use_backend("native", exact_skip=True):
-        assert backends.exact_skip()
+    with fastvae.use(exact_skip=True):
+        assert settings.exact_skip()
         torch.testing.assert_close(fastvae.agg_log_prob(**inputs), plain)
 
 
 @pytest.mark.parametrize(("setting", "cpu", "gpu"), [("0", False, False), ("1", True, True), ("", True, False)])
 def test_the_environment_turns_it_on_or_off(setting: str, cpu: bool, gpu: bool) -> None:
     """Unset, it is on where it has been measured."""
-    code = "from fastvae import backends; print(backends.exact_skip(), backends.exact_skip(otherwise=False))"
+    code = "from fastvae.backends.settings import exact_skip; print(exact_skip(), exact_skip(otherwise=False))"
     environment = {**os.environ, "FASTVAE_EXACT_SKIP": setting}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert ran.stdout.split() == [str(cpu), str(gpu)]

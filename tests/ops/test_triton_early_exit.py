@@ -14,7 +14,8 @@ from test_early_exit import apart, functions, with_weights
 from torch import Tensor
 
 import fastvae
-from fastvae import ColumnWeights, backends
+from fastvae import ColumnWeights
+from fastvae.backends import settings
 
 pytest.importorskip("triton")
 from fastvae.kernels.triton import agg_log_prob, early_exit
@@ -29,7 +30,7 @@ D = 36  # two looks, and some more
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     """Looks at fewer columns than are worth it."""
     monkeypatch.setattr(early_exit, "MIN_COLUMNS", 1)
-    with computing_on(TRITON[request.param]) as target, fastvae.use_backend("triton", exact_skip=True):
+    with computing_on(TRITON[request.param]) as target, fastvae.use(exact_skip=True):
         yield target
 
 
@@ -175,7 +176,7 @@ def test_rows_skip_far_tiles(backend: Target, dtype: torch.dtype, monkeypatch: p
     assert d_z.isfinite().all()
     joint, d_z, *_ = gradients(100, dtype, logvar=1.0)
     assert joint.isnan().all()
-    with fastvae.use_backend("triton", exact_skip=False):
+    with fastvae.use(exact_skip=False):
         joint, d_z, *_ = gradients(100, dtype)
     assert joint.isnan().all()
     assert d_z.isnan().all()
@@ -193,7 +194,7 @@ def test_columns_skip_far_tiles(backend: Target, monkeypatch: pytest.MonkeyPatch
     *_, d_mu, d_logvar = gradients(N, torch.float32)
     assert d_mu[:256].isfinite().all()
     assert d_logvar[:256].isfinite().all()
-    with fastvae.use_backend("triton", exact_skip=False):
+    with fastvae.use(exact_skip=False):
         *_, d_mu, d_logvar = gradients(N, torch.float32)
     assert d_mu[:256].isnan().any()
 
@@ -229,7 +230,7 @@ def test_fewer_columns_are_gone_through(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(early_exit, "MIN_COLUMNS", N + 1)
     x = torch.zeros(N, D, device="meta")
     assert early_exit.early_order(x, x) is None
-    with fastvae.use_backend(None, exact_skip=False):
+    with fastvae.use(exact_skip=False):
         monkeypatch.setattr(early_exit, "MIN_COLUMNS", N)
         assert early_exit.early_order(x, x) is None
-        assert not backends.exact_skip()
+        assert not settings.exact_skip()

@@ -141,7 +141,7 @@ def pairs(
     last = () if name not in results else (wanted[:3],) if name.startswith("cross") else (wanted,)
 
     def launch() -> object:
-        with fastvae.precision(precision), fastvae.use_backend(None, exact_skip=early):
+        with fastvae.use(precision=precision, exact_skip=early):
             return op(name, *results.get(name, ()), *p.inputs, *weights, *last)
 
     return launch
