@@ -1,8 +1,8 @@
 """The Triton kernels, kernels/triton/: on CUDA tensors, or on CPU tensors in Triton's interpreter.
 
-The functions of the kernel contract are found by name, `op` and `op_backward` in the module
-`fastvae.kernels.triton.op`, the first time that they are called for; so this module can be imported, and say that it
-is not available, where Triton is not. They run on the current stream of their tensors' device, whichever device is
+The functions of the kernel contract are made of the launchers `op` and `op_backward` in `fastvae.kernels.triton.op` the
+first time that they are called for; so this module can be imported, and say that it is not available, where Triton is
+not. They tell the launchers what is set, and run on the current stream of their tensors' device, whichever device is
 current. Triton's interpreter is slow, and for tests: the whole process is in it, or is not, by whether
 `TRITON_INTERPRET=1` was set when Triton was first imported.
 """
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import installed
-from .settings import WrongSetting
+from . import installed, settings
+from .contract import kl_scale, kl_shape
+from .settings import WrongSetting, exact_skip, switch
 
 OPS = ("kl_gauss", "sample_gauss", "cross_log_prob", "agg_log_prob", "agg_log_prob_marginals")
 
@@ -44,18 +45,64 @@ def status() -> tuple[bool, str]:
 
 @functools.cache
 def _interpreting() -> bool:
+    """Whether kernels run in the interpreter; the first call sets up what the launchers share."""
     from fastvae.kernels.triton import _launch
 
+    _launch.AUTOTUNE = bool(switch("FASTVAE_AUTOTUNE")) and not _launch.INTERPRETED
     return _launch.INTERPRETED
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
-    op = name.removesuffix("_backward")
-    if op not in OPS:
+    if name.removesuffix("_backward") not in OPS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = _on_its_device(getattr(importlib.import_module(f"fastvae.kernels.triton.{op}"), name))
+    function = _on_its_device(on_current_device(name))
     globals()[name] = function
     return function
+
+
+def on_current_device(name: str) -> Callable[..., Any]:
+    """The contract's function of that name by its launcher, for tensors of the current device, or meta tensors."""
+    _interpreting()
+    launch = getattr(importlib.import_module(f"fastvae.kernels.triton.{name.removesuffix('_backward')}"), name)
+    further = _FURTHER.get(name)
+    if further is None:
+        return launch
+
+    @functools.wraps(launch)
+    def with_settings(*arguments: Any) -> Any:
+        return launch(*arguments, *further(*arguments))
+
+    return with_settings
+
+
+# What some launchers take after the contract's arguments, from those and from what is set.
+
+
+def _of_kl_gauss(mu: Tensor, logvar: Any, prior_mu: Any, prior_logvar: Any, reduction: str) -> tuple[Any, ...]:
+    return kl_shape(reduction, *mu.shape), kl_scale(reduction, *mu.shape)
+
+
+def _of_kl_gauss_backward(
+    grad: Any, mu: Tensor, logvar: Any, prior_mu: Any, prior_logvar: Any, reduction: str, wanted: Any
+) -> tuple[float]:
+    return (kl_scale(reduction, *mu.shape),)
+
+
+def _of_agg_log_prob(*_: Any) -> tuple[bool, bool]:
+    return exact_skip(otherwise=False), settings.current.precision == "tf32x3"
+
+
+def _of_agg_log_prob_marginals_backward(*_: Any) -> tuple[bool]:
+    return (exact_skip(otherwise=False),)
+
+
+_FURTHER: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "kl_gauss": _of_kl_gauss,
+    "kl_gauss_backward": _of_kl_gauss_backward,
+    "agg_log_prob": _of_agg_log_prob,
+    "agg_log_prob_backward": _of_agg_log_prob,
+    "agg_log_prob_marginals_backward": _of_agg_log_prob_marginals_backward,
+}
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:

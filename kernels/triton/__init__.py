@@ -1,9 +1,10 @@
 """The GPU kernels in Triton, for NVIDIA and AMD; README.md beside this file says how they are built and measured.
 
 One module per operation, named as the operation is. It holds the kernels (`@triton.jit`, names with a leading
-underscore) and the functions that launch them, `op` and `op_backward`, which are the kernel contract of
-`fastvae/backends/contract.py` word for word: detached tensors of one device in, new tensors out.
-`fastvae/backends/triton.py` finds them by name and calls them with that device current. So a launcher
+underscore) and the functions that launch them, `op` and `op_backward`. These take the arguments of the kernel contract,
+`fastvae/backends/contract.py`, and some after them what the caller has set: detached tensors of one device in, new
+tensors out. `fastvae/backends/triton.py` finds them by name, reads the settings and makes that device current. Nothing
+of fastvae is imported here but these modules themselves. So a launcher
 
 - launches with plain `kernel[grid](...)`, on whatever stream is current, with a launch configuration fixed by the
   sizes (`_launch.py`);

@@ -20,12 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.backends.contract import accumulation_dtype
-from fastvae.backends.settings import switch
-
 # Whether kernels run in Triton's interpreter, on tensors of any device: decided when Triton is first imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
-AUTOTUNE = bool(switch("FASTVAE_AUTOTUNE")) and not INTERPRETED
+AUTOTUNE = False  # whether `fastest` measures; fastvae/backends/triton.py sets it
 
 LARGE = 1 << 20  # elements of elementwise work: enough that every program may have 16 for each thread
 Config = dict[str, Any]  # keyword arguments of a kernel: block sizes, what depends on them, and launch options
@@ -119,9 +116,14 @@ def resources(on: Target, threads: int, registers: int) -> Config:
     return warps | {"maxnreg": registers} if on.backend == "cuda" else warps
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that tensors of this dtype are computed in, and sums are given in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @functools.cache
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """The dtype that a kernel on tensors of this dtype computes in, as a `tl.constexpr` parameter."""
+    """The same as a `tl.constexpr` parameter of a kernel."""
     return tl.float64 if accumulation_dtype(dtype) == torch.float64 else tl.float32
 
 
@@ -199,7 +201,7 @@ def blocks_of(n_rows: int, n_columns: int, config: Config) -> tuple[int, int]:
 
 
 def fastest(run: Callable[[Config], Result], configs: Sequence[Config], *problem: Any) -> Result:
-    """run(config) in the first configuration or, where `FASTVAE_AUTOTUNE=1` asks for it, in the fastest: measured once
+    """run(config) in the first configuration or, where AUTOTUNE asks for it, in the fastest: measured once
     for the device and the problem (names, dtypes, and sizes to a power of 2), and kept in Triton's cache directory."""
     if not AUTOTUNE or len(configs) == 1:
         return run(configs[0])

@@ -13,16 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.backends import settings
-from fastvae.backends.contract import LogWeights
-
 from . import tensor_cores
 from ._launch import Config, cdiv, empty_like, fastest, launch
 from .early_exit import balanced, early_order, margin, of_rows, of_rows_backward, squares_unless_far, steep, wants_look
 from .elementary import INF, times
 from .grids import Grid, configs, constants, grid, has_tensor_cores, kind_of
 from .log_sum_exp import combine_ranges, highest, put_together, room_for_ranges, share_factor, summed
-from .packing import Packed, in_order, new, pack
+from .packing import LogWeights, Packed, in_order, new, pack
 from .pair_gradients import any_far, clear, columns_gradients, pull_columns
 from .row_sums import joint_rows
 from .tiles import (
@@ -164,15 +161,18 @@ def _operands(packed: Packed) -> tuple[Tensor | float | None, ...]:
     return packed.samples, packed.far_samples, packed.columns, packed.far_columns, *packed.weights
 
 
-def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
-    if settings.current.precision == "tf32x3" and z.dtype != torch.float64 and has_tensor_cores():
+def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, early_exit: bool, tf32x3: bool) -> Tensor:
+    """[S]. `early_exit`: tiles whose pairs are all too far to show may be left out; `tf32x3`: tensor cores may be used,
+    less exactly."""
+    if tf32x3 and z.dtype != torch.float64 and has_tensor_cores():
         return tensor_cores.agg_log_prob(z, mu, logvar, weights)
-    packed = pack(z, mu, logvar, weights, order=early_order(mu, logvar))
+    packed = pack(z, mu, logvar, weights, order=early_order(mu, logvar, early_exit))
     S, N, D = packed.S, packed.N, packed.D
     joint = new(packed, S)
     if S == 0:
         return joint
-    exits = of_rows(packed, weights.own)
+    _, _, own, *_ = weights
+    exits = of_rows(packed, own)
 
     def run(config: Config) -> Tensor:
         g = grid(S, N, D, packed.dtype, z.device, kind_of(packed, reduce=False), **config)
@@ -231,15 +231,19 @@ def agg_log_prob_backward(
     logvar: Tensor,
     weights: LogWeights,
     wanted: Sequence[bool],
+    early_exit: bool,
+    tf32x3: bool,
 ) -> list[Tensor]:
+    """The gradients, after the joint where that is None and so computed first; that alone may be of `tf32x3`."""
     if joint is None:
-        joint = agg_log_prob(z, mu, logvar, weights)
-        return [joint, *agg_log_prob_backward(d_joint, joint, z, mu, logvar, weights, wanted)]
-    packed = pack(z, mu, logvar, weights, order=early_order(mu, logvar))
+        joint = agg_log_prob(z, mu, logvar, weights, early_exit, tf32x3)
+        return [joint, *agg_log_prob_backward(d_joint, joint, z, mu, logvar, weights, wanted, early_exit, tf32x3)]
+    packed = pack(z, mu, logvar, weights, order=early_order(mu, logvar, early_exit))
     S, N, D = packed.S, packed.N, packed.D
+    log_w, *_ = weights
     gradients = [
         empty_like(x) if want and x is not None else None
-        for x, want in zip((z, mu, logvar, weights.log_w), wanted, strict=True)
+        for x, want in zip((z, mu, logvar, log_w), wanted, strict=True)
     ]
     d_z, d_mu, d_logvar, d_log_w = gradients
     m, factors = shares_of_rows(packed, d_joint, joint, d_z)

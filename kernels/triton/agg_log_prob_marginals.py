@@ -14,15 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.backends.contract import LogWeights
-
 from ._launch import empty_like, launch
 from .agg_log_prob import agg_log_prob_backward, pull_on_columns, shares_of_rows
 from .elementary import INF
 from .grids import constants, grid, grid_per_dimension, kind_of
 from .log_sum_exp import put_together, room_for_ranges, summed
 from .marginal_rows import marginal_operands, marginal_program, marginal_shares_of_rows
-from .packing import PANEL, new, pack
+from .packing import PANEL, LogWeights, new, pack
 from .pair_gradients import columns_gradients, held_finite
 from .row_sums import joint_program
 from .tiles import (
@@ -171,15 +169,18 @@ def agg_log_prob_marginals_backward(
     logvar: Tensor,
     weights: LogWeights,
     wanted: Sequence[bool],
+    early_exit: bool,
 ) -> list[Tensor]:
+    """The gradients; where only the joint's are asked for, `early_exit` may leave out pairs."""
     S, D, N = *z.shape, mu.shape[0]
     if d_marginals is None or D == 0:
         d_joint = torch.zeros_like(joint) if d_joint is None else d_joint
-        return agg_log_prob_backward(d_joint, joint, z, mu, logvar, weights, wanted)
+        return agg_log_prob_backward(d_joint, joint, z, mu, logvar, weights, wanted, early_exit, tf32x3=False)
     packed = pack(z, mu, logvar, weights, marginals=True)
+    log_w, *_ = weights
     gradients = [
         empty_like(x) if want and x is not None else None
-        for x, want in zip((z, mu, logvar, weights.log_w), wanted, strict=True)
+        for x, want in zip((z, mu, logvar, log_w), wanted, strict=True)
     ]
     d_z, d_mu, d_logvar, d_log_w = gradients
     joint_d_z, joint_shares = None, ()

@@ -119,7 +119,7 @@ def _cross_columns(
 
 
 def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    packed = pack(z, mu, logvar, None)
+    packed = pack(z, mu, logvar)
     S, N, D = packed.S, packed.N, packed.D
     out = new(packed, S, N)
     if S and N:
@@ -132,7 +132,7 @@ def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 def cross_log_prob_backward(
     grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor]:
-    packed = pack(z, mu, logvar, None)
+    packed = pack(z, mu, logvar)
     S, N, D = packed.S, packed.N, packed.D
     inputs = (z, mu, logvar)
     d_z, d_mu, d_logvar = gradients = [empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]

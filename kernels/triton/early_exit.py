@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.backends.settings import exact_skip
-
 from ._launch import cdiv, launch
 from .elementary import INF, LOG2E, largest
 from .packing import PANEL, Packed, new
@@ -170,11 +168,11 @@ def _order(mu, mu_row, mu_col, logvar, lv_row, lv_col, order, N, D, DK: tl.const
     tl.store(order + place, d, d < D)
 
 
-def early_order(mu: Tensor, logvar: Tensor) -> Tensor | None:
-    """[D] int32, the order in which dimensions are taken; None where all tiles are gone through, because `exact_skip`
-    is off or it would not pay."""
+def early_order(mu: Tensor, logvar: Tensor, early_exit: bool) -> Tensor | None:
+    """[D] int32, the order in which dimensions are taken; None where all tiles are gone through, because early exit is
+    not asked for or would not pay."""
     N, D = mu.shape
-    if not exact_skip(otherwise=False) or N < MIN_COLUMNS or 2 * LOOK.value > D:
+    if not early_exit or N < MIN_COLUMNS or 2 * LOOK.value > D:
         return None
     order = torch.empty(D, dtype=torch.int32, device=mu.device)
     launch(_order, (cdiv(D, 16),), mu, *mu.stride(), logvar, *logvar.stride(), order, N, D, DK=16, num_warps=4)

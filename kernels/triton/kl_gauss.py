@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.backends.contract import accumulation_dtype, kl_scale, kl_shape
-
 from ._launch import (
     LARGE,
     Config,
+    accumulation_dtype,
     accumulator,
     add_up,
     blocks_of,
@@ -215,11 +214,18 @@ def _constants(config: Config, over: str, dtype: torch.dtype, unit: int, alone: 
 
 
 def kl_gauss(
-    mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    reduction: str,
+    shape: tuple[int, ...],
+    scale: float,
 ) -> Tensor:
+    """The KL of that shape, sums multiplied by `scale`."""
     B, D = mu.shape
-    over, scale = _SUMS_OVER.get(reduction, "all"), kl_scale(reduction, B, D)
-    out = torch.empty(kl_shape(reduction, B, D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
+    over = _SUMS_OVER.get(reduction, "all")
+    out = torch.empty(shape, dtype=accumulation_dtype(mu.dtype), device=mu.device)
     inputs = [rows(x, B) for x in (mu, logvar, prior_mu, prior_logvar)]
     unit = unit_of(mu.dtype, D, *(stride for _, stride in inputs))
     flat = over in ("nothing", "all") and same_layout(B, mu, logvar, prior_mu, prior_logvar)
@@ -252,9 +258,10 @@ def kl_gauss_backward(
     prior_logvar: Tensor | None,
     reduction: str,
     wanted: Sequence[bool],
+    scale: float,
 ) -> list[Tensor]:
     B, D = mu.shape
-    over, scale = _SUMS_OVER.get(reduction, "all"), kl_scale(reduction, B, D)
+    over = _SUMS_OVER.get(reduction, "all")
     likes = (mu, logvar, prior_mu, prior_logvar)
     gradients = [empty_like(x) if x is not None and want else None for x, want in zip(likes, wanted, strict=True)]
     # A prior that is one row for many has the sum of their gradients.

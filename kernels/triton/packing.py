@@ -27,9 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.backends.contract import LogWeights, accumulation_dtype
-
-from ._launch import accumulator, cdiv, launch, nowhere, resources, target
+from ._launch import accumulation_dtype, accumulator, cdiv, launch, nowhere, resources, target
 from .elementary import INF, LOG2E, largest
 
 PANEL = tl.constexpr(128)
@@ -205,6 +203,13 @@ class Limits(NamedTuple):
 DIRECT = Limits(128.0, 2.0**30)
 
 
+# The log-weights of pairs in nats: log_w [N] of the columns, or log_w_all of every column, or -log N where both are
+# None; own [S] int64, the column that a sample was drawn from, or none where it is outside [0, N); log_w_own of own
+# columns, and log_w_next of those after them modulo N, where these are not None.
+LogWeights = tuple[Tensor | None, float | None, Tensor | None, float | None, float | None]
+UNWEIGHTED: LogWeights = (None, 0.0, None, None, None)
+
+
 class Packed(NamedTuple):
     """Everything in the accumulation dtype and in bits; S and N rounded up to panels, where the weights are 0."""
 
@@ -248,12 +253,12 @@ def pack(
     z: Tensor,
     mu: Tensor,
     logvar: Tensor,
-    weights: LogWeights | None,
+    weights: LogWeights = UNWEIGHTED,
     marginals: bool = False,
     limits: Limits = DIRECT,
     order: Tensor | None = None,
 ) -> Packed:
-    """One launch. z [S, D], mu and logvar [N, D], strided as they like; no weights: a weight of 1 for all."""
+    """One launch. z [S, D], mu and logvar [N, D], strided as they like."""
     (S, D), N = z.shape, mu.shape[0]
     dtype = accumulation_dtype(z.dtype)
     row_panels, column_panels = cdiv(S, PANEL.value), cdiv(N, PANEL.value)
@@ -261,12 +266,11 @@ def pack(
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=z.device)
 
-    overrides = [math.nan] * 2
-    if weights is not None and weights.own is not None:
-        overrides = [math.nan if w is None else w * LOG2E.value for w in (weights.log_w_own, weights.log_w_next)]
-    overridden = not all(map(math.isnan, overrides))
-    log_w = None if weights is None or weights.log_w is None else weights.log_w.contiguous()
-    own = weights.own.contiguous() if overridden and weights is not None and weights.own is not None else None
+    log_w, log_w_all, own, *overrides = weights
+    if log_w_all is None:
+        log_w_all = -math.log(N) if N else -math.inf
+    log_w_own, log_w_next = (math.nan if w is None or own is None else w * LOG2E.value for w in overrides)
+    overridden = not (math.isnan(log_w_own) and math.isnan(log_w_next))
     planes = empty(column_panels, D, PANEL.value, 2)
     packed = Packed(
         S,
@@ -281,19 +285,15 @@ def pack(
         empty(column_panels * PANEL.value) if overridden else None,
         *(empty(n, dtype=torch.int64) if overridden else None for n in (row_panels * PANEL.value, *(row_panels,) * 2)),
         order,
-        *overrides,
+        log_w_own,
+        log_w_next,
     )
     # Where it writes or reads nothing, it gets a pointer all the same: one kernel serves both.
     no_number, no_index = nowhere(dtype, z.device), nowhere(torch.int64, z.device)
     arguments = (
         *(z, *z.stride(), mu, *mu.stride(), logvar, *logvar.stride()),
-        *(
-            log_w,
-            0.0 if weights is None else weights.common(N),
-            no_index if own is None else own,
-            order,
-            packed.samples,
-        ),
+        *(None if log_w is None else log_w.contiguous(), log_w_all),
+        *(no_index if own is None or not overridden else own.contiguous(), order, packed.samples),
         *(no_index if x is None else x for x in (packed.own, packed.own_low, packed.own_high)),
         *(packed.far_samples, planes, packed.marginal_c, packed.c),
         *(no_number if packed.log_w is None else packed.log_w, packed.far_columns),

@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.backends.contract import accumulation_dtype
-
 from ._launch import (
     LARGE,
     Config,
+    accumulation_dtype,
     accumulator,
     blocks_of,
     cdiv,

@@ -17,12 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.backends.contract import LogWeights
-
 from ._launch import launch
 from .grids import matrix_grid
 from .log_sum_exp import add_terms, log_of, nothing, put_together, room_for_ranges
-from .packing import PANEL, Limits, new, pack
+from .packing import PANEL, Limits, LogWeights, new, pack
 from .tiles import add_log_weights, far_t, is_far, load_pair, meets_own, minus_squares, offset, step
 
 LIMITS = Limits(32.0, 2.0**30)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -286,6 +287,14 @@ def test_triton_has_the_functions_of_the_contract_and_no_others() -> None:
     assert promised == {f"{op}{direction}" for op in triton.OPS for direction in ("", "_backward")}
     with pytest.raises(AttributeError, match="no attribute 'kl'"):
         _ = triton.kl
+
+
+def test_kernels_import_nothing_above_them() -> None:
+    """They are told what they need."""
+    modules = list((Path(__file__).parents[2] / "kernels" / "triton").glob("*.py"))
+    assert modules
+    for module in modules:
+        assert not re.search(r"^\s*(from|import) (fastvae|\.\.)", module.read_text(), re.M), module
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def test_other_tiles_give_the_same(backend: Target) -> None:
     for config in grids.configs(10**4, 10**4, torch.float32):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(agg_log_prob, "fastest", lambda run, configs, *problem, c=config: run(c))
-            expected.check([agg_log_prob.agg_log_prob(z, mu, logvar, weights)])
+            expected.check([agg_log_prob.agg_log_prob(z, mu, logvar, weights, False, False)])
         chosen.append(grids.grid(10**4, 10**4, 5, torch.float32, torch.device("meta"), grids.Kind(), **config).config)
     assert len({tuple(c.items()) for c in chosen}) == len(chosen) > 1
 

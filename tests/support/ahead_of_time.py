@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 import fastvae
+from fastvae.backends import triton as triton_backend
 from fastvae.backends.contract import LogWeights
 
 TARGETS = {
@@ -68,9 +68,8 @@ class Report(NamedTuple):
 
 
 def op(name: str, *arguments: Any) -> object:
-    """Call a launcher of the kernel package."""
-    module = import_module(f"fastvae.kernels.triton.{name.removesuffix('_backward')}")
-    return getattr(module, name)(*arguments)
+    """Launch what the backend does, whatever device its tensors are on."""
+    return triton_backend.on_current_device(name)(*arguments)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -319,12 +319,11 @@ def adapt_backend_cuda(cuda: Any) -> None:
 
 def adapt_backend_triton(triton: Any) -> None:
     for name in (name for each in triton.OPS for name in (each, each + "_backward")):
-        op = name.removesuffix("_backward")
         function = computed("triton", name, "backend 'triton' computes on cpu tensors only in Triton's interpreter")
-        setattr(triton, name, launched(op, name, function) if COMPILES else function)
+        setattr(triton, name, launched(triton, name, function) if COMPILES else function)
 
 
-def launched(op: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def launched(triton: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, after its kernels were launched for nothing."""
 
     def launch(*args: Any) -> Any:
@@ -333,7 +332,7 @@ def launched(op: str, name: str, function: Callable[..., Any]) -> Callable[..., 
         from triton.runtime import driver
 
         driver.set_active(Absent(0, GPUTarget("cuda", 90, 32)))
-        getattr(importlib.import_module(f"fastvae.kernels.triton.{op}"), name)(*args)
+        triton.on_current_device(name)(*args)
         return function(*args)
 
     return launch
