@@ -125,8 +125,13 @@ class Objective(Protocol):
             has it always.
     """
 
-    k: int
-    m: int
+    @property
+    def k(self) -> int:
+        """Samples of the bound, whose mean is taken."""
+
+    @property
+    def m(self) -> int:
+        """Samples inside the logarithm of each."""
 
     def __call__(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar, and its terms by name, `"nell"` and `"kl"` among them."""
