@@ -106,7 +106,7 @@ class Truth:
         if "backward" in self.mode:
             gradients = forward_backward(function, *inputs, rows=rows)()
             return [g if rows is None or i >= self.rowwise else g[rows] for i, g in enumerate(gradients)]  # type: ignore
-        outputs = forward(function, *inputs)() if self.mode == "forward" else function(*inputs)
+        outputs: Any = forward(function, *inputs)() if self.mode == "forward" else function(*inputs)
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         return outputs if rows is None else [o[rows] for o in outputs]
 

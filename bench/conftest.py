@@ -93,7 +93,8 @@ def check(ours: dict[str, Any]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    for line in report.full_tables(config.stash[_measured]):
+    measured = config.stash[_measured]
+    for line in report.full_tables(measured):
         terminalreporter.write_line(line)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,8 @@ class Step:
         loss = self.loss(self.vae, x)
         loss.backward()
         self.optimizer.step()
-        return loss.detach(), *(p.grad for p in self.vae.parameters())
+        gradients: list[Any] = [p.grad for p in self.vae.parameters()]
+        return loss.detach(), *gradients
 
     def hidden(self, x: Tensor) -> tuple[Tensor, ...]:
         """What a call would draw now, [B, D], and the parameters that it would start from."""

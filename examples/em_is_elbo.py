@@ -28,9 +28,10 @@ def clusters(n: int = 600) -> Tensor:
     return centres[torch.arange(n) % K] + torch.randn(n, 2, dtype=torch.float64)
 
 
-def step(x: Tensor, *theta: Tensor) -> fastvae.GaussianMixture:
+def step(x: Tensor, weights: Tensor, means: Tensor, variances: Tensor) -> fastvae.GaussianMixture:
     """One EM step from theta, (weights, means, variances)."""
-    return fastvae.GaussianMixture(len(theta[0]), init=theta, tol=0, max_iter=1, reg_covar=0).fit(x)
+    init = weights, means, variances
+    return fastvae.GaussianMixture(len(weights), init=init, tol=0, max_iter=1, reg_covar=0).fit(x)
 
 
 def ascend(x: Tensor) -> list[tuple[float, float, float]]:

@@ -112,7 +112,7 @@ def joint_and_marginals(N: int, D: int, logvar: float, repeats: int, backward: b
     def run(method: str) -> Callable[[], object]:
         def call() -> object:
             results = fastvae.agg_log_prob_marginals(*leaves, method=method)
-            return torch.autograd.grad(sum(r.sum() for r in results), leaves) if backward else results
+            return torch.autograd.grad([r.sum() for r in results], leaves) if backward else results
 
         return call
 

@@ -8,6 +8,7 @@ which an EM that forms them needs at the least.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -25,21 +26,22 @@ from ..harness import peak_extra_bytes
 from .machine import why_not
 
 N, D, K, ITERATIONS = 100_000, 32, 64, 20
+Start = tuple[Tensor, Tensor, Tensor]  # weights [K], means [K, D], variances [K, D]
 
 
-def data() -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Points of K overlapping clusters, and a start: (weights, means, variances)."""
+def data() -> tuple[Tensor, Start]:
+    """Points [N, D] of K overlapping clusters, and where the fit starts."""
     generator = torch.Generator().manual_seed(0)
     centres = 1.5 * torch.randn(K, D, generator=generator)
     x = centres[torch.randint(K, (N,), generator=generator)] + torch.randn(N, D, generator=generator)
     return x, (torch.full((K,), 1 / K), x[:K].clone(), x.var(0).expand(K, D).clone())
 
 
-def ours(x: Tensor, start: tuple[Tensor, ...], iterations: int) -> Any:
+def ours(x: Tensor, start: Start, iterations: int) -> Any:
     return GaussianMixture(K, tol=0, max_iter=iterations, reg_covar=0, init=start).fit(x)
 
 
-def peer(x: Tensor, start: tuple[Tensor, ...], iterations: int) -> Any:
+def peer(x: Tensor, start: Start, iterations: int) -> Any:
     weights, means, variances = (s.numpy() for s in start)
     options = {"weights_init": weights, "means_init": means, "precisions_init": 1 / variances}
     with warnings.catch_warnings():
@@ -68,16 +70,17 @@ def main() -> None:
     from threadpoolctl import threadpool_limits
 
     x, start = data()
-    wide, wide_start = x.double(), tuple(s.double() for s in start)
+    weights, means, variances = (s.double() for s in start)
+    wide, wide_start = x.double(), (weights, means, variances)
     fits: dict[str, Callable[[int], Any]] = {
         "fastvae, float32": lambda n: ours(x, start, n),
         "scikit-learn, float32": lambda n: peer(x, start, n),
         "scikit-learn, float64": lambda n: peer(wide, wide_start, n),
     }
     with threadpool_limits(options.threads):
-        for fit in (ours, peer):
-            fit(x[:1000], start, 2)  # what is loaded and kept at a first call
-        memory = {name: peak_extra_bytes(lambda fit=fit: fit(2)) for name, fit in fits.items()}
+        for warm_up in (ours, peer):
+            warm_up(x[:1000], start, 2)  # what is loaded and kept at a first call
+        memory = {name: peak_extra_bytes(functools.partial(fit, 2)) for name, fit in fits.items()}
         log_p = {name: fit(2).lower_bound_ for name, fit in fits.items()}
         times: dict[str, list[float]] = {name: [] for name in fits}
         for _ in range(options.repeats):

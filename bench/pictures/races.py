@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def error_against_time(cases: dict[Case, Measured], figure: Any) -> None:
 
 
 def _line(
-    axes: Any, points: list[tuple[float, float]], look: tuple[str, str, str], hollow: list[bool], size: float = 5
+    axes: Any, points: Sequence[tuple[float, float]], look: tuple[str, str, str], hollow: list[bool], size: float = 5
 ) -> Any:
     color, marker, style = look
     ours = color == plots.DATA

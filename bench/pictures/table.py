@@ -25,7 +25,7 @@ from fastvae.ops.interpolate import Interpolant, interpolate
 TOLERANCES = [10.0**-k for k in (6, 7, 8, 9, 10, 11)]
 
 
-def population(generator: torch.Generator, N: int, S: int, narrow: int, clusters: int) -> tuple[Tensor, ...]:
+def population(generator: torch.Generator, N: int, S: int, narrow: int, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
     """z [S, 1] from the columns mu, logvar [N, 1], of which so many are narrow, in so many clusters."""
 
     def normal(n: int) -> Tensor:
