@@ -121,7 +121,9 @@ def _in_the_other_dtype(items: list[pytest.Item]) -> set[pytest.Item]:
     """What is left out; a case that was asked for in one dtype alone is not."""
     of_tests: dict[tuple[object, ...], dict[str, list[pytest.Item]]] = {}  # the cases of each test of each op
     for item in items:
-        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        parameters: dict[str, Any] = (
+            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        )
         backend, dtype = parameters.get("backend", ""), parameters.get("dtype")
         if dtype in DTYPES and TARGETS.get(backend, Target("")).slow and item.name.startswith(IN_TWO_DTYPES):
             test = item.path, item.name.partition("[")[0], backend, parameters.get("name")
@@ -149,11 +151,30 @@ LONG_FILES = (
     "demo",
     "examples",
     "fuzz",
+    "gpu_run",
+    "bounds",
+    "installed",
+    "main",
+    "native_library",
+    "triton",
+    "triton_compile",
+    "triton_early_exit",
 )
-LONG_FILES += ("gpu_run", "bounds", "installed", "main", "native_library")
-LONG_FILES += ("triton", "triton_compile", "triton_early_exit")
-LONG_TESTS = ("anchors_of_the_whole", "budget", "compile", "environment", "inductor", "it_learns", "little_terms")
-LONG_TESTS += ("many_rows", "opcheck", "trains", "transforms", "triton", "variable")
+LONG_TESTS = (
+    "anchors_of_the_whole",
+    "budget",
+    "compile",
+    "environment",
+    "inductor",
+    "it_learns",
+    "little_terms",
+    "many_rows",
+    "opcheck",
+    "trains",
+    "transforms",
+    "triton",
+    "variable",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -217,7 +238,7 @@ def computing_on(target: Target) -> Iterator[Target]:
     With FASTVAE_REQUIRE_GPU=1 Triton and the CUDA kernels must be there."""
     available, why_not = backends.status(target.backend)[1:]
     if not available:
-        needed = ("native", "triton", "cuda") if platform.system() == "Linux" else ("native",)
+        needed = ["native", "triton", "cuda"] if platform.system() == "Linux" else ["native"]
         needed = needed[:2] if torch.cuda.is_available() else needed  # where the CUDA library is built by hand
         required = target.backend in needed and os.environ.get("FASTVAE_REQUIRE_NATIVE") == "1"
         required |= target.backend in ("triton", "cuda") and REQUIRE_GPU

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Target
-from support.helpers import LOG_2PI, draw
+from support.helpers import LOG_2PI, draw, wrong
 from test_kl_decomposition import ANCHORS, DATA, Correlated, Largest, mixing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -385,7 +385,8 @@ def test_mutual_information_is_drawn_by_its_seed() -> None:
 
 def test_mutual_information_of_pixels() -> None:
     """A decoder that ignores z says nothing of it, one that shows its sign says a bit."""
-    for likelihood, options in (("bernoulli", {}), ("binomial", {"total_count": 16})):
+    likelihoods: dict[str, dict[str, Any]] = {"bernoulli": {}, "binomial": {"total_count": 16}}
+    for likelihood, options in likelihoods.items():
         for weight, bits in ((0.0, 0), (1000.0, 1)):
             decoder = nn.Linear(1, 4)
             decoder.weight.data.fill_(weight)
@@ -418,6 +419,6 @@ def test_errors_of_the_decoders_information() -> None:
         log_prob, mean, check = Binomial.log_prob, Binomial.mean, Binomial.check
 
     with pytest.raises(TypeError, match=r"^vae: expected .*sample, got likelihood Mute"):
-        decoder_mutual_information(VAE(nn.Identity(), nn.Identity(), likelihood=Mute()))
+        decoder_mutual_information(VAE(nn.Identity(), nn.Identity(), likelihood=wrong(Mute())))
     with pytest.raises(TypeError, match=r"^vae: expected"):
         decoder_mutual_information(nn.Identity())  # type: ignore[arg-type]

@@ -3,6 +3,7 @@ those of what was interpolated."""
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,9 +110,9 @@ def test_the_promise_with_weights(seed: int, kind: str, size: float) -> None:
 
 @pytest.mark.parametrize("tol", [1e-6, 1e-12])
 def test_a_smooth_population_takes_few_points(tol: float) -> None:
-    inputs = [x.detach() for x in samples(15_000, 100, 2, torch.float64).values()]
-    assert assert_within(tol, *inputs) > 0.9
-    table = tabulated(*inputs, tol=tol)
+    z, mu, logvar = (x.detach() for x in samples(15_000, 100, 2, torch.float64).values())
+    assert assert_within(tol, z, mu, logvar) > 0.9
+    table = tabulated(z, mu, logvar, tol=tol)
     assert table is not None
     assert len(table.points) < 2 * (700 if tol > 1e-9 else 2000)
 
@@ -195,7 +196,7 @@ def test_every_estimator(backend: Target, estimator: str | None, dtype: torch.dt
 def test_gradients_by_way_of_a_table_are_rounded_once(native: Target, dtype: torch.dtype) -> None:
     inputs = samples(1271, 123, 3, torch.float64) | needing_gradients({"log_w": draw(123)})
 
-    def table(log_w: Tensor, **x: Tensor) -> tuple[Tensor, Tensor]:
+    def table(log_w: Tensor, **x: Any) -> tuple[Tensor, Tensor]:
         return fastvae.agg_log_prob_marginals(**x, weights=ColumnWeights(log_w), method="table")
 
     assert_rounded_once(table, inputs, dtype)

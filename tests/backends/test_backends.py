@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import TARGETS, Target
-from support.helpers import assert_accurate, op_named
+from support.helpers import assert_accurate, op_named, wrong
 from torch import Tensor
 
 import fastvae
@@ -66,7 +67,7 @@ def test_restored_after_an_exception() -> None:
 
 
 @pytest.mark.parametrize("name", ["fast", "", "Reference", 1, ["native"], np.array(["native", "cuda"])])
-def test_unknown_name(name: object) -> None:
+def test_unknown_name(name: Any) -> None:
     before = used()
     with pytest.raises(ValueError, match="backend: expected one of"):
         fastvae.use_backend(name)
@@ -74,7 +75,7 @@ def test_unknown_name(name: object) -> None:
 
 
 @pytest.mark.parametrize("exact_skip", ["yes", 1, 0.0, np.array([True]), torch.tensor(True)])
-def test_an_exact_skip_that_is_neither_yes_nor_no(exact_skip: object) -> None:
+def test_an_exact_skip_that_is_neither_yes_nor_no(exact_skip: Any) -> None:
     before = used(), settings.exact_skip()
     with pytest.raises(TypeError, match="exact_skip: expected True, False or None, got"):
         fastvae.use_backend("reference", exact_skip=exact_skip)
@@ -82,15 +83,16 @@ def test_an_exact_skip_that_is_neither_yes_nor_no(exact_skip: object) -> None:
 
 
 def test_an_exact_skip_of_numpy() -> None:
-    with fastvae.use(exact_skip=np.bool_(False)):
+    with fastvae.use(exact_skip=wrong(np.bool_(False))):
         assert settings.exact_skip() is False
         fastvae.agg_log_prob(*torch.zeros(3, 4, 2))  # which hands it to C
 
 
 def test_each_setting_alone_leaves_the_others() -> None:
     with fastvae.use(backend="reference", exact_skip=False, precision="tf32x3"):
-        assert settings.current == ("reference", False, "tf32x3")
-        for name, value in (("backend", None), ("exact_skip", True), ("precision", "exact")):
+        assert settings.current == settings.Settings("reference", False, "tf32x3")
+        others: dict[str, Any] = {"backend": None, "exact_skip": True, "precision": "exact"}
+        for name, value in others.items():
             before = settings.current
             with fastvae.use(**{name: value}):
                 assert settings.current == before._replace(**{name: value})
@@ -130,7 +132,7 @@ def test_settings_from_here_on() -> None:
 
 @pytest.mark.parametrize("name", ["backend", "exact_skip", "precision"])
 def test_one_bad_setting_changes_none(name: str) -> None:
-    good = {"backend": "reference", "exact_skip": False, "precision": "tf32x3"}
+    good: dict[str, Any] = {"backend": "reference", "exact_skip": False, "precision": "tf32x3"}
     before = settings.current
     error = TypeError if name == "exact_skip" else ValueError
     with pytest.raises(error, match=f"^{name}: expected "):

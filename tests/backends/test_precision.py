@@ -2,6 +2,8 @@
 elsewhere."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from fastvae.backends import settings
 
 
 @pytest.fixture(params=TRITON)
-def tensor_cores(request: pytest.FixtureRequest) -> Target:
+def tensor_cores(request: pytest.FixtureRequest) -> Iterator[Target]:
     with computing_on(TRITON[request.param]) as target:
         yield target
 
@@ -131,7 +133,8 @@ def test_the_choice() -> None:
             assert settings.current.precision == "exact"
         assert settings.current.precision == "tf32x3"
     assert settings.current.precision == "exact"
-    for wrong in ("tf32", 3, None, ["exact"], np.array(["exact", "tf32x3"])):
+    mistakes: tuple[Any, ...] = ("tf32", 3, None, ["exact"], np.array(["exact", "tf32x3"]))
+    for wrong in mistakes:
         with pytest.raises(ValueError, match="precision: expected one of exact, tf32x3, got"):
             fastvae.precision(wrong)
         assert settings.current.precision == "exact"

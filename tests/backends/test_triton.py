@@ -43,7 +43,7 @@ PAIRS = ("cross_log_prob", "agg_log_prob", "agg_log_prob_marginals")
 
 
 @pytest.fixture(params=TRITON)
-def backend(request: pytest.FixtureRequest) -> Target:
+def backend(request: pytest.FixtureRequest) -> Iterator[Target]:
     with computing_on(TRITON[request.param]) as target:
         yield target
 

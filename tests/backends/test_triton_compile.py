@@ -89,9 +89,9 @@ def test_instructions(reports: list[Report], name: str) -> None:
         assert any(all(share[opcode] >= least[opcode] for opcode in least) for share in shares), shares
     if case.shares:
         loop = max(report.loops, key=lambda loop: sum(loop.values()))
-        for opcode, least in case.shares.items():
+        for opcode, share_at_least in case.shares.items():
             share = loop.get(opcode, 0) / sum(loop.values())
-            assert share >= least, f"{opcode}: {share:.3f} of {loop}"
+            assert share >= share_at_least, f"{opcode}: {share:.3f} of {loop}"
 
 
 def test_tensor_cores_compute_where_they_are_asked_to(reports: list[Report], name: str) -> None:

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from support.helpers import log_normal
+from support.helpers import log_normal, wrong
 from torch import nn
 
 import fastvae
@@ -166,7 +166,7 @@ def test_errors_name_the_argument_and_saturation_warns():
         (lambda: prior_hole(vae), ValueError, "data"),
         (lambda: prior_hole(pair, pair[0]), ValueError, "data"),
         (lambda: prior_hole(pair[0]), TypeError, "posteriors"),
-        (lambda: prior_hole(pair, prior=1.0), TypeError, "prior"),
+        (lambda: prior_hole(pair, prior=wrong(1.0)), TypeError, "prior"),
         (lambda: prior_hole(pair, n_samples=0), ValueError, "n_samples"),
         (lambda: prior_hole(pair, n_dims=0), ValueError, "n_dims"),
         (lambda: prior_hole(pair, quantile=1.0), ValueError, "quantile"),
@@ -175,7 +175,7 @@ def test_errors_name_the_argument_and_saturation_warns():
         (lambda: prior_hole(pair, prior=StandardNormal(3)), ValueError, "prior"),
         (lambda: prior_hole(pair, n_samples=2**62), ValueError, "n_samples"),
         (lambda: prior_hole(pair, seed=-1), ValueError, "seed"),
-        (lambda: prior_hole(pair, progress="no"), TypeError, "progress"),
+        (lambda: prior_hole(pair, progress=wrong("no")), TypeError, "progress"),
         (lambda: prior_hole(pair, device="gpu"), ValueError, "device"),
     ):
         with pytest.raises(error, match=f"^{name}: "):

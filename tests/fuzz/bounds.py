@@ -179,7 +179,7 @@ def kl_decomposition_dataset(draw: Draw) -> Call:
     posteriors = {name: x.to(draw.dtypes[0]) for name, x in draw.posteriors(N, D).items()}
     rows = draw.integers(0, N, draw.choice((1, 2, 9))) if draw.chance(0.5) else None
     source = as_source(draw)
-    arguments = {
+    arguments: dict[str, Any] = {
         **posteriors,
         "n_samples": draw.choice((1, 2, 5)),
         "rows": rows,

@@ -53,7 +53,7 @@ def gaussian_mixture_from_a_start(draw: Draw) -> Call:
     given = {"x": x, "q": draw.probabilities(S, K), **mixture(draw, K, D)}
     if given["x"].dtype != torch.float64:  # a result is as exact as the points
         given = {name: value.float() if value.dtype == torch.float64 else value for name, value in given.items()}
-    arguments = {
+    arguments: dict[str, Any] = {
         **given,
         "n_components": K,
         "max_iter": draw.choice((1, 2)),
@@ -89,7 +89,7 @@ def gaussian_mixture_from_a_start(draw: Draw) -> Call:
         reg_covar: float,
         **_: Any,
     ) -> list[Tensor]:
-        weights, means, variances, _ = iterated(x, weights, means, variances, max_iter, reg_covar)
+        weights, means, variances = iterated(x, weights, means, variances, max_iter, reg_covar)[:3]
         log_joint = weights.log() + log_normal(x[:, None], means, variances.log()).sum(-1)  # [S, K]
         log_p, r = log_joint.logsumexp(1), log_joint.softmax(1)
         complete, n_free = (q * log_joint).sum(1).mean(), 2 * means.numel() + K - 1
@@ -99,8 +99,8 @@ def gaussian_mixture_from_a_start(draw: Draw) -> Call:
         return [weights, means, variances, log_p, r, torch.stack(scores)]
 
     # The formulas know nothing of components that start anew where their share is no more than rounding.
-    start = [given[name].double() for name in ("x", "weights", "means", "variances")]
-    least = iterated(*start, arguments["max_iter"], arguments["reg_covar"])[-1]
+    start = {name: given[name].double() for name in ("x", "weights", "means", "variances")}
+    least = iterated(**start, max_iter=arguments["max_iter"], reg_covar=arguments["reg_covar"])[-1]
     known = not draw.extreme and least > (1e-12 if x.dtype == torch.float64 else 1e-4)
     return Call(
         function,

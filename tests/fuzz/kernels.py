@@ -127,7 +127,7 @@ def cross_log_prob(draw: Draw) -> Call:
 def aggregated(draw: Draw, name: str, n_results: int, **options: Any) -> Call:
     arguments: dict[str, Any] = pairs(draw)
     S, N = flattened(arguments["z"], arguments["mu"]).shape[-2], arguments["mu"].shape[-2]
-    log_w = draw.choice((None, -math.log(max(N, 1)), 0.0, "columns", "columns"))
+    log_w: Any = draw.choice((None, -math.log(max(N, 1)), 0.0, "columns", "columns"))
     if log_w == "columns":
         log_w = draw.normal(N)
         log_w[draw.integers(0, N, int(N > 1 and draw.chance(0.3)))] = -math.inf

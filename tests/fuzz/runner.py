@@ -226,7 +226,7 @@ def state(draws: bool) -> dict[str, Any]:
     generators = {} if draws else {"torch": hash(bytes(torch.get_rng_state().numpy()))}
     return {
         **generators,
-        "numpy": hash(np.random.get_state()[1].tobytes()),  # type: ignore[union-attr]
+        "numpy": hash(np.random.get_state(legacy=False)["state"]["key"].tobytes()),
         "random": hash(random.getstate()),
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),

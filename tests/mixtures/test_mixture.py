@@ -13,6 +13,7 @@ from conftest import NATIVE, computing_on
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture as Peer
+from support.helpers import wrong
 from torch import Tensor
 
 from bench.harness import peak_extra_bytes
@@ -452,7 +453,7 @@ def test_parameters_to_start_from_are_checked(part, spoil, error):
     start = list(global_start(x, 2))
     start[part] = spoil(start[part])
     with pytest.raises(error, match=r"^init: expected"):
-        GaussianMixture(2, init=start).fit(x)
+        GaussianMixture(2, init=wrong(start)).fit(x)
 
 
 def test_errors_name_the_argument():
@@ -469,10 +470,10 @@ def test_errors_name_the_argument():
         (lambda: fitted.complete_log_likelihood(x, torch.ones(10, 3) / 3), ValueError, "q"),
         (lambda: fitted.complete_log_likelihood(x, torch.full((10, 2), math.nan)), ValueError, "q"),
         (lambda: fitted.elbo(x, torch.tensor([1.5, -0.5]).expand(10, 2)), ValueError, "q"),
-        (lambda: fitted.elbo(x, None), TypeError, "q"),
+        (lambda: fitted.elbo(x, wrong(None)), TypeError, "q"),
         (lambda: fitted.sample(0), ValueError, "n_samples"),
         (lambda: fitted.sample(2**62), ValueError, "n_samples"),
-        (lambda: fitted.sample(5, seed="1"), TypeError, "seed"),
+        (lambda: fitted.sample(5, seed=wrong("1")), TypeError, "seed"),
         (lambda: GaussianMixture(2).sample(), RuntimeError, "fit"),
         (lambda: GaussianMixture(2).bic(x), RuntimeError, "fit"),
     ):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.helpers import wrong
 from support.linear_gaussian import LinearGaussian
 from torch import Tensor
 
@@ -231,7 +232,8 @@ def test_a_hook_on_a_copy_of_z_makes_stl_of_dreg():
 
 def test_a_second_bound_of_the_same_z_is_refused():
     x = MODEL.draw(5)
-    terms, z = weights(x, *(p.requires_grad_() for p in wrong_posterior(x)), (4,), "dreg")
+    mu, logvar = (p.requires_grad_() for p in wrong_posterior(x))
+    terms, z = weights(x, mu, logvar, (4,), "dreg")
     iw_elbo(*terms, z=z, gradient="dreg")
     for alias in (z.view_as(z), z[None]):
         assert mc_iw_elbo(*(t[None] for t in terms), z=alias.view(1, 4, 5, D), gradient="dreg").isfinite().all()
@@ -327,7 +329,7 @@ def test_effective_sample_size():
 
 OK = torch.zeros(4, 5)
 BAD: list[tuple[Any, ...]] = [
-    (lambda: iw_elbo(1.0, OK, OK), TypeError, "log_px_z"),
+    (lambda: iw_elbo(wrong(1.0), OK, OK), TypeError, "log_px_z"),
     (lambda: iw_elbo(OK, OK.long(), OK), TypeError, "log_pz"),
     (lambda: iw_elbo(OK, OK, OK[:3]), ValueError, "log_qz_x"),
     (lambda: iw_elbo(OK, OK, OK.to("meta")), ValueError, "log_qz_x"),
@@ -337,9 +339,9 @@ BAD: list[tuple[Any, ...]] = [
     (lambda: iw_elbo(OK[:0], OK[:0], OK[:0]), ValueError, "log_px_z: .*at least one"),
     (lambda: iw_elbo(OK, OK, OK, gradient="rws"), ValueError, "gradient: .*'dreg'.*'rws'"),
     (lambda: iw_elbo(OK, OK, OK, gradient="dreg"), ValueError, "z: .*None"),
-    (lambda: iw_elbo(OK, OK, OK, z=3, gradient="dreg"), TypeError, "z"),
+    (lambda: iw_elbo(OK, OK, OK, z=wrong(3), gradient="dreg"), TypeError, "z"),
     (lambda: iw_elbo(OK, OK, OK, z=OK, gradient="dreg"), ValueError, r"z: expected \[4, 5, D\].*\(4, 5\)"),
-    (lambda: effective_sample_size([0.0]), TypeError, "log_w"),
+    (lambda: effective_sample_size(wrong([0.0])), TypeError, "log_w"),
 ]
 
 

@@ -94,6 +94,7 @@ def test_the_draws_log_q_is_that_of_z_before_it_was_rounded():
     vae(x)
     torch.manual_seed(1)
     expected = fastvae.sample_gauss(mu, logvar, 6, outputs=("z", "log_q")).log_q
+    assert expected is not None
     log_q = vae.objective.draws.log_qz_x
     assert torch.equal(log_q, expected.view(2, 3, 7))
     d_mu, d_logvar = torch.autograd.grad(log_q.sum(), (mu, logvar))

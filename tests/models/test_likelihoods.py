@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.helpers import wrong
 from torch import distributions as D
 
 from fastvae.models.likelihoods import Bernoulli, Binomial, Gaussian, make_likelihood
@@ -189,14 +190,14 @@ def test_binary_data_of_any_dtype(likelihood, dtype):
         (lambda: make_likelihood("binomial"), TypeError, "total_count"),
         (lambda: make_likelihood(Bernoulli(), total_count=3), TypeError, "total_count"),
         (lambda: Binomial(0), ValueError, "total_count"),
-        (lambda: Binomial(2.5), TypeError, "total_count"),
+        (lambda: Binomial(wrong(2.5)), TypeError, "total_count"),
         (lambda: Gaussian(0.0), ValueError, "variance"),
         (lambda: Gaussian(math.inf), ValueError, "variance"),
-        (lambda: Gaussian("1"), TypeError, "variance"),
+        (lambda: Gaussian(wrong("1")), TypeError, "variance"),
         (lambda: Gaussian(10**400), ValueError, "variance"),
-        (lambda: Gaussian(learned=1), TypeError, "learned"),
-        (lambda: Binomial(2).log_prob([1.0], torch.zeros(1)), TypeError, "x"),
-        (lambda: Bernoulli().log_prob(torch.zeros(1), [1.0]), TypeError, "output"),
+        (lambda: Gaussian(learned=wrong(1)), TypeError, "learned"),
+        (lambda: Binomial(2).log_prob(wrong([1.0]), torch.zeros(1)), TypeError, "x"),
+        (lambda: Bernoulli().log_prob(torch.zeros(1), wrong([1.0])), TypeError, "output"),
         (lambda: Bernoulli().log_prob(torch.zeros(3), torch.zeros(2)), ValueError, "x"),
         (lambda: Gaussian().log_prob(torch.zeros(4, 3), torch.zeros(3)), ValueError, "x"),
         *((lambda o=o: o.check([1.0]), TypeError, "x") for o in (Bernoulli(), Binomial(2), Gaussian())),

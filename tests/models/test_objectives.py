@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from support.helpers import wrong
 from support.linear_gaussian import LinearGaussian
 from torch import nn
 
@@ -37,7 +38,8 @@ def hand(k: int = 1, m: int = 1, prior: Any = None) -> tuple[list[torch.Tensor],
     """What VAE hands to an objective, for a made-up log p(x|z); mu and logvar want gradients."""
     torch.manual_seed(0)
     mu, logvar = (x.requires_grad_() for x in torch.randn(2, B, D, dtype=torch.float64))
-    z, log_q, log_p, _ = fastvae.sample_gauss(mu, logvar, k * m)
+    sampled: Any = fastvae.sample_gauss(mu, logvar, k * m)
+    z, log_q, log_p, _ = sampled
     prior = StandardNormal(D) if prior is None else prior
     context = {"z": z.view(k, m, B, D), "mu": mu, "logvar": logvar, "prior": prior, "step": torch.tensor(3)}
     return [x.view(k, m, B) for x in (context["z"].sin().sum(-1), log_p, log_q)], context
@@ -77,7 +79,7 @@ def test_a_schedule_is_a_function_of_the_step():
         context["step"] = torch.tensor(step)
         loss, terms = warm_up(handed(log_densities, context))
         torch.testing.assert_close(loss, terms["nell"] + min(step / 4, 1) * terms["kl"])
-    plain_python, _ = ELBO(beta=lambda step: min(1.0, step / 18))(handed(log_densities, context))
+    plain_python, _ = ELBO(beta=lambda step: min(1.0, float(step / 18)))(handed(log_densities, context))
     torch.testing.assert_close(plain_python, terms["nell"] + 0.5 * terms["kl"])
 
 
@@ -90,10 +92,13 @@ def test_a_schedule_has_no_say_in_the_losss_dtype(dtype):
 
 
 def test_numbers_of_any_kind_become_pythons():
-    for beta in (torch.tensor(2.0), torch.tensor(2), np.float16(2), np.int8(2), Fraction(2)):
-        objective = ELBO(beta, free_bits=beta, groups=[np.int64(2), np.uint8(3)], capacity=beta)
+    twos: tuple[Any, ...] = (torch.tensor(2.0), torch.tensor(2), np.float16(2), np.int8(2), Fraction(2))
+    sizes_of_groups: Any = [np.int64(2), np.uint8(3)]
+    for beta in twos:
+        objective = ELBO(beta, free_bits=beta, groups=sizes_of_groups, capacity=beta)
         assert [type(x) for x in (objective.beta, objective.free_bits, objective.capacity)] == [float] * 3
         assert objective == ELBO(2.0, 2.0, (2, 3), 2.0)
+        assert objective.groups is not None
         assert [type(size) for size in objective.groups] == [int, int]
     sizes = (BetaTCVAE(dataset_size=np.int32(2**31 - 1)), InfoVAE(divergence="agg_kl", dataset_size=np.int8(100)))
     assert [type(o.dataset_size) for o in sizes] == [int, int]
@@ -302,7 +307,7 @@ def test_infovaes_agg_kl_is_that_of_the_decomposition():
 @pytest.mark.parametrize("bandwidth", [None, 0.7])
 def test_mmd_is_its_formula(bandwidth):
     torch.manual_seed(0)
-    inputs = [x.requires_grad_() for x in (torch.randn(B, D).double(), 2 * torch.randn(17, D).double() + 1)]
+    z, y = (x.requires_grad_() for x in (torch.randn(B, D).double(), 2 * torch.randn(17, D).double() + 1))
 
     def formula(z, y):
         h2 = D if bandwidth is None else bandwidth**2
@@ -310,12 +315,11 @@ def test_mmd_is_its_formula(bandwidth):
         n, m = len(z), len(y)
         return (zz.sum() - n) / (n * (n - 1)) - 2 * zy.mean() + (yy.sum() - m) / (m * (m - 1))
 
-    ours, expected = mmd(*inputs, bandwidth), formula(*inputs)
+    ours, expected = mmd(z, y, bandwidth), formula(z, y)
     torch.testing.assert_close(ours, expected)
-    torch.testing.assert_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(expected, inputs))
-    torch.testing.assert_close(
-        mmd(inputs[0].bfloat16(), inputs[1].bfloat16(), bandwidth).double(), ours, rtol=0.05, atol=0
-    )
+    torch.testing.assert_close(torch.autograd.grad(ours, (z, y)), torch.autograd.grad(expected, (z, y)))
+    half = mmd(z.bfloat16(), y.bfloat16(), bandwidth)
+    torch.testing.assert_close(half.double(), ours, rtol=0.05, atol=0)
 
 
 def test_mmd_is_unbiased():
@@ -393,7 +397,8 @@ def test_on_a_vae_compiled_and_not(name):
             with torch._dynamo.config.patch(error_on_recompile=step == 5):
                 out = model(x, step=torch.tensor(step))
             out.loss.backward()
-            results.append((out.loss.detach(), out.z, out.terms, [p.grad.clone() for p in vae.parameters()]))
+            gradients: list[Any] = [p.grad for p in vae.parameters()]
+            results.append((out.loss.detach(), out.z, out.terms, [g.clone() for g in gradients]))
         assert all(g.abs().max() > 0 for g in results[0][3])
         assert {"nell", "kl", "elbo"} <= set(results[0][2])
         torch.testing.assert_close(*results)
@@ -407,7 +412,7 @@ def test_autocast_and_evaluation_without_gradients(name):
         out = vae(x)
     out.loss.backward()
     assert out.loss.dtype == torch.float32
-    assert all(p.grad.isfinite().all() for p in vae.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters())
     with torch.inference_mode():
         assert vae.eval()(x).loss.isfinite()
 
@@ -489,43 +494,43 @@ LAST: list[Any] = [
 BAD: list[tuple[Any, ...]] = [
     (lambda: ELBO(beta=-0.1), ValueError, "beta"),
     (lambda: ELBO(beta=math.nan), ValueError, "beta"),
-    (lambda: ELBO(beta="1"), TypeError, "beta"),
-    (lambda: ELBO(beta=None), TypeError, "beta"),
+    (lambda: ELBO(beta=wrong("1")), TypeError, "beta"),
+    (lambda: ELBO(beta=wrong(None)), TypeError, "beta"),
     (lambda: ELBO(beta=math.inf), ValueError, "beta: .*finite"),
     (lambda: ELBO(beta=10**400), ValueError, "beta"),
-    (lambda: ELBO(beta=torch.ones(1)), TypeError, "beta"),
-    (lambda: ELBO(beta=torch.tensor(1.0, requires_grad=True)), TypeError, "beta"),
-    (lambda: ELBO(beta=lambda step: None)(handed(*hand())), TypeError, "beta"),
+    (lambda: ELBO(beta=wrong(torch.ones(1))), TypeError, "beta"),
+    (lambda: ELBO(beta=wrong(torch.tensor(1.0, requires_grad=True))), TypeError, "beta"),
+    (lambda: ELBO(beta=wrong(lambda step: None))(handed(*hand())), TypeError, "beta"),
     (lambda: ELBO(beta=lambda step: math.nan)(handed(*hand())), ValueError, "beta"),
     (lambda: ELBO(capacity=lambda step: torch.ones(2))(handed(*hand())), ValueError, r"capacity: .*\(2,\)"),
     (lambda: handed(hand()[0], {**hand()[1], "z": hand()[1]["z"][:, :, :0]}), ValueError, "z: .*B > 0"),
     (lambda: handed(hand()[0], {**hand()[1], "z": hand()[1]["z"][0]}), ValueError, r"z: expected \[k, m, B, D\]"),
     *((lambda o=o: make_vae(o)(torch.zeros(0, 7).double()), ValueError, "x: .*one example") for o in (ELBO(), IWAE(2))),
-    (lambda: ELBO()(handed([3.0, *hand()[0][1:]], hand()[1])), TypeError, "log_px_z"),
+    (lambda: ELBO()(handed([wrong(3.0), *hand()[0][1:]], hand()[1])), TypeError, "log_px_z"),
     (lambda: handed([*hand()[0][:2], torch.zeros(1, 1, 3).double()], hand()[1]), ValueError, "log_qz_x"),
     (lambda: ELBO()(Draws(**hand()[1], log_px_z=lambda z: z[..., :2].sum(-1, True))), ValueError, "log_px_z"),
     (lambda: IWAE(1)(Draws(**hand()[1], log_px_z=lambda z: z.sum(-1))), RuntimeError, "objective: .*'log_qz_x'"),
     (lambda: ELBO(free_bits=-1.0), ValueError, "free_bits"),
-    (lambda: ELBO(capacity=dict), TypeError, "capacity: .*got type"),
+    (lambda: ELBO(capacity=wrong(dict)), TypeError, "capacity: .*got type"),
     (lambda: ELBO(free_bits=math.inf), ValueError, "free_bits: .*finite"),
-    (lambda: ELBO(free_bits=lambda step: 1.0), TypeError, "free_bits"),
+    (lambda: ELBO(free_bits=wrong(lambda step: 1.0)), TypeError, "free_bits"),
     (lambda: ELBO(groups=(2, 3)), ValueError, "free_bits: .*groups"),
-    (lambda: ELBO(free_bits=1.0, groups=2), TypeError, "groups"),
+    (lambda: ELBO(free_bits=1.0, groups=wrong(2)), TypeError, "groups"),
     (lambda: ELBO(free_bits=1.0, groups=(2, 0)), ValueError, "groups"),
     (lambda: ELBO(free_bits=1.0, groups=()), ValueError, "groups"),
     (lambda: ELBO(capacity=-1.0), ValueError, "capacity"),
     (lambda: ELBO(capacity=math.inf), ValueError, "capacity: .*finite"),
     (lambda: IWAE(0), ValueError, "m"),
-    (lambda: IWAE(2.0), TypeError, "m"),
+    (lambda: IWAE(wrong(2.0)), TypeError, "m"),
     (lambda: IWAE(2, 0), ValueError, "k"),
     (lambda: IWAE(2, gradient="sticking"), ValueError, "gradient: .*'stl'"),
     (lambda: BetaTCVAE(alpha=-1), ValueError, "alpha"),
-    (lambda: BetaTCVAE(gamma="1"), TypeError, "gamma"),
+    (lambda: BetaTCVAE(gamma=wrong("1")), TypeError, "gamma"),
     (lambda: BetaTCVAE(beta=math.inf), ValueError, "beta: .*finite"),
     (lambda: BetaTCVAE(estimator="mss"), ValueError, "dataset_size"),
     (lambda: BetaTCVAE(estimator="mxs"), ValueError, "estimator"),
     (lambda: BetaTCVAE(dataset_size=0), ValueError, "dataset_size"),
-    (lambda: BetaTCVAE(dataset_size=1.5), TypeError, "dataset_size"),
+    (lambda: BetaTCVAE(dataset_size=wrong(1.5)), TypeError, "dataset_size"),
     (lambda: InfoVAE(alpha=1.1), ValueError, "alpha"),
     (lambda: InfoVAE(alpha=-math.inf), ValueError, "alpha: .*finite"),
     (lambda: InfoVAE(lambda_=math.inf), ValueError, "lambda_: .*finite"),

@@ -3,14 +3,15 @@
 import math
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
 from support.linear_gaussian import LinearGaussian
+from torch import Tensor, nn
 from torch import distributions as dist
-from torch import nn
 
 import fastvae
 from fastvae import ELBO, IWAE, VAE, StandardNormal
@@ -44,7 +45,7 @@ def binary(*shape):
     return torch.randint(2, shape).double()
 
 
-DATA = {
+DATA: dict[str, tuple[dict[str, Any], Any, Any]] = {  # options, what draws x, and p(x|z) of the decoder's output
     "bernoulli": ({}, binary, lambda output: dist.Bernoulli(logits=output)),
     "binomial": (
         {"total_count": 16},
@@ -206,6 +207,8 @@ def test_log_likelihood_streams():
     """Of given samples it is the formula, whatever the number of rows at once; and that number is kept to."""
 
     class Given(StandardNormal):
+        given: Tensor
+
         def sample(self, n):
             self.given, drawn = self.given[n:], self.given[:n]
             return drawn
@@ -325,7 +328,12 @@ def test_a_call_changes_nothing(training):
 
 def test_the_loop_moves_schedules_on():
     seen = []
-    vae = make_vae(objective=ELBO(beta=lambda step: seen.append(int(step)) or warm_up(step)))
+
+    def noted(step):
+        seen.append(int(step))
+        return warm_up(step)
+
+    vae = make_vae(objective=ELBO(beta=noted))
     x = binary(7, 4, 5)
     for _ in range(3):
         vae(x)
@@ -392,7 +400,7 @@ def test_a_schedule_that_stands_still_is_worth_a_warning(monkeypatch):
     moved = make_vae(objective=ELBO(beta=warm_up))
     moved.step.fill_(3)
     assert not messages(moved)
-    compiled = torch.compile(make_vae(objective=ELBO(beta=warm_up)), fullgraph=True, backend="eager")
+    compiled: Any = torch.compile(make_vae(objective=ELBO(beta=warm_up)), fullgraph=True, backend="eager")
     assert not messages(compiled)
     assert compiled._standing == 0
 
@@ -467,7 +475,7 @@ def test_on_the_meta_device():
 def test_compiles_to_one_graph(likelihood):
     options, draw, _ = DATA[likelihood]
     vae = make_vae(likelihood=likelihood, objective=ELBO(warm_up), **options)
-    compiled = torch.compile(vae, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(vae, fullgraph=True, backend="aot_eager")
     x = draw(31, 4, 5)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in (0, 4, 5):
@@ -568,7 +576,7 @@ class Loss(Several):
 
 def prior_of(log_prob):
     """N(0, I), but for what `log_prob` makes of the log-densities of its dimensions, `[S, D]`."""
-    prior = StandardNormal(D)
+    prior: Any = StandardNormal(D)
     prior.log_prob = lambda z: log_prob(prior.marginal_log_prob(z))
     return prior
 

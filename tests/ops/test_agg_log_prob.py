@@ -312,6 +312,7 @@ def test_same_bits_every_time(backend: Target, name: str) -> None:
 def test_backward_gives_the_joint_too(backend: Target, N: int) -> None:
     """Where it is not told the joint, as EM does not: the forward's, by the tolerance rule, and the same gradients."""
     weights = WEIGHTS["columns and own"](31, N)
+    assert weights is not None
     _, formula = functions("agg_log_prob", weights)
     inputs = weighted(samples(31, N, 5, torch.float32), weights)
     joint_alone = Expected(formula, {name: x.detach() for name, x in inputs.items()}, ("z", "mu"))

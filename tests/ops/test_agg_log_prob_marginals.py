@@ -3,6 +3,8 @@
 Sizes, weights, layouts and extremes are tested with agg_log_prob in test_agg_log_prob.py.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import Target
@@ -27,7 +29,7 @@ def test_gradient_of_one_of_the_two(backend: Target, asked: int, dtype: torch.dt
 def test_one_dimension_is_its_own_joint(backend: Target, dtype: torch.dtype) -> None:
     inputs = samples(97, 123, 1, dtype)
 
-    def both(**x: Tensor) -> list[Tensor]:
+    def both(**x: Any) -> list[Tensor]:
         joint, marginals = fastvae.agg_log_prob_marginals(**x)
         return [joint, marginals[:, 0]]
 

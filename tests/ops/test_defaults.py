@@ -129,7 +129,8 @@ def test_a_count_of_numpy_does_not_overflow() -> None:
 @pytest.mark.filterwarnings("ignore:mi:UserWarning")
 def test_numbers_of_other_kinds_are_pythons() -> None:
     z, mu, logvar, _ = inputs()
-    i, f = np.int64, Fraction
+    i: Any = np.int64
+    f: Any = Fraction
     vae = model()
     for left, right in (
         (fastvae.entropy(z.softmax(1), i(0)), fastvae.entropy(z.softmax(1), 0)),

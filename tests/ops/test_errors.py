@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.helpers import wrong
 from torch import Tensor
 
 import fastvae
@@ -47,7 +48,7 @@ def test_good_arguments_are_accepted(name: str) -> None:
     call(name)
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(B, D).long(), torch.zeros(B, D).bool(), torch.zeros(B, D).cfloat()])
+@pytest.mark.parametrize("bad", [torch.zeros(B, D, dtype=dtype) for dtype in (torch.long, torch.bool, torch.cfloat)])
 @pytest.mark.parametrize("name", ALL)
 def test_wrong_dtype(name: str, bad: Tensor) -> None:
     for argument in tensors(name):
@@ -139,15 +140,15 @@ def test_column_weights(name: str) -> None:
     for error, named, weights in (
         (TypeError, "weights", -1.0),
         (TypeError, "weights", torch.zeros(B)),
-        (TypeError, "weights.log_w", ColumnWeights("1")),
-        (TypeError, "weights.log_w", ColumnWeights(None)),
+        (TypeError, "weights.log_w", ColumnWeights(wrong("1"))),
+        (TypeError, "weights.log_w", ColumnWeights(wrong(None))),
         (TypeError, "weights.log_w", ColumnWeights(torch.zeros(B).long())),
         (ValueError, "weights.log_w", ColumnWeights(math.nan)),
         (ValueError, "weights.log_w", ColumnWeights(torch.zeros(B + 1))),
         (ValueError, "weights.log_w", ColumnWeights(torch.zeros(B, B))),
         (ValueError, "weights.log_w", ColumnWeights(torch.zeros(()))),
         (ValueError, "weights.log_w", ColumnWeights(torch.zeros(B, device="meta"))),
-        (TypeError, "own", ColumnWeights(0.0, [0] * B)),
+        (TypeError, "own", ColumnWeights(0.0, wrong([0] * B))),
         (TypeError, "own", ColumnWeights(0.0, own.int())),
         (TypeError, "own", ColumnWeights(0.0, own.float())),
         (ValueError, "own", ColumnWeights(0.0, own[1:])),
@@ -158,8 +159,8 @@ def test_column_weights(name: str) -> None:
         (ValueError, "own", ColumnWeights(0.0, own + 2**40)),
         (ValueError, "own", ColumnWeights(0.0, None, 0.5)),
         (ValueError, "own", ColumnWeights(0.0, None, None, 0.5)),
-        (TypeError, "log_w_own", ColumnWeights(0.0, own, torch.zeros(B))),
-        (TypeError, "log_w_next", ColumnWeights(0.0, own, 0.5, "1")),
+        (TypeError, "log_w_own", ColumnWeights(0.0, own, wrong(torch.zeros(B)))),
+        (TypeError, "log_w_next", ColumnWeights(0.0, own, 0.5, wrong("1"))),
         (ValueError, "log_w_own", ColumnWeights(0.0, own, math.nan)),
     ):
         check(error, named, name, weights=weights)
@@ -211,7 +212,7 @@ def test_own_columns_of_an_estimator() -> None:
     for estimator in ESTIMATORS:
         for own in ("x", list(range(B)), torch.arange(B).float()):
             with pytest.raises(TypeError, match=r"^own: expected"):
-                fastvae.estimator_weights(estimator, B, 60, own)
+                fastvae.estimator_weights(estimator, B, 60, wrong(own))
     with pytest.raises(ValueError, match=r"^n_columns: expected"):
         fastvae.estimator_weights("uniform", 0)
 
@@ -281,9 +282,10 @@ def test_numbers_of_other_kinds_are_used_as_python_numbers() -> None:
                 fastvae.agg_entropy(z, mu, logvar, dataset_size=n, estimator=estimator) for n in (size, 1_281_167)
             )
             assert torch.equal(ours, plain)
-    for half in (Fraction(1, 2), np.float32(0.5), np.float64(0.5), torch.tensor(0.5)):
+    halves: tuple[Any, ...] = (Fraction(1, 2), np.float32(0.5), np.float64(0.5))
+    for half in (*halves, torch.tensor(0.5)):
         assert torch.equal(fastvae.kl_gauss(mu, logvar, free_bits=half), fastvae.kl_gauss(mu, logvar, free_bits=0.5))
-    for half in (Fraction(1, 2), np.float32(0.5), np.float64(0.5)):
+    for half in halves:
         weights = (ColumnWeights(x, torch.arange(64), x, x) for x in (half, 0.5))
         ours, plain = (fastvae.agg_log_prob(z, mu, logvar, weights=w) for w in weights)
         assert torch.equal(ours, plain)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -363,9 +364,10 @@ def test_opcheck(backend: Target) -> None:
     assert set(arguments) == registered
     for op, calls in arguments.items():
         for call in calls:
+            given: tuple[Any, ...] = call
             if not op.endswith("_backward"):  # those refuse to be differentiated
-                call = tuple(x.detach().requires_grad_() if _real(x) else x for x in call)
-            torch.library.opcheck(getattr(torch.ops.fastvae, op).default, call, test_utils=checks)
+                given = tuple(x.detach().requires_grad_() if _real(x) else x for x in given)
+            torch.library.opcheck(getattr(torch.ops.fastvae, op).default, given, test_utils=checks)
 
 
 def _real(x: object) -> bool:

@@ -14,6 +14,7 @@ from support.helpers import (
     LAYOUTS,
     SEARCH_MARGIN,
     Expected,
+    Named,
     assert_accurate,
     assert_rounded_once,
     cast,
@@ -144,7 +145,7 @@ def test_anchors(backend: Target, dtype: torch.dtype) -> None:
 def test_agrees_with_torch_distributions(backend: Target) -> None:
     from torch.distributions import Independent, Normal, kl_divergence
 
-    inputs = {name: x.detach() for name, x in with_prior(31, 10, "[B, D]", torch.float64).items()}
+    inputs: Named = {name: x.detach() for name, x in with_prior(31, 10, "[B, D]", torch.float64).items()}
     q = Independent(Normal(inputs["mu"], (inputs["logvar"] / 2).exp()), 1)
     p = Independent(Normal(inputs["prior_mu"], (inputs["prior_logvar"] / 2).exp()), 1)
     torch.testing.assert_close(fastvae.kl_gauss(**inputs, reduction="sample"), kl_divergence(q, p))

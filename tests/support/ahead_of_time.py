@@ -414,7 +414,7 @@ def main(part: int = 0, parts: int = 1) -> None:
                 code = read(binary) if is_read and kernel == case.kernel else UNREAD
                 used = resources(binary) | {"shared": binary.metadata.shared}
                 sums = layouts_of_sums(binary.asm["ttgir"])
-                about = {"elements": elements, "specialized": specialized, "layouts": sums}
+                about: dict[str, Any] = {"elements": elements, "specialized": specialized, "layouts": sums}
                 reports.append(Report(name, target, kernel, **about, **used, **code)._asdict())
     json.dump(reports, sys.stdout)
 

@@ -31,8 +31,8 @@ SIZES = (
     (1271, 97, 2),
 )
 
-Named = dict[str, Tensor]
-Results = Tensor | Sequence[Tensor]
+Named = dict[str, Any]  # tensors by argument, to be given as **inputs beside arguments of other types
+Results = Any  # a tensor, or a sequence of them
 
 
 # The formulas, broadcast: [S, N, D] and all.
@@ -187,7 +187,7 @@ def fingerprint(x: Any) -> Any:
     TypeError for anything else that has insides."""
     if isinstance(x, Tensor):
         plain = x.detach().cpu().resolve_neg().clone(memory_format=torch.contiguous_format)
-        numbers = plain.flatten().view(torch.uint8).numpy()
+        numbers = plain.flatten().view(torch.uint8).numpy().data
         return x.dtype, x.device, x.shape, x.requires_grad, hashlib.sha256(numbers).digest()
     if isinstance(x, types.FunctionType):
         inside = (cell.cell_contents for cell in x.__closure__ or ())
@@ -329,6 +329,11 @@ def assert_rounded_once(fast: Callable[..., Results], inputs: Named, dtype: torc
 # Inputs.
 
 
+def wrong(x: Any) -> Any:
+    """x as an argument of a type that is not allowed, on purpose: a type checker takes it for anything."""
+    return x
+
+
 def negated(x: Tensor) -> Tensor:
     """The numbers of x in a view that is to be negated when it is read, as complex autograd makes them; any dtype."""
     return torch._neg_view(-x)
@@ -414,10 +419,10 @@ def op_named(name: str, dtype: torch.dtype = torch.float64, S: int = 5, N: int =
         return Op(public, cross, pairs, ("z", "mu"))
     if name == "agg_entropy":
         inputs = samples(N, N, D, dtype)
-        weights = fastvae.estimator_weights("mss", N, 9 * N, torch.arange(N))
+        mss = fastvae.estimator_weights("mss", N, 9 * N, torch.arange(N))
         return Op(
             lambda **x: public(**x, estimator="mss", dataset_size=9 * N),
-            lambda **x: -aggregate(**x, weights=weights)[0].mean(),
+            lambda **x: -aggregate(**x, weights=mss)[0].mean(),
             inputs,
             ("z", "mu"),
         )
