@@ -1,12 +1,12 @@
 // KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)) and its gradients, each in one pass over the inputs. With
 // x = logvar - prior_logvar and u = (mu - prior_mu) e^(-prior_logvar / 2): KL = ((e^x - 1 - x) + u^2) / 2.
 //
-// A block takes a range of rows, and each of its threads a few columns next to each other in some of them (packs.h).
+// A block takes a range of rows, and each of its threads a few columns next to each other in some of them (vectors.h).
 // Sums over rows become partials in float64, which a second kernel adds up in order, unless there was only one block.
 
 #include "exponentials.h"
 #include "ops.h"
-#include "packs.h"
+#include "vectors.h"
 
 namespace fastvae::FASTVAE_ISA {
 
@@ -22,7 +22,7 @@ template <class T> struct Terms {
     FASTVAE_DEVICE T kl() const { return fma_(T(2) * half_u, half_u, T(0.5) * exp_tail(x)); }
 };
 
-template <class In> constexpr int kColumns = Pack<In>::kSize;  // of a thread
+template <class In> constexpr int kColumns = Vector<In>::kSize;  // of a thread
 
 // The terms of a row's columns from d on; 0 beyond the last one.
 template <bool kWide, class In, class T = Accumulator<In>, int n = kColumns<In>>

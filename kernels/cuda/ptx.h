@@ -61,13 +61,13 @@ FASTVAE_DEVICE float max_or_nan(float a, float b) {
 }
 
 // In one access, where the compiler may take several
-template <class Pack> FASTVAE_DEVICE void store_16_bytes(void *to, const Pack &pack) {
-    static_assert(sizeof pack == 16);
+template <class Vector> FASTVAE_DEVICE void store_16_bytes(void *to, const Vector &vector) {
+    static_assert(sizeof vector == 16);
 #ifdef FASTVAE_HOST_SIMT
-    *static_cast<Pack *>(to) = pack;
+    *static_cast<Vector *>(to) = vector;
 #else
     uint32_t words[4];
-    memcpy(words, &pack, sizeof words);
+    memcpy(words, &vector, sizeof words);
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1]),
                  "r"(words[2]), "r"(words[3])
                  : "memory");

@@ -3,15 +3,15 @@
 
 #include "exponentials.h"
 #include "ops.h"
-#include "packs.h"
 #include "philox_rounds.h"
+#include "vectors.h"
 
 namespace fastvae::FASTVAE_ISA {
 
 namespace {
 
 constexpr int kGroup = 4;  // elements of one Philox block
-template <class In> constexpr int kDims = Pack<In>::kSize < kGroup ? kGroup : Pack<In>::kSize;  // of a thread at a time
+template <class In> constexpr int kDims = Vector<In>::kSize < kGroup ? kGroup : Vector<In>::kSize;  // of a thread
 
 FASTVAE_DEVICE void words(uint64_t group, uint64_t seed, uint32_t *w) {
     PhiloxBlock<uint64_t> block[1] = {{group, group >> 32, 0, 0}};
@@ -62,7 +62,7 @@ template <class In> struct Samples {  // null where not wanted
     Accumulator<In> *log_q, *log_p, *kl;  // [L, B], [L, B], [B]
 };
 
-// `lanes`, a power of 2 up to 32, take a row of a sample, a few dimensions each at a time (packs.h).
+// `lanes`, a power of 2 up to 32, take a row of a sample, a few dimensions each at a time (vectors.h).
 template <class In, bool kWide> __global__ void sample_rows(Distribution<In> x, Samples<In> out, int lanes) {
     using T = Accumulator<In>;
     constexpr int n = kDims<In>;

@@ -8,7 +8,7 @@
 
 namespace fastvae::FASTVAE_ISA {
 
-template <class In> struct alignas(16) Pack {
+template <class In> struct alignas(16) Vector {
     static constexpr int kSize = 16 / sizeof(In);
     In x[kSize];
 };
@@ -17,13 +17,13 @@ template <class In> struct alignas(16) Pack {
 template <bool kWide, class In, int n>
 FASTVAE_DEVICE void load(const In *from, int there, Accumulator<In> (&to)[n]) {
     if constexpr (kWide) {
-        constexpr int size = Pack<In>::kSize;
+        constexpr int size = Vector<In>::kSize;
         static_assert(n % size == 0);
-        Pack<In> packs[n / size];
+        Vector<In> vectors[n / size];
         FASTVAE_UNROLL
-        for (int k = 0; k < n / size; ++k) packs[k] = reinterpret_cast<const Pack<In> *>(from)[k];
+        for (int k = 0; k < n / size; ++k) vectors[k] = reinterpret_cast<const Vector<In> *>(from)[k];
         FASTVAE_UNROLL
-        for (int e = 0; e < n; ++e) to[e] = load(packs[e / size].x + e % size);
+        for (int e = 0; e < n; ++e) to[e] = load(vectors[e / size].x + e % size);
     } else {
         FASTVAE_UNROLL
         for (int e = 0; e < n; ++e) to[e] = e < there ? load(from + e) : Accumulator<In>(0);
@@ -33,14 +33,14 @@ FASTVAE_DEVICE void load(const In *from, int there, Accumulator<In> (&to)[n]) {
 template <bool kWide, class Out, int n>
 FASTVAE_DEVICE void store(Out *to, int there, const Accumulator<Out> (&from)[n]) {
     if constexpr (kWide) {
-        constexpr int size = Pack<Out>::kSize;
+        constexpr int size = Vector<Out>::kSize;
         static_assert(n % size == 0);
         FASTVAE_UNROLL
         for (int k = 0; k < n / size; ++k) {
-            Pack<Out> pack;
+            Vector<Out> vector;
             FASTVAE_UNROLL
-            for (int e = 0; e < size; ++e) store(pack.x + e, from[k * size + e]);
-            store_16_bytes(to + k * size, pack);
+            for (int e = 0; e < size; ++e) store(vector.x + e, from[k * size + e]);
+            store_16_bytes(to + k * size, vector);
         }
     } else {
         FASTVAE_UNROLL
