@@ -1,4 +1,4 @@
-"""Whether a contestant is right: its results, or gradients, against float64.
+"""Checks whether a contestant is right: its results, or gradients, against float64.
 
 Error: the largest absolute difference of an output from its float64 value, relative to the largest value of that
 output. Bound: four times the sum of the change that half an ulp in every input makes to the float64 value, and of
@@ -16,13 +16,13 @@ from torch import Tensor
 from .harness import forward, forward_backward
 from .inputs import SEED
 
-ROWS = 64  # where samples do not depend on each other, as many are checked
+ROWS = 64  # samples that are checked, where they do not depend on each other
 WRONG = 1e-3
 EPS = torch.finfo(torch.float32).eps
 
 
 class Error(NamedTuple):
-    """Of the output that is worst for its bound."""
+    """The error of the output that exceeds its bound most, or comes nearest to it, and that bound."""
 
     error: float
     bound: float
@@ -40,13 +40,14 @@ class Results(NamedTuple):
 
 
 class Truth:
-    """What a function of `inputs` should give.
+    """The values that a function of `inputs` should give.
 
     Args:
-        exact: the function in float64; where `hidden` is given, of what that gives, too.
-        rowwise: row i of every output depends on row i of the first so many inputs, and of what is hidden, and on all
-            of the other inputs, so that ROWS rows are enough to check; 0 if it is not so.
-        hidden: of a contestant and the inputs, to what else its results now depend on: noise, parameters.
+        exact: the function in float64, called with the inputs and then with what `hidden` returns.
+        rowwise: how many of the first inputs are taken row by row: row i of every output depends on row i of these and
+            of what is hidden, and on all rows of the other inputs, so that ROWS rows are enough to check. 0 if every
+            row depends on all rows.
+        hidden: called with a contestant and the inputs; returns what else its results depend on: noise, parameters.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Truth:
         return self.judge(self.results(function))
 
     def results(self, function: Callable[..., Any]) -> Results:
-        """What a contestant gives; the float64 values, which take their own time, are for `judge`."""
+        """Calls a contestant once; `judge` computes the float64 values, which takes longer."""
         hidden: tuple[Tensor, ...] = ()
         if self.hidden is not None:
             torch.manual_seed(SEED)

@@ -1,4 +1,5 @@
-"""What is measured: every op with its sizes and peers, and the ratios to reach. The suites and the report read this."""
+"""The cases that are measured: every op with its sizes and peers, and the ratios to reach. The suites and the report
+read this."""
 
 import functools
 import warnings
@@ -22,11 +23,12 @@ Contestants = dict[str, Callable[..., Any] | str]  # by name, fastvae first; a s
 class Op(NamedTuple):
     """Something to measure.
 
-    contestants: of a size, (B, D). inputs: of B, D and a seed. sizes: by mode, smallest first. elements: of a size,
-    what the cost is in proportion to. work: by mode, how many of `ceiling`'s units an element needs. exact, rowwise
-    and hidden: as in `accuracy.Truth`; no `exact` is the reference backend. part: of a contestant, the part of it that
-    is checked, where all of it in float64 would take too long. forward_only: those that have no gradient.
-    yardsticks: those that give something else, of which only the time counts.
+    contestants: the contestants by name, made for a size (B, D). inputs: the tensors, made from B, D and a seed.
+    sizes: by mode, smallest first. elements: the number at a size that the cost is in proportion to. work: by mode, how
+    many of `ceiling`'s units an element needs. exact, rowwise and hidden: as in `accuracy.Truth`; without `exact` the
+    reference backend is the truth. part: takes a contestant and gives the part of it that is checked, where all of it
+    in float64 would take too long. forward_only: contestants that have no gradient. yardsticks: contestants that
+    compute something else, of which only the time counts.
     """
 
     contestants: Callable[[int, int], Contestants]
@@ -59,7 +61,7 @@ class Case(NamedTuple):
 
 
 def cases(name: str) -> Iterator[Case]:
-    """Those of an op, smallest first; the modes of a size follow each other, and share what is compiled."""
+    """The cases of an op, smallest first; the modes of a size follow each other, and share what is compiled."""
     op = OPS[name]
     sizes = sorted({size for sizes in op.sizes.values() for size in sizes}, key=lambda size: op.elements(*size))
     return (Case(name, size, mode) for size in sizes for mode in op.sizes if size in op.sizes[mode])
@@ -267,7 +269,7 @@ OPS = {
     ),
 }
 
-# What to reach: how many times slower than fastvae a peer is; and the peak extra memory, in bytes.
+# The targets: how many times slower than fastvae a peer is; and the peak extra memory, in bytes.
 TARGETS: dict[Case, dict[str, float]] = {
     Case("agg_log_prob", (4096, 32), FORWARD): {
         "compiled_gemm": 4,

@@ -1,5 +1,5 @@
-"""What the suites share. Each test is a case: all of its contestants race, interleaved, in one benchmark whose own
-figure is fastvae's; the others' are in its `extra_info`, and in the tables at the end.
+"""Fixtures and hooks of the suites. Each test is a case: all of its contestants race, interleaved, in one benchmark
+whose own figure is fastvae's; the others' are in its `extra_info`, and in the tables at the end.
 
     pytest bench --benchmark-only                      the suite; -k and -m target choose from it
     pytest bench --benchmark-only --benchmark-json=F   and saves what was measured, for `python -m bench.cpu.report F`
@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every case of the op that the test is named for."""
+    """Gives each test every case of the op that it is named for."""
     if "case" in metafunc.fixturenames:
         found = cases(metafunc.function.__name__.removeprefix("bench_"))
         marks = {case: [pytest.mark.target] for case in (*TARGETS, *MEMORY_TARGETS)}
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Nothing is measured, or tried, under the name of a backend that would not compute it."""
+    """Stops the run where another backend than BACKEND would compute what is called fastvae."""
     benchmarks = [item for item in session.items if report.BENCH in item.path.parents]
     reason = why_not(BACKEND) if benchmarks and not session.config.option.collectonly else ""
     if reason:
@@ -103,7 +103,8 @@ def pytest_benchmark_generate_machine_info() -> dict[str, object]:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """Single repeats are not kept: the file is small. What fastvae was left out of has none, and is kept too."""
+    """Drops the single repeats, so that the file is small; adds the cases that fastvae was left out of, which have no
+    benchmark of their own."""
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
         benchmark["params"] = None  # a Case, which extra_info spells out

@@ -29,7 +29,7 @@ SHORT = 0.01  # seconds; the time of a shorter run depends on what ran before
 
 
 def forward(function: Callable[..., object], *inputs: Tensor) -> Run:
-    """Forward alone, with gradients off."""
+    """A run of the forward alone, with gradients off."""
 
     def run() -> object:
         with torch.no_grad():
@@ -41,8 +41,8 @@ def forward(function: Callable[..., object], *inputs: Tensor) -> Run:
 def forward_backward(
     function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, rows: Tensor | None = None
 ) -> Run:
-    """Forward and backward with respect to every input; returns the gradients. The upstream gradients are ones, dense
-    as the rest of a model would send them, and made beforehand; with `rows`, zero in all others."""
+    """A run of forward and backward with respect to every input; returns the gradients. Upstream gradients are ones, as
+    dense as the rest of a model would send them, and made beforehand; with `rows`, zero in all others."""
     prepare = backward(function, *inputs, rows=rows)
     return lambda: prepare()()
 
@@ -50,7 +50,7 @@ def forward_backward(
 def backward(
     function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, rows: Tensor | None = None
 ) -> Prepare:
-    """The same, of which the forward is not timed."""
+    """As `forward_backward`, but the forward belongs to the preparation and is not timed."""
     leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
     upstream: list[Tensor] = []
 
@@ -139,7 +139,7 @@ def race(
 
 
 def _due(n: int, repeats: int, rounds: int) -> bool:
-    """Whether something repeated so often takes part in round n."""
+    """Whether a contestant takes part in round n, when its repeats are spread evenly over the rounds."""
     return (n + 1) * repeats // rounds > n * repeats // rounds
 
 
@@ -166,7 +166,7 @@ def give_back() -> None:
 
 @contextlib.contextmanager
 def memory_limit(extra: int) -> Iterator[None]:
-    """Allocations that would take the process `extra` bytes beyond what it has now fail with a MemoryError."""
+    """Makes allocations fail with a MemoryError that would take the process `extra` bytes beyond what it has now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_memory().vms + extra, hard))
     failed = False
@@ -184,7 +184,7 @@ def memory_limit(extra: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def time_limit(limit: float) -> Iterator[None]:
-    """A TimeoutError after `limit` seconds, as soon as the interpreter is back from what it calls."""
+    """Raises a TimeoutError after `limit` seconds, as soon as the interpreter is back from what it calls."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"over {limit} s")
@@ -199,7 +199,7 @@ def time_limit(limit: float) -> Iterator[None]:
 
 
 def _memory() -> Any:
-    """Of this process, in bytes: `rss` is resident, `vms` all of its addresses."""
+    """The memory of this process in bytes: `rss` is resident, `vms` all of its addresses."""
     import psutil  # which the races on a GPU, where nothing is installed, do without
 
     return psutil.Process().memory_info()

@@ -1,4 +1,4 @@
-"""What people write today, each a few lines from its formula, named for what it is. Natural-log units, uniform
+"""The code that people write today: each a few lines from its formula, named for what it is. Natural-log units, uniform
 weights 1/N. z is [S, D]; mu and logvar are [N, D], or [B, D]. Nothing here uses fastvae."""
 
 import math
@@ -139,7 +139,7 @@ def marginals_keops(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tens
 
 
 def matrix_product(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """Not a peer but a yardstick: a matrix product with as many FMAs as the joint, 2·S·N·D."""
+    """A yardstick and no peer: a matrix product with as many FMAs as the joint, 2·S·N·D."""
     return torch.cat((z, z), 1) @ torch.cat((mu, logvar), 1).T
 
 
@@ -147,7 +147,7 @@ def _uniform(like: Tensor, *shape: int) -> dist.Categorical:
     return dist.Categorical(logits=like.new_zeros(shape), validate_args=False)
 
 
-# A compiler for each size: it is told not to make kernels for any size, which are slower.
+# Each size is compiled for by itself (dynamic=False): kernels for any size are slower.
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

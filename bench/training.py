@@ -17,7 +17,7 @@ BETA, DATASET_SIZE, HIDDEN = 6.0, 60_000, 256
 
 
 def model(D: int) -> fastvae.VAE:
-    """The same parameters each time."""
+    """A VAE with the same parameters each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         encoder = nn.Sequential(nn.Linear(784, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2 * D), Halves())
@@ -70,7 +70,7 @@ class Step:
         return loss.detach(), *gradients
 
     def hidden(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What a call would draw now, [B, D], and the parameters that it would start from."""
+        """The noise [B, D] that a call would draw now, and the parameters that it would start from."""
         zeros = torch.zeros(len(x), self.D)
         return self.draw(zeros, zeros), *(p.detach().clone() for p in self.vae.parameters())
 

@@ -1,4 +1,4 @@
-"""Who computes in the tests: every available backend, and every instruction set of the native one."""
+"""The backends that the tests run on: every available backend, and every instruction set of the native one."""
 
 import contextlib
 import ctypes
@@ -54,7 +54,7 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 class Target(NamedTuple):
-    """Where a test computes. Tests run with `device` as torch's default device."""
+    """A backend, instruction set and device to compute on. Tests run with `device` as torch's default device."""
 
     backend: str
     instruction_set: str | None = None
@@ -62,7 +62,7 @@ class Target(NamedTuple):
     slow: bool = False  # so that a test does less of the same there
 
     def leaves_out(self, seed: int) -> bool:
-        """Most examples of a random search, where it is slow."""
+        """Whether an example of a random search is left out: most are, where the backend is slow."""
         return self.slow and seed % 4 != 0
 
 
@@ -118,7 +118,7 @@ IN_TWO_DTYPES = ("test_sizes", "test_weights", "test_layouts", "test_far_from_th
 
 
 def _in_the_other_dtype(items: list[pytest.Item]) -> set[pytest.Item]:
-    """What is left out; a case that was asked for in one dtype alone is not."""
+    """The cases that are left out, one of each pair; a case that was asked for in one dtype alone is not."""
     of_tests: dict[tuple[object, ...], dict[str, list[pytest.Item]]] = {}  # the cases of each test of each op
     for item in items:
         parameters: dict[str, Any] = (
@@ -199,15 +199,15 @@ BACKEND = re.compile(rf"(?<=[\[-])({'|'.join(map(re.escape, TARGETS))})(?=[\]-])
 
 
 def _group(nodeid: str) -> str:
-    """Of tests that share what is expensive: a file's, or the same test's on all backends, which are held to the same
-    values (`helpers.remembered`)."""
+    """The name of the group of tests that share what is expensive: a file, or a test on all backends, which are held to
+    the same values (`helpers.remembered`)."""
     file, _, test = nodeid.partition("::")
     return file if Path(file).stem in OF_ONE_WORKER else f"{file}::{BACKEND.sub('', test, count=1)}"
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n`, and no other way asked for, a worker takes a group at a time."""
+    """Gives a worker a group at a time, with `-n` and where no other `--dist` is asked for."""
     if config.getoption("dist") != "load":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -233,7 +233,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @contextlib.contextmanager
 def computing_on(target: Target) -> Iterator[Target]:
-    """Compute there, or skip the test where that cannot be; with FASTVAE_REQUIRE_NATIVE=1 a native library that does
+    """Computes there, or skips the test where that cannot be. With FASTVAE_REQUIRE_NATIVE=1 a native library that does
     not load is a failure; so are, on Linux, a missing Triton and, without a GPU, missing CUDA kernels for the host.
     With FASTVAE_REQUIRE_GPU=1 Triton and the CUDA kernels must be there."""
     available, why_not = backends.status(target.backend)[1:]
@@ -273,7 +273,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Target]:
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
-    """It remembers nothing, before and after."""
+    """Makes torch's compiler forget everything, before and after the test."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -281,6 +281,6 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture(params=NATIVE)
 def native(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """Only the native library, with each of its instruction sets."""
+    """Runs the test on the native library alone, with each of its instruction sets."""
     with computing_on(NATIVE[request.param]) as target:
         yield target

@@ -1,4 +1,4 @@
-"""What is cheaper than its own count of operations, against the same done by brute force, in one run.
+"""Compares what does less than brute force, the early exit and the table of marginals, with brute force, in one run.
 
     python -m bench.cpu.beyond [--threads 2] [--repeats 5] [--full]
 
@@ -33,7 +33,7 @@ from .machine import why_not
 
 TOL = 1e-6
 ROWS = 64  # that are checked
-CHUNK = 4096  # columns at a time, as the function has it
+CHUNK = 4096  # columns at a time, as kl_decomposition_dataset takes them
 
 
 class Row(NamedTuple):
@@ -74,7 +74,7 @@ def exact_marginals(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def terms(z: Tensor, mu: Tensor, logvar: Tensor, joint: Tensor, marginals: Tensor) -> Tensor:
-    """What the means of `kl_decomposition_dataset` are of, for the samples that are checked, each from the posterior of
+    """The terms that `kl_decomposition_dataset` averages, for the samples that are checked, each from the posterior of
     its own row: log q(z), log q(z|x), mi, tc, and log q_d(z_d) and dim_kl of each dimension, `[ROWS, 4 + 2 D]`."""
     z = z[:ROWS]
     conditional = fastvae.log_prob_gauss(z, mu[:ROWS], logvar[:ROWS])
@@ -84,7 +84,7 @@ def terms(z: Tensor, mu: Tensor, logvar: Tensor, joint: Tensor, marginals: Tenso
 
 
 def marginals_alone(N: int, D: int, logvar: float, repeats: int, target: str = "", spread: float = 0.5) -> Row:
-    """The marginals' share of the time: brute force less the joint, which that cannot leave out."""
+    """Times the marginals alone: ours, and brute force less the time of the joint, which it computes as well."""
     inputs = population(N, D, logvar, spread)
     joint, direct, ours = in_turns(
         repeats,

@@ -1,4 +1,4 @@
-"""This working tree against another revision, call by call: faster, slower, or within the noise.
+"""Compares this working tree with another revision, call by call: faster, slower, or within the noise.
 
     python -m bench.cpu.compare BASE              BASE: any name of a commit
     python -m bench.cpu.compare BASE --count      instructions of small calls instead of times, which no noise moves
@@ -55,8 +55,8 @@ class Difference(NamedTuple):
 
 
 def difference(base: Sequence[float], again: Sequence[float], new: Sequence[float]) -> Difference:
-    """Of times of rounds, the base's twice. The noise is what base against base differs by, and three standard errors
-    of a median over rounds, from the median deviation of all three."""
+    """Judges the times of rounds, the base's measured twice. The noise is what base against base differs by, and three
+    standard errors of a median over rounds, from the median deviation of all three."""
     null = [math.log(b / a) for a, b in zip(base, again, strict=True)]
     shift = statistics.median(null)
     changed = [math.log(n / math.sqrt(a * b)) for a, b, n in zip(base, again, new, strict=True)]
@@ -157,7 +157,7 @@ def compare(base: Revision, new: Revision, calls: Sequence[str]) -> dict[str, Di
 
 
 def instructions(revision: Revision, calls: Sequence[str]) -> dict[str, float]:
-    """Of one run of each call, Python's and torch's included."""
+    """The instructions of one run of each call, Python's and torch's included."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"

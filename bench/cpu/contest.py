@@ -38,7 +38,7 @@ _pace: dict[tuple[str, str, str], float] = {}  # seconds per element, by op, mod
 
 
 def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand) -> dict[str, Any]:
-    """What there is to know of a case, for JSON:
+    """Measures a case, and gives what is to be known of it, for JSON:
 
     op, size, mode: of the case. work: the ceiling that bounds the op, how many of its units a call needs, and the
     ceiling itself, if it is known. results: by contestant, fastvae first, either `why_not`, or `median`, `low` and
@@ -151,7 +151,7 @@ def _by_reference(function: Any) -> Callable[..., Any]:
 
 
 def _given(case: Case, truth: Truth, name: str, function: Any) -> Results | None:
-    """What is to be judged: nothing of a yardstick."""
+    """The results that are to be judged; those of a yardstick are not."""
     if name in case.op.yardsticks:
         return None
     return truth.results(case.op.part(function) if case.op.part else function)

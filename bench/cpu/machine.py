@@ -20,7 +20,7 @@ VERSIONS = ("torch", "numpy", "pykeops", "scikit-learn")
 
 
 class Ceilings(NamedTuple):
-    """What this machine can do on all threads that torch uses, per second."""
+    """The most that this machine can do per second, on all threads that torch uses."""
 
     fma: float  # float32 fused multiply-adds
     exponentials: float  # float32, by our own polynomial in registers
@@ -28,8 +28,8 @@ class Ceilings(NamedTuple):
 
     @property
     def slowness(self) -> float:
-        """How many times slower than the machine for which the limits in seconds were chosen, at what it is worst at;
-        1 on a faster one."""
+        """How many times slower this machine is than the one for which the limits in seconds were chosen, in what it is
+        worst at; 1 on a faster one."""
         return max(1.0, *(theirs / ours for theirs, ours in zip(OF_THE_LIMITS, self, strict=True)))
 
 
@@ -37,7 +37,7 @@ OF_THE_LIMITS = Ceilings(fma=116e9, exponentials=11.6e9, bandwidth=30.6e9)  # re
 
 
 def why_not(backend: str, device: str = "cpu") -> str:
-    """Why what is called fastvae here would not be computed by that backend; nothing where it would."""
+    """The reason why another backend would compute what is called fastvae here; empty where it is this one."""
     try:
         computes = backends.name_for(torch.device(device))
     except RuntimeError as error:
@@ -50,7 +50,7 @@ def why_not(backend: str, device: str = "cpu") -> str:
 
 
 def ceilings(threads: int, repeats: int = 5) -> Ceilings:
-    """The best of some repeats, measured now by a probe compiled for this machine."""
+    """Measures the ceilings now, by a probe compiled for this machine: the best of some repeats."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "probe.so"
         flags = "-std=c++20 -O3 -march=native -ffp-contract=fast -fno-math-errno -w -shared -fPIC"
@@ -76,7 +76,7 @@ def ceilings(threads: int, repeats: int = 5) -> Ceilings:
 
 
 def describe() -> dict[str, object]:
-    """What a reader must know of where and with what something was measured; no name of the host."""
+    """Describes where and with what something was measured, without the name of the host."""
     import cpuinfo  # these two are not needed, and perhaps not there, where a GPU is measured
     import psutil
 

@@ -1,4 +1,4 @@
-"""From what was measured to something to read:
+"""Makes the report of what was measured:
 
     python -m bench.cpu.report FILE...             writes bench/results/<machine>/
     python -m bench.cpu.report --readme FILE...    and the README's section on performance
@@ -40,7 +40,7 @@ class Results(NamedTuple):
 
 
 def load(paths: Iterable[Path]) -> Results:
-    """Those of all files, which must be of one machine; where a case is in several, the last counts."""
+    """The cases of all files, which must be of one machine; where a case is in several, the last counts."""
     machines, commits, dates, cases, scaling = [], [], [], {}, {}
     for path in paths:
         raw = json.loads(path.read_text())
@@ -62,7 +62,7 @@ def load(paths: Iterable[Path]) -> Results:
 
 
 def dump(results: Results) -> str:
-    """What `load` reads, a line for each case."""
+    """Writes what `load` reads, a line for each case."""
     head = {"machine_info": results.machine, "commit_info": {"id": results.commit}, "datetime": results.date}
     lines = ",\n".join(json.dumps({"extra_info": _rounded(m)}) for m in (*results.cases.values(), *results.scaling))
     return json.dumps(head, indent=1)[:-2] + f',\n "benchmarks": [\n{lines}\n]}}\n'
@@ -78,8 +78,8 @@ def _rounded(x: Any) -> Any:
 
 
 def ratio(measured: Measured, who: str) -> float | None:
-    """How many times slower than fastvae; none where fastvae or the other was not timed, fastvae is not accurate, or
-    the other is wrong. A yardstick has no result to be wrong."""
+    """How many times slower than fastvae `who` is; None where either was not timed, fastvae is not accurate, or `who`
+    is wrong. A yardstick has no result to be wrong."""
     ours, other = measured["results"]["fastvae"], measured["results"].get(who, {})
     if "median" not in ours or "median" not in other or ours["verdict"] != "accurate":
         return None
@@ -87,7 +87,7 @@ def ratio(measured: Measured, who: str) -> float | None:
 
 
 def share(measured: Measured) -> float | None:
-    """Of the ceiling, that fastvae reaches; none where the data may be in the caches."""
+    """The share of the ceiling that fastvae reaches; None where the data may be in the caches."""
     work, ours = measured["work"], measured["results"]["fastvae"]
     if not work or "rate" not in work or "median" not in ours or ours["verdict"] != "accurate":
         return None
@@ -97,7 +97,7 @@ def share(measured: Measured) -> float | None:
 
 
 def peers_of(measured: Measured) -> list[str]:
-    """Those with a ratio, fastest first; no yardsticks, and not fastvae in another guise."""
+    """The peers with a ratio, fastest first; no yardsticks, and no variants of fastvae."""
     names = [
         name
         for name, r in measured["results"].items()
@@ -200,7 +200,7 @@ def _median(measured: Measured, who: str) -> str:
 
 
 def headline_lines(results: Results) -> list[str]:
-    """Of chosen cases: fastvae, the fastest peer, and the formula that people write."""
+    """A table of chosen cases: fastvae, the fastest peer, and the formula that people write."""
     rows = []
     for case in HEADLINES:
         if case not in results.cases:
@@ -222,7 +222,7 @@ def headline_lines(results: Results) -> list[str]:
 
 
 def slower_lines(results: Results) -> list[str]:
-    """Where a peer is faster."""
+    """A list of the cases in which a peer is faster."""
     found = []
     for case, measured in results.cases.items():
         first = next(iter(peers_of(measured)), None)
@@ -236,7 +236,7 @@ def slower_lines(results: Results) -> list[str]:
 
 
 def scaling_lines(results: Results) -> Iterator[str]:
-    """How cost grows with elements: a row for each ladder of sizes and number of threads."""
+    """A table of how cost grows with elements: a row for each ladder of sizes and number of threads."""
     rows = []
     for m in results.scaling:
         elements = m["elements"]
@@ -299,7 +299,7 @@ def document(results: Results) -> str:
 
 
 def section(results: Results) -> str:
-    """What stands in the README between the markers."""
+    """The text that stands in the README between the markers."""
     folder = f"bench/results/{results.name}"
     lines = [
         *("On " + about(results), ""),

@@ -1,4 +1,5 @@
-"""How fastvae's cost grows: seconds against elements (S·N·D, or B·D) on ladders of sizes, on one thread and on all."""
+"""Measures how fastvae's cost grows: seconds against elements (S·N·D, or B·D) on ladders of sizes, on one thread and on
+all."""
 
 import math
 import statistics
@@ -44,7 +45,7 @@ LADDERS = (
 
 
 def measure(ladder: Ladder) -> dict[str, Any]:
-    """For JSON: the ladder's op, mode and D; elements by size; by the number of threads, seconds by size."""
+    """Measures a ladder, for JSON: its op, mode and D; elements by size; by the number of threads, seconds by size."""
     op = OPS[ladder.op]
     function = op.contestants(ladder.smallest, ladder.D)["fastvae"]
     threads = torch.get_num_threads()
@@ -67,7 +68,7 @@ def _median(op: Any, function: Any, mode: str, B: int, D: int) -> float:
 
 
 def exponent(elements: Sequence[float], times: Sequence[float]) -> float:
-    """Of the cost ~ elements^exponent, by least squares of the logarithms over the last decades."""
+    """The exponent in cost ~ elements^exponent, by least squares of the logarithms over the last decades."""
     chosen = [n for n, e in enumerate(elements) if e >= elements[-1] / 10**DECADES]
     x, y = ([math.log(values[n]) for n in chosen] for values in (elements, times))
     return float(np.polyfit(x, y, 1)[0])

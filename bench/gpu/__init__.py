@@ -1,1 +1,1 @@
-"""What is checked and measured on a machine with a GPU, by run.sh."""
+"""Checks and measurements on a machine with a GPU, done by run.sh."""

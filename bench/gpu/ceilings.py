@@ -1,5 +1,5 @@
-"""What a GPU can do: bytes copied, fused multiply-adds and exponentials per second, by small Triton kernels, and those
-multiply-adds that matrix products make of it, by torch."""
+"""Measures what a GPU can do: bytes copied, fused multiply-adds and exponentials per second, by small Triton
+kernels, and the multiply-adds of matrix products, by torch."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ Seconds = Callable[[Callable[[], object]], float]  # times a launch
 
 
 class Ceilings(NamedTuple):
-    """Per second."""
+    """The most that the GPU can do per second."""
 
     copy: float  # bytes, read plus written, of a copy much larger than the cache
     fma: float  # float32
@@ -52,7 +52,7 @@ def _ex2(out, repeats, BLOCK: tl.constexpr):
 
 
 def ceilings(device: str, seconds: Seconds, small: bool = False) -> Ceilings:
-    """The best of a few; `small` is for a trial."""
+    """Measures the ceilings: the best of a few repeats; `small` is for a trial."""
     n, programs, repeats, block = (1 << 12, 2, 2, 256) if small else (1 << 29, 132 * 64, 2048, 2048)
     x = torch.randn(n, device=device)
     y = torch.empty_like(x)

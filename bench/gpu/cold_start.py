@@ -1,4 +1,4 @@
-"""What a training run compiles before it is under way: Triton's binaries, and the seconds they take.
+"""Counts what a training run compiles before it is under way: Triton's binaries, and the seconds they take.
 
     python -m bench.gpu.cold_start
 
@@ -33,7 +33,7 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
 
 
 class Stage(NamedTuple):
-    """Of a training run"""
+    """A stage of a training run: batches of these sizes, with D latents."""
 
     what: str
     D: int
@@ -51,7 +51,7 @@ STAGES = (
 
 
 class Compiled(NamedTuple):
-    """What a stage compiled that none before it had."""
+    """The binaries that a stage compiled and none before it had."""
 
     objective: str
     stage: Stage
@@ -61,7 +61,7 @@ class Compiled(NamedTuple):
 
 
 class Compilations:
-    """What Triton has compiled, since this was made."""
+    """The binaries that Triton has compiled since this object was made."""
 
     def __init__(self) -> None:
         self.keys: set[tuple[str, str]] = set()  # of binaries, with their kernel's name
@@ -73,7 +73,8 @@ class Compilations:
 
 @contextmanager
 def compilations(compiles: bool = True) -> Iterator[Compilations]:
-    """Meanwhile; where nothing is compiled, binaries are counted all the same, by Triton itself."""
+    """Counts Triton's compilations in a `with` block; with compiles=False Triton counts the binaries it would need and
+    compiles none."""
     from triton import knobs
 
     found = Compilations()
@@ -91,7 +92,7 @@ def compilations(compiles: bool = True) -> Iterator[Compilations]:
 
 
 def training(objective: Any, D: int, device: str) -> Callable[[int], None]:
-    """A step on so many examples, whose parameters stay where they are between steps."""
+    """A training step as a function of the number of examples; parameters stay in place between steps."""
     vae = model(D).to(device)
     vae.objective = objective
     optimizer = torch.optim.Adam(vae.parameters())
@@ -110,7 +111,7 @@ def training(objective: Any, D: int, device: str) -> Callable[[int], None]:
 def stages(
     device: str, objectives: Iterable[str] = OBJECTIVES, plan: Sequence[Stage] = STAGES, compiles: bool = True
 ) -> Iterator[Compiled]:
-    """As they are gone through; each objective starts from nothing."""
+    """Goes through the stages of each objective, which starts with nothing compiled, and yields what each compiled."""
     for name in objectives:
         with compilations(compiles) as found:
             _forget_binaries()
@@ -126,7 +127,7 @@ def stages(
 
 
 def _forget_binaries() -> None:
-    """As in a process of its own"""
+    """Makes Triton and the launchers forget every binary, as in a new process."""
     from fastvae.kernels.triton import _launch
     from triton.runtime.jit import JITFunction
 

@@ -32,7 +32,7 @@ class Time(NamedTuple):
 
 
 def on_backend(name: str, run: Run, exact_skip: bool | None = None) -> Run:
-    """The whole call, since the backward asks too."""
+    """The function on that backend, its backward too, which asks for the backend again."""
 
     def call() -> object:
         with fastvae.use_backend(name, exact_skip=exact_skip):
@@ -117,7 +117,7 @@ def medians(times: Iterable[Time]) -> Time:
 
 
 def graphed(run: Run) -> Run:
-    """The same work as one launch of a CUDA graph."""
+    """A run as one launch of a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

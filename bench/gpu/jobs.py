@@ -1,5 +1,5 @@
-"""Jobs done in turn by a process that may fault or hang: another one goes on behind the job, or the contestant in it,
-that did. What there is so far is written after each job.
+"""Does jobs in turn in a process that may fault or hang. Another process then goes on, without the job, or the
+contestant in it, that ended the first. Results so far are written after each job.
 
 A fault poisons a process's CUDA context, and a kernel that hangs keeps it for ever. The jobs are therefore done by a
 child, forked before anything has asked CUDA for anything, and its parent looks after it.
@@ -30,7 +30,7 @@ class Result(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a job is told, and tells."""
+    """What passes between a job and the process that runs it: contestants to leave out, and the one that is next."""
 
     about_to: Callable[[str], None]  # begin with a contestant of this name
     bad: dict[str, str]  # contestants that ended a process, and how: to be left out
@@ -51,7 +51,7 @@ class Work:
         self.state: dict[str, Any] = {"about": {}, "done": {}, "bad": {}, "mark": "", "error": ""}
 
     def through(self, seconds: float, stall: float) -> bool:
-        """Do all jobs; no process may be at the same thing for `stall` seconds. Whether everything went well."""
+        """Does all jobs; a process that is at the same thing for `stall` seconds is killed. Whether all went well."""
         until = time.monotonic() + seconds
         over = False
         import_all()
@@ -76,7 +76,7 @@ class Work:
         return not self.failures()
 
     def _watch(self, child: int, until: float, stall: float) -> str:
-        """How the process ended, if not well."""
+        """Waits for the process; how it ended, or an empty string if it ended well."""
         while True:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
@@ -90,7 +90,7 @@ class Work:
             time.sleep(0.02)
 
     def _work(self) -> None:
-        """In the child: it ends here."""
+        """Does the jobs in the child process, which ends here."""
         code = 3
         try:
             self.state["about"] = about()
@@ -163,13 +163,13 @@ class Work:
 
 
 def import_all() -> None:
-    """What each process would import by itself."""
+    """Imports what each process would import by itself."""
     for module in ("triton", "torch.fx.experimental.symbolic_shapes", "fastvae.backends.triton"):
         importlib.import_module(module)
 
 
 def said(error: BaseException) -> str:
-    """In one line of a Markdown table."""
+    """An error as one line that a Markdown table can hold."""
     return " ".join(f"{type(error).__name__}: {error}".split()).replace("|", "/")[:300]
 
 

@@ -1,4 +1,4 @@
-"""What is measured on a GPU: `python -m bench.gpu.measure PART OUT [--only TEXT]`, as bench/gpu/run.sh does.
+"""Measures on a GPU: `python -m bench.gpu.measure PART OUT [--only TEXT]`, as bench/gpu/run.sh does.
 
     checks  ceilings, determinism, memory, a data set of the size of dSprites
     table   every op against its ceiling, on both backends in turns
@@ -49,7 +49,7 @@ def measured_ceilings(progress: Progress) -> Result:
 
 
 def determinism(backend: str, progress: Progress) -> Result:
-    """Every op, forward and backward: so often the same bits."""
+    """Whether every op, forward and backward, gives the same bits each time."""
     B, D = (9, 5) if TRIAL else (4099, 67)
     same: dict[str, bool | str] = dict(progress.bad)  # type: ignore[arg-type]
     for name, make in CHECKED.items():
@@ -90,7 +90,7 @@ def everything(function: Callable[..., Any], *inputs: Tensor) -> Callable[[], li
 
 
 def memory(backend: str, progress: Progress) -> Result:
-    """Less than a sixteenth of a matrix of all pairs."""
+    """Whether a call allocates less than a sixteenth of a matrix of all pairs."""
     S, D = (16, 8) if TRIAL else (16384, 32)
     inputs = samples_and_posteriors(S, D, device=DEVICE)
     run = on_backend(backend, forward_backward(fastvae.agg_log_prob_marginals, *inputs))
@@ -105,7 +105,7 @@ def memory(backend: str, progress: Progress) -> Result:
 
 
 def dsprites(backend: str, progress: Progress) -> Result:
-    """A data set of that size, all pairs, the marginals directly and from a table."""
+    """The KL's terms of a data set as large as dSprites: all pairs, the marginals directly and from a table."""
     S, D = (16, 8) if TRIAL else DSPRITES
     inputs = samples_and_posteriors(S, D, device=DEVICE)
     lines: list[str] = []
@@ -140,7 +140,7 @@ def checks() -> list[Job]:
 
 
 def known_ceilings(folder: Path) -> Ceilings | None:
-    """As the checks found them."""
+    """The ceilings that the part `checks` has measured."""
     try:
         return Ceilings(**json.loads((folder / "checks.json").read_text())["done"]["ceilings"]["numbers"])
     except (OSError, KeyError, TypeError):
@@ -148,7 +148,7 @@ def known_ceilings(folder: Path) -> Ceilings | None:
 
 
 def known_to_fail(folder: Path, jobs: Sequence[Job]) -> dict[str, str]:
-    """What hung or faulted in float32 when it was checked whether it is right (gpu_sanity) is not tried again."""
+    """Contestants that hung or faulted in float32 in the check of results (sanity.py), which are not tried again."""
     try:
         found = json.loads((folder / "sanity.json").read_text())
     except (OSError, ValueError):

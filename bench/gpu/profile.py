@@ -1,4 +1,4 @@
-"""What Nsight Compute says of the main kernels of a backend: `python -m bench.gpu.profile BACKEND OUT`.
+"""Profiles the main kernels of a backend by Nsight Compute: `python -m bench.gpu.profile BACKEND OUT`.
 
 Runs ncu on this module with --inside, which calls every op once, warmed up, between the start and the stop of the
 profiler; keeps ncu's raw page, OUT/ncu-BACKEND.csv, and reads one line for each kernel from it.
@@ -44,7 +44,7 @@ STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!selected_per)(\w+)_per
 
 
 def lines(path: Path, backend: str) -> dict[str, str]:
-    """One for each of the backend's kernels in the order of their launches, of its first launch."""
+    """A line for each of the backend's kernels, of its first launch, in the order of the launches."""
     text = path.read_text().splitlines()
     begin = next((n for n, said in enumerate(text) if said.startswith('"ID"')), len(text))  # after ncu's messages
     rows = list(csv.DictReader(text[begin:]))[1:]  # the first holds units
@@ -80,7 +80,7 @@ def number(text: str) -> float | None:
 
 
 def inside(backend: str) -> None:
-    """The program that is looked at."""
+    """Runs the program that is profiled."""
     import torch
 
     from .harness import TRIAL, on_backend

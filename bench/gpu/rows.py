@@ -160,7 +160,7 @@ PEER_ROWS = [  # the cheapest compilations first
 
 
 def large(row: Row, ceiling: Ceilings | None, progress: Progress) -> Result:
-    """Our backends and the peers in one race, and how far the forward is from float64."""
+    """Races our backends and the peers, and finds how far the forward is from float64."""
     inputs = row.inputs()
     ours = row.ours(inputs)
     runs = ours | {name: row.run(inputs, peer) for name, peer in row.peers.items()}
@@ -196,7 +196,7 @@ def large(row: Row, ceiling: Ceilings | None, progress: Progress) -> Result:
 
 
 def raced(runs: dict[str, Run], progress: Progress, cold: bool = True) -> dict[str, Time | str]:
-    """In the order of `runs`, with what ended a process before left out."""
+    """Races `runs`, without those that ended a process before; times in the order of `runs`."""
     times = race({n: r for n, r in runs.items() if n not in progress.bad}, SECONDS, progress.about_to, cold)
     return {name: times.get(name, progress.bad.get(name, "")) for name in runs}
 
@@ -221,7 +221,7 @@ def errors_of(row: Row, inputs: list[Tensor], names: list[str]) -> dict[str, flo
 
 
 def small(row: Row, progress: Progress) -> Result:
-    """Call by call, and within a CUDA graph: what a call takes of the device's time and of the host's."""
+    """Times a small call, by itself and within a CUDA graph: the device's time and the host's."""
     inputs = row.inputs()
     functions: dict[str, tuple[Run, Callable[[Run], Run]]] = {
         name: (row.run(inputs), functools.partial(on_backend, name)) for name in BACKENDS
@@ -253,7 +253,7 @@ def small(row: Row, progress: Progress) -> Result:
 
 
 def replayed(run: Run) -> Run:
-    """A call captured when it is first made, replayed so often as others are repeated."""
+    """A call captured when it is first made, replayed as often as the others are repeated."""
     captured = functools.cache(lambda: repeated(graphed(run)))
     return lambda: captured()()
 

@@ -1,4 +1,5 @@
-"""Whether every op on every GPU backend is right, hangs or faults: one process for each and each dtype, many at a time.
+"""Checks whether every op on every GPU backend is right, hangs or faults: one process for each and each dtype, many at
+a time.
 
     python -m bench.gpu.sanity OUT      forward and backward against float64, and CUDA graphs
     python -m bench.gpu.sanity OUT --no-bulk   of the CUDA library alone, which is one that makes no bulk copies
@@ -187,7 +188,7 @@ def trials(backends: Sequence[str]) -> list[Trial]:
 
 
 def start(trial: Trial, verdict: Path) -> int:
-    """The process that runs it and writes its verdict."""
+    """Forks the process that runs a trial and writes its verdict."""
     child = os.fork()
     if child:
         return child
@@ -205,7 +206,7 @@ def start(trial: Trial, verdict: Path) -> int:
 
 
 def verdicts(todo: Sequence[Trial], folder: Path, report: Callable[[dict[str, list[str]]], None]) -> None:
-    """Of all, in the order in which they are done; `report` is told after each."""
+    """Runs all trials, several at a time; `report` is called after each with the verdicts so far, as they came."""
     waiting = list(todo)
     running: dict[int, tuple[Trial, Path, float]] = {}
     found: dict[str, list[str]] = {}
@@ -236,7 +237,7 @@ def verdicts(todo: Sequence[Trial], folder: Path, report: Callable[[dict[str, li
 
 
 def summary(found: dict[str, list[str]]) -> list[str]:
-    """What went wrong, and then one line for each op and backend of what did not."""
+    """Lists what went wrong, and then what went well in one line for each op and backend."""
     wrong = [f"{how} {title}: {what}, {seconds}" for title, (how, what, seconds) in found.items() if how != "PASS"]
     right: dict[str, list[str]] = {}
     for title, (how, what, seconds) in found.items():

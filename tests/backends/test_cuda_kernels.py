@@ -145,8 +145,7 @@ def test_same_bits_wherever_rows_begin(library: None, D: int, dtype: torch.dtype
 
 
 def test_loads_are_of_16_bytes_where_they_can_be(tmp_path: Path) -> None:
-    """Each vector of 16 bytes of mu [5, D] and logvar [5, D] is read once; none where a row does not begin at a multiple of
-    16 bytes."""
+    """Each vector of mu [5, D] and logvar [5, D] once, but where a row does not begin at a multiple of 16 bytes."""
     call = "Vector<In> vectors[n / size];"
     library = library_with(tmp_path, True, "kl_gauss", "vectors.h", call, f"fputc(35, stderr); {call}")
     code = f"""

@@ -1,4 +1,4 @@
-"""What the tests share: the formulas in broadcast form, the tolerance rule, and inputs of awkward layouts."""
+"""Helpers of the tests: the formulas in broadcast form, the tolerance rule, and inputs of awkward layouts."""
 
 import functools
 import hashlib
@@ -43,7 +43,7 @@ def log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def kl(mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor) -> Tensor:
-    """[..., D], written as in textbooks but for expm1"""
+    """The KL of each dimension, [..., D], written as in textbooks but for expm1."""
     delta = logvar - prior_logvar
     return 0.5 * (torch.expm1(delta) - delta + (mu - prior_mu) ** 2 * torch.exp(-prior_logvar))
 
@@ -93,9 +93,9 @@ def log_weights(log_w: Tensor | None, weights: ColumnWeights | None, S: int, N: 
 
 
 def log_sum_exp(terms: Tensor, axis: int) -> Tensor:
-    """-inf with gradient 0 where every term is -inf, which torch.logsumexp makes NaN. The gradient of torch.logsumexp
-    takes the shares from the rounded result, off by |result| eps: it is the measure in float32, but not exact enough in
-    float64, where the shares come from the maximum instead."""
+    """As torch.logsumexp, but with gradient 0 where every term is -inf, which is NaN there. The gradient of
+    torch.logsumexp takes the shares from the rounded result, off by |result| eps: it is the measure in float32, but not
+    exact enough in float64, where the shares come from the maximum instead."""
     dead = (terms == -math.inf).all(axis, keepdim=True)
     terms = terms.where(~dead, 0)
     if terms.dtype == torch.float64 and terms.shape[axis]:
@@ -174,7 +174,7 @@ def nudge(inputs: Named, centred: Sequence[str], eps: float, seed: int) -> Named
 
 
 def _jittered(inputs: Named, seed: int) -> Named:
-    """The same problem but for the last bits: its rounding errors are drawn anew."""
+    """The inputs with other last bits, so that rounding errors are drawn anew."""
     eps = torch.finfo(torch.float32).eps
     return {
         name: (x.detach() * (1 + 4 * eps * draw(*x.shape, seed=100 * seed + n).float())).requires_grad_(x.requires_grad)
@@ -183,8 +183,8 @@ def _jittered(inputs: Named, seed: int) -> Named:
 
 
 def fingerprint(x: Any) -> Any:
-    """Equal for what computes the same: tensors by their numbers, functions by their code and what they close over. A
-    TypeError for anything else that has insides."""
+    """A key that is equal for arguments that give the same result: tensors by their numbers, functions by their code
+    and what they close over. A TypeError for other objects that hold something."""
     if isinstance(x, Tensor):
         plain = x.detach().cpu().resolve_neg().clone(memory_format=torch.contiguous_format)
         numbers = plain.flatten().view(torch.uint8).numpy().data
@@ -230,7 +230,7 @@ def _exact_and_tolerance(
     margin: float,
     draws: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What `Expected` says it holds."""
+    """The exact values and the tolerances of `Expected`."""
     wide, single = cast(inputs, torch.float64), cast(inputs, torch.float32)
     eps, eps32, eps64 = (torch.finfo(d).eps for d in (widest(inputs), torch.float32, torch.float64))
 
@@ -254,7 +254,7 @@ def _exact_and_tolerance(
 
 
 class Expected:
-    """What a function gives in float64, and how far from it a result may be.
+    """The values that a function gives in float64, and how far from them a result may be.
 
     The tolerance rule (docs/architecture.md): at most twice the error of the broadcast formula in the same dtype, plus
     the change that moving each centred z and mu by half an ulp makes, plus 4 eps max(1, |result|); errors are max
@@ -303,7 +303,7 @@ def assert_accurate(
     upstream: Callable[[Tensor], Tensor] | None = None,
     margin: float = 1.0,
 ) -> None:
-    """`fast` gives what `formula` gives by the tolerance rule, gradients too."""
+    """Asserts that `fast` gives what `formula` gives by the tolerance rule, gradients too."""
     Expected(formula, inputs, centred, upstream, margin).check(evaluate(fast, inputs, upstream))
 
 
@@ -311,15 +311,15 @@ SEARCH_MARGIN = 2.0  # for cases that hypothesis makes up
 
 
 def assert_same(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
-    """Bit for bit, but that all NaN are one."""
+    """Asserts equality bit for bit, but that all NaN are equal."""
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def assert_rounded_once(fast: Callable[..., Results], inputs: Named, dtype: torch.dtype) -> None:
-    """Of inputs in half precision: the results, and the gradients but for one rounding, are those of the same numbers
-    in float32."""
+    """For inputs in half precision: asserts that the results, and the gradients but for one rounding, are those of the
+    same numbers in float32."""
     half = cast(inputs, dtype)
     got, single = evaluate(fast, half), evaluate(fast, cast(half, torch.float32))
     n_outputs = len(got) - len(inputs)

@@ -13,13 +13,13 @@ LIBRARY = BUILD / "libfastvae_cuda.so"
 
 
 def tool(name: str) -> str:
-    """From the environment that runs the tests, or the machine's."""
+    """The path of a program: of the environment that runs the tests if that has it, else the machine's."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else shutil.which(name) or name
 
 
 def needed(name: str) -> str:
-    """The same; where there is none, the test is skipped."""
+    """The path of a program; where there is none, the test is skipped."""
     return shutil.which(tool(name)) or pytest.skip(f"no {name}")
 
 

@@ -1,5 +1,4 @@
-"""Triton's interpreter, made to round as GPUs do, to check addresses, kept to what it can finish, and made to finish
-sooner.
+"""Adapts Triton's interpreter: it rounds as GPUs do, checks addresses, skips what it cannot finish, and is faster.
 
 It computes a kernel program by program in numpy, some ten microseconds for each operation of each program. So a
 test that launches more than `MOST_PROGRAMS` is skipped: at most sizes that is the largest of them, and every kernel
@@ -130,7 +129,7 @@ def _create_masked_store(
     return _store(self, pointers, value, mask, *rest)
 
 
-# Sooner.
+# Faster: what is described and patched again and again is remembered.
 
 _patched: set[int | tuple[bool, bool]] = set()
 _shapes: dict[tuple[int, ...], tuple[tl.tuple, tl.constexpr]] = {}
@@ -139,14 +138,14 @@ _WIDE = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 class _Stays:
-    """The language is not restored after a launch: the whole process is in the interpreter."""
+    """A patch of the language that is not undone after a launch, as the whole process is in the interpreter."""
 
     def restore(self) -> None:
         pass
 
 
 def _patch_lang(function: Any) -> _Stays:
-    """Once for each way to import the language."""
+    """Patches the language, once for each way to import it."""
     names = function.__globals__
     if id(names) not in _patched:
         _patched.add(id(names))
@@ -160,7 +159,7 @@ def _patch_lang(function: Any) -> _Stays:
 
 
 def _index(self: Any) -> int:
-    """Triton 3.6's takes a number for an array of one, which numpy 2.4 no longer does."""
+    """The number in an array of one element: Triton 3.6 relies on numpy for it, and numpy 2.4 raises an error."""
     return int(self.handle.data.item())
 
 
@@ -215,7 +214,7 @@ def _cast_to(self: Any, x: Any, to: Any, *rounding: Any) -> Any:
 
 
 def _sanitize(self: Any, left: Any, right: Any, operation: Any) -> None:
-    """That int32 did not overflow"""
+    """Raises an OverflowError where an int32 overflowed."""
     dtype = left.dtype
     if dtype.int_bitwidth < 64:
         wide = _WIDE[operation.__name__](left.handle.data, right.handle.data, dtype=np.int64)
@@ -225,7 +224,7 @@ def _sanitize(self: Any, left: Any, right: Any, operation: Any) -> None:
 
 
 def adjust() -> None:
-    """For the whole process."""
+    """Adapts the interpreter for the whole process."""
     InterpreterBuilder.cast_impl = _cast_impl
     InterpreterBuilder.create_fma = _create_fma
     InterpreterBuilder.create_dot = _create_dot
