@@ -101,7 +101,8 @@ template <class T> struct Responsibilities {
 template <class T>
 int agg_log_prob(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N,
                  int64_t D, void *joint, int exact_skip, int threads) {
-    // In one dimension it is a marginal, whose sum needs no pass for its maximum; with few rows, threads divide columns.
+    // In one dimension the joint is a marginal, whose sum needs no pass for its maximum; with few rows, threads divide
+    // columns.
     if (D == 1 && S >= ForwardGrid::kMaxRows) {
         count_visits(S * N, S * N);
         return agg_log_prob_marginals<T>(z, mu, logvar, log_w, log_w_all, own, log_w_own, log_w_next, S, N, D, nullptr,

@@ -1,4 +1,4 @@
-// Which instruction sets this library holds, which of them the CPU it runs on has, and what all of them count.
+// Chooses among the instruction sets that this library holds and the CPU has; and the counters that all of them share.
 
 #include <cstring>
 

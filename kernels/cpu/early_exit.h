@@ -17,12 +17,13 @@ void count_visits(int64_t visited, int64_t all);
 
 namespace fastvae::FASTVAE_ISA {
 
-// All columns together may be left out where they come to no more than e^-18 (float) or e^-40 (double) of a sum.
+// Columns may be left out that together come to no more than e^-18 (float) or e^-40 (double) of a sum.
 template <class T> constexpr double kExitMargin = (sizeof(T) == 4 ? 18 : 40) * kLog2e;
 
 constexpr int64_t kMinExitColumns = 1024;  // fewer are not worth a look
 
-// Whether looking pays, by counting what it saved and cost, in dimensions of a tile: so that it does not depend on time.
+// Decides whether looking pays, by counting what it saved and what it cost in dimensions of a tile, not by time: so
+// that the decision is the same in every run.
 class Balance {
 public:
     explicit Balance(int64_t D) : D_(D) {}
@@ -45,8 +46,8 @@ private:
     int64_t balance_ = 0, passed_ = 0, saved_ = 0;
 };
 
-// Sets kept[q] for the panels, of `count` from `panel` on, that hold a column whose weight for a row is not the common
-// one: what the others reach does not bound it.
+// Sets kept[q] for those of the `count` panels from `panel` on that hold a column whose weight for a row is not the
+// common one: the bound of the other columns does not hold for it.
 template <class T>
 void keep_overridden(const Weights<T> &weights, int64_t first, int64_t rows, int64_t panel, int64_t count, bool *kept) {
     __builtin_memset(kept, 0, uint64_t(count));
@@ -79,7 +80,7 @@ void likely_terms(const Panels<T> &panels, const Weights<T> &weights, int64_t fi
     }
 }
 
-// What bounds the tiles of a backward. A gradient margin is more than a forward's: a pair pulls with |t| a on d_z and
+// The bounds of a backward's tiles. Its margin is wider than a forward's: a pair pulls with |t| a on d_z and
 // d_mu, and with t^2 on d_logvar. As t^2 <= Q = sum_d t^2 and 2^-Q max(1, Q) <= 2^(kSteep - 15 Q / 16), squares P > 16/15
 // (L + kSteep) keep that below 2^-L.
 template <class T> class GradientReach {
@@ -118,7 +119,7 @@ public:
         }
     }
 
-    // Whether panel p can be far from any row at all; then limits [6], of rows first .. first + rows - 1.
+    // Whether panel p can be far from any row at all; if so, writes limits [6] of rows first .. first + rows - 1.
     FASTVAE_INLINE bool limits(int64_t p, int64_t first, int64_t rows, T *limits) const {
         const T row = row_reach_[p], column = column_reach_[p];
         if (!(row < kInf<T> && column < kInf<T>)) return false;

@@ -1,9 +1,10 @@
-// What weights r_ij on the pairs' log-densities pull on z, mu and logvar. With t and a in units of kappa (panels.h):
+// The gradients of z, mu and logvar from weights r_ij on the log-densities of the pairs. With t and a in units of kappa
+// (panels.h):
 //     d z_id      = -sum_j r_ij t a / kappa^2
 //     d mu_jd     =  sum_i r_ij t a / kappa^2
 //     d logvar_jd = (sum_i r_ij t^2 / kappa^2 - sum_i r_ij) / 2
-// Where a number is extreme, t^2 may overflow in a sum that is none of the broadcast formula's, which multiplies the sum
-// of r (z - mu)^2 by 1 / sigma^2. Extreme panels therefore sum e = t / up, up = max(a, 1), and multiply sums by up.
+// Where a number is extreme, the sum of r t^2 may overflow although the broadcast formula does not: it multiplies the
+// sum of r (z - mu)^2 by 1 / sigma^2. Extreme panels therefore sum e = t / up, up = max(a, 1), and multiply sums by up.
 // One pass makes them all: r of a tile of rows and a chunk of columns lies in the L1 cache while d runs, with columns
 // in lanes. Sums are of two levels: within a block of rows and columns (rounds.h), and over blocks.
 #pragma once
@@ -125,7 +126,7 @@ public:
         });
     }
 
-    int64_t left_out() const { return left_out_; }  // by weigh, in all
+    int64_t left_out() const { return left_out_; }  // dimensions of pairs, by weigh, in all
 
     // d_z [S, D], d_mu and d_logvar [N, D], d_log_w [N]; each may be null.
     void write(T *d_z, T *d_mu, T *d_logvar, T *d_log_w) const {

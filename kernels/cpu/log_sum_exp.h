@@ -12,7 +12,7 @@ template <class T> struct LogSumExp {
     Vec<T> sum = {};    // of 2^(s - shift()), per lane
     Vec<T> carry = {};  // what sum has too much, after Kahan: chunks may be thousands
 
-    // Infinite maxima are sums' own business: 2^-inf is 0, and 2^inf infinite.
+    // An infinite maximum is not subtracted: the terms then are 2^-inf = 0 or 2^inf, which is infinite.
     T shift() const { return max - max == T(0) ? max : T(0); }
 
     // terms(k) for k in [0, n), twice: once for the maximum, and once for the exponentials, of which seen(k, 2^(s - m))

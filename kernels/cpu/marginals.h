@@ -167,7 +167,7 @@ __attribute__((noinline)) void add_densities(const T *rows, const T *planes, con
         for (int v = 0; v < V; ++v) store(squares + r * stride + v * L, square[r][v]);
 }
 
-// The same of the only dimension, rows [6] against `count` panels, for sums [6][lanes] that stay in registers.
+// As above where D is 1: rows [6] against `count` panels, with sums [6][lanes] that stay in registers.
 template <bool kDirect, bool kWeighted, class T>
 __attribute__((noinline)) void add_densities_of_one(const T *rows, const T *planes, const T *c, const T *log_w,
                                                     int64_t count, T *sums) {
@@ -191,7 +191,7 @@ __attribute__((noinline)) void add_densities_of_one(const T *rows, const T *plan
     for (int r = 0; r < R; ++r) store(sums + r * L, sum[r]);
 }
 
-// One marginal with its true maximum, which is the shift that makes its terms moderate.
+// One marginal, its terms relative to their true maximum, which is found first.
 template <bool kDirect, class T>
 LogSumExp<T> exact_marginal(const MarginalColumns<T> &columns, const Overrides<T> &overrides, int row, int64_t d, T z) {
     constexpr int L = kLanes<T>, W = kPanelWidth<T>;

@@ -82,8 +82,8 @@ public:
     const T *centre() const { return centre_; }  // [D] what is to be subtracted from z; 0 where `direct`
     const int64_t *order() const { return order_; }  // [D] the dimensions as they are packed
 
-    // Of panel p: the largest cw, and the largest cw + log2 a; infinity where they bound nothing, as a number is not
-    // finite or all weights are zero. Of all panels: the least log2 a.
+    // The bounds of panel p: its largest cw, and its largest cw + log2 a; infinity where they bound nothing, as a
+    // number is not finite or all weights are zero. And of all panels: the least log2 a.
     T reach(int64_t p) const { return reach_[p]; }
     T steep(int64_t p) const { return steep_[p]; }
     T least_a() const {

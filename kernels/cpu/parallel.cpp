@@ -88,7 +88,7 @@ private:
 
 using Parallel = void (*)(void (*)(void *), void *, unsigned threads, unsigned flags);
 
-// Who else would work, in this process.
+// The threads of this process that can help the caller.
 struct Helpers {
     std::atomic_flag taken = ATOMIC_FLAG_INIT;
     Parallel openmp = nullptr;
@@ -113,7 +113,8 @@ Helpers::Helpers() {
 void run_units(int64_t units, int threads, void (*body)(void *, int64_t, int), void *context) {
     Job job(units, body, context);
     if (threads > units) threads = int(units);
-    // Of several threads calling at once one gets the helpers; the others do not oversubscribe the machine.
+    // Where several threads call at once, one gets the helpers and the others compute alone, so that the machine is not
+    // oversubscribed.
     if (threads <= 1 || helpers.taken.test_and_set(std::memory_order_acquire)) {
         job.work();
         return;

@@ -108,7 +108,7 @@ private:
         if (live) add_terms(i, p, count, live, live_cw_, [&](int64_t k) { return place[k / W] * W + k % W; });
     }
 
-    // What the rows' sums are at the least, less the margin: infinity for rows that are not there.
+    // Lower bounds of the rows' sums, less the margin; infinity for rows that are not there.
     void find_floors(int64_t i, T *floors) {
         if (likely_[i] != likely_[i]) {
             likely_terms(panels_, weights_, first_ + i, S_, packed_ + i * D_, squares_, likely_ + i);

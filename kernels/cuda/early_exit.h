@@ -11,10 +11,10 @@
 
 namespace fastvae::FASTVAE_ISA {
 
-// All columns together may be left out where they come to no more than e^-18 (float) or e^-40 (double) of a sum.
+// Columns may be left out that together come to no more than e^-18 (float) or e^-40 (double) of a sum.
 template <class T> constexpr double kExitMargin = (sizeof(T) == 4 ? 18 : 40) * kLog2e;
 
-// 2^-Q max(1, Q) <= 2^(kSteep - 15 Q / 16): what the pull of a pair, with t or t^2, can be more than its share.
+// 2^-Q max(1, Q) <= 2^(kSteep - 15 Q / 16): by how much a pair's gradient, with t or t^2, can exceed its share.
 constexpr double kSteep = 3.1;
 
 template <class T> FASTVAE_DEVICE bool is_finite(T x) { return abs_(x) < infinity<T>(); }
@@ -62,7 +62,7 @@ template <class T> __global__ void likely_terms(Packed<T> p) {
     p.exit.likely[i] = is_finite(term) ? term : -largest<T>();
 }
 
-// What bounds a backward, once the rows' sums are known: floors of row i, of sum `total` and upstream gradient g.
+// The bounds of a backward, once the rows' sums are known: floors of row i, of sum `total` and upstream gradient g.
 template <class T> FASTVAE_DEVICE void set_floors(const Packed<T> &p, int64_t i, const LogSum &total, T g) {
     const double sum = total.shift + log2(total.sum), pull = log2(fabs(double(g)));
     p.exit.row_floor[i] = is_finite(sum) ? T(sum - (kExitMargin<T> + log2(double(p.N)))) : -largest<T>();
@@ -102,9 +102,9 @@ template <class T> __global__ void set_reaches(Packed<T> p) {
     p.exit.column_reach[panel] = is_finite(p.exit.reach[panel]) ? reach : infinity<T>();
 }
 
-// Whether looking pays, by counting what it saved and cost, in chunks of a tile / 16: always while it does, and now and
-// then to see if it does again. In the block's shared memory, where its first thread counts: a barrier is needed between
-// start() or add() and look(), and the other way round.
+// Decides whether looking pays, by counting what it saved and cost, in chunks of a tile / 16: always while it does, and
+// now and then to see if it does again. In the block's shared memory, where its first thread counts: a barrier is
+// needed between start() or add() and look(), and the other way round.
 class Balance {
 public:
     FASTVAE_DEVICE void start() {

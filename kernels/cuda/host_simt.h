@@ -46,8 +46,8 @@ constexpr size_t kStack = 128 << 10;
     std::abort();
 }
 
-// Where a fiber stands while another runs: what swapcontext() does, on x86-64 without its system calls, which are most
-// of the time that a shuffle takes.
+// The saved state of a fiber while another runs. On x86-64 this does what swapcontext() does without its system calls,
+// which would be most of the time that a shuffle takes.
 #ifdef __x86_64__
 struct Context {
     void *top = nullptr;  // of its stack, where its registers and its return address are
@@ -141,7 +141,7 @@ inline void switch_to(int t) {
     arrived(fake, false);
 }
 
-// Lets those go on for whom all are there that they wait for; whether there were any.
+// Lets those threads go on for which what they wait for has come; returns whether there were any.
 inline bool release() {
     bool any = false;
     auto &fibers = block.fibers;
@@ -245,7 +245,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, Arguments... 
 #define __syncwarp() simt::wait(simt::Fiber::kInWarp, __LINE__)
 #define __shfl_xor_sync(mask, x, offset) simt::shuffle_xor(x, offset, __LINE__)
 
-// Of CUDA's own functions, those that the host's <cmath> does not have
+// The functions of CUDA that the host's <cmath> does not have
 inline void sincospif(float x, float *sine, float *cosine) {
     *sine = float(std::sin(M_PI * double(x)));
     *cosine = float(std::cos(M_PI * double(x)));

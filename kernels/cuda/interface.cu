@@ -1,4 +1,4 @@
-// What of the C interface belongs to no single op.
+// The functions of the C interface that belong to no single op.
 
 #include "ops.h"
 

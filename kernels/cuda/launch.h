@@ -44,7 +44,7 @@ private:
 };
 #endif
 
-// Of a grid in x and in y, as far as a GPU goes
+// The largest grid of a GPU, in x and in y
 constexpr int64_t kMostBlocks = 0x7fffffff, kMostLayers = 0xffff;
 constexpr int kGridTooLarge = FASTVAE_CUDA_ERROR + 9;  // cudaErrorInvalidConfiguration, as a GPU says too
 

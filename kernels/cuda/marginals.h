@@ -1,11 +1,11 @@
 // The sums of marginals over columns: a block takes a panel of samples in one dimension and walks over columns. Bound
 // by exponentials, so that operands come straight from the cache.
 //
-// No running maximum: everything is relative to the term nearest 0 of those that columns can have at most in that
-// dimension, known before (marginal_base). So no column loses digits to another, however much larger, and terms are
-// moderate. A sum that comes out so small that lost terms could matter (its sample 10 sigma away from every column), or
-// that is not finite, is taken again by its block, with its own maximum; in a dimension where terms may be too large for
-// exp2_by_polynomial (marginal_known) all are taken so.
+// There is no running maximum. Terms are relative to a base that is known before (marginal_base): of the largest terms
+// that the columns can have in that dimension, the one nearest 0. So no column loses digits to another, however much
+// larger, and terms are moderate. A sum that comes out so small that lost terms could matter (its sample 10 sigma away
+// from every column), or that is not finite, is taken again by its block, with its own maximum; in a dimension where
+// terms may be too large for exp2_by_polynomial (marginal_known) all are taken so.
 #pragma once
 
 #include "exponentials.h"
@@ -13,8 +13,9 @@
 
 namespace fastvae::FASTVAE_ISA {
 
-// Of 64 pairs, so many have their exponential from a polynomial of ten instructions, where the others wait for the
-// special-function unit, which takes the time of eight. What else a pair takes, with kPull or without, decides.
+// How many of 64 pairs have their exponential from a polynomial of ten instructions, while the others' come from the
+// special-function unit, which takes the time of eight instructions. The best number depends on what else a pair takes,
+// with kPull or without.
 template <class T, bool kPull> constexpr int kByPolynomial = sizeof(T) == 8 ? 0 : kPull ? 4 : 11;
 template <class T, bool kPull> FASTVAE_DEVICE T exp2_of_pair(int pair, T s) {
     constexpr int n = kByPolynomial<T, kPull>;

@@ -1,4 +1,4 @@
-// What the files of single ops give to interface.cu.
+// What interface.cu needs of each op's file.
 #pragma once
 
 #include "launch.h"

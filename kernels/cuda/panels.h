@@ -28,7 +28,7 @@ constexpr double kMaxOffset = 128, kModerate = 0x1p30;  // a, and z - centre wit
 template <class T> constexpr double kKappa = sizeof(T) == 4 ? 0.84932180028801904272 : 1;  // sqrt(log2(e) / 2)
 template <class T> constexpr T kInvKappa2 = T(sizeof(T) == 4 ? 1.38629436111989061883 : 1);  // 2 ln 2
 
-// What tells which tiles can stop early (early_exit.h); all null where none may.
+// The arrays that say which tiles can stop early (early_exit.h); all null where none may.
 template <class T> struct Exit {
     T *spread;                       // [D] how much a dimension tells columns apart
     int *order;                      // [D] the dimensions as they are packed

@@ -1,4 +1,4 @@
-// What is PTX, and what stands for it on the host. Everything else in this directory is plain CUDA C++.
+// All that is written in PTX, and what stands for it on the host. Everything else in this directory is plain CUDA C++.
 #pragma once
 
 #ifdef FASTVAE_HOST_SIMT
@@ -28,8 +28,8 @@ template <class T> FASTVAE_DEVICE T &shared_memory() {
 #endif
 }
 
-// What has been made of x, addresses above all, is made again where it is needed next: it does not take up registers in
-// between, where tiles need them.
+// Hides the value of x from the compiler, so that what it has computed from x, addresses above all, is computed again
+// where it is needed next: kept in between, it would take registers that tiles need.
 FASTVAE_DEVICE void forget([[maybe_unused]] int &x) {
 #ifndef FASTVAE_HOST_SIMT
     asm volatile("" : "+r"(x));
@@ -60,7 +60,7 @@ FASTVAE_DEVICE float max_or_nan(float a, float b) {
 #endif
 }
 
-// In one access, where the compiler may take several
+// Stores 16 bytes in one access, which the compiler might make several.
 template <class Vector> FASTVAE_DEVICE void store_16_bytes(void *to, const Vector &vector) {
     static_assert(sizeof vector == 16);
 #ifdef FASTVAE_HOST_SIMT
@@ -88,10 +88,10 @@ template <int kGroups> struct Turns {
 
 #if FASTVAE_CUDA_BULK && (defined(FASTVAE_HOST_SIMT) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900))
 
-// By one thread, in bulk. Each place has an mbarrier, whose phase ends with the one arrival that commit() makes and the
-// bytes that fetch() announced. A thread may run ahead of the one that commits, but not by a barrier of the block, and
-// between two of these are at most kGroups commits: so that none asks for a phase before the last one has ended in its
-// place, where its parity would say that it is over.
+// Copies in bulk, by one thread. Each place has an mbarrier, whose phase ends with the one arrival that commit() makes
+// and the bytes that fetch() announced. A thread may run ahead of the one that commits, but not by a barrier of the
+// block, and between two of these are at most kGroups commits: so that none asks for a phase before the last one has
+// ended in its place, where its parity would say that it is over.
 template <int kGroups> class AsyncCopies {
 public:
     struct Shared {
@@ -168,7 +168,7 @@ private:
 
 #else
 
-// By each thread, 16 bytes at a time
+// Copies by each thread, 16 bytes at a time
 template <int kGroups> class AsyncCopies {
 public:
     struct Shared {};

@@ -1,9 +1,10 @@
-// What weights r_ij on the pairs' log-densities pull on z, mu and logvar. With t and a in units of kappa (panels.h):
+// The gradients of z, mu and logvar from weights r_ij on the log-densities of the pairs. With t and a in units of kappa
+// (panels.h):
 //     d z_id      = -sum_j r_ij t a / kappa^2
 //     d mu_jd     =  sum_i r_ij t a / kappa^2
 //     d logvar_jd = (sum_i r_ij t^2 / kappa^2 - sum_i r_ij) / 2
-// Where a number is extreme, t^2 may overflow in a sum that is none of the broadcast formula's, which multiplies the sum
-// of r (z - mu)^2 by 1 / sigma^2. What is far therefore sums e = t / up, up = max(a, 1), and multiplies sums by up.
+// Where a number is extreme, the sum of r t^2 may overflow although the broadcast formula does not: it multiplies the
+// sum of r (z - mu)^2 by 1 / sigma^2. What is far therefore sums e = t / up, up = max(a, 1), and multiplies sums by up.
 // One kernel for samples, one for columns: a block owns a panel of these and walks over a range of the others. A tile's
 // r stay in registers while d runs; what they sum up to goes to the block's own part of the memory, which a last kernel
 // adds up. A tile whose r are all 0 ends there: far posteriors cost no more than their densities.
@@ -92,7 +93,7 @@ template <bool kFar, class T> struct Scaled {
     }
 };
 
-// What blocks leave: parts of the sums over what passes by, [parts][panels][D][kPanel] each.
+// The sums that blocks leave in memory, parts of those over all that passes by; [parts][panels][D][kPanel] each.
 template <class T> struct RowParts {
     T *ta;  // r t a
     int64_t count;

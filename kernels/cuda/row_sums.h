@@ -12,7 +12,7 @@ template <class T> struct RowSum {
     T m = -largest<T>(), sum = 0;  // 2^m sum
     T carry = 0;                   // what sum has too much, after Kahan: tiles may be thousands
 
-    // Of numbers 2^(s - m)
+    // Adds numbers 2^(s - m).
     template <int n> FASTVAE_DEVICE void add(const T (&p)[n]) {
         T part = p[0];
         FASTVAE_UNROLL
@@ -38,7 +38,7 @@ template <class T> struct RowSum {
         }
         return add(part, top);
     }
-    // Of numbers 2^(s - top), which m is then, no less than before
+    // Adds numbers 2^(s - top); m becomes top, which is no less than m.
     FASTVAE_DEVICE T add(T part, T top) {
         const T rescale = exp2_(m - top), old = sum * rescale, term = fma_(-carry, rescale, part);
         sum = old + term;
@@ -46,7 +46,7 @@ template <class T> struct RowSum {
         m = top;
         return rescale;
     }
-    // With those of 16 neighbouring lanes; `extra` is a sum that goes along.
+    // Adds up with 16 neighbouring lanes; `extra` is a sum that is added up along with it.
     FASTVAE_DEVICE void across_lanes(T &extra) {
         const T mine = m;
         FASTVAE_UNROLL

@@ -21,7 +21,7 @@ template <class T> struct Stages {
     alignas(16) T tops[kPanel<T>];  // of rows, what their sums are relative to
 };
 
-// Which of a panel's samples or columns a thread has, by its lane: pieces of 16 bytes, so that 16 lanes read from
+// The samples or columns of a panel that a thread has, by its lane: pieces of 16 bytes, so that 16 lanes read from
 // different banks.
 template <class T> constexpr int kPiece = 16 / int(sizeof(T));
 template <class T> FASTVAE_DEVICE int place(int lane, int r) {
@@ -42,8 +42,8 @@ template <class T> FASTVAE_DEVICE void load_side(const T *panel, int lane, T (&x
 
 template <class T> using Pairs = T[kSide<T>][kSide<T>];  // [samples][columns]
 
-// Which pairs the thread has. Those who own samples sum over columns, which are then in neighbouring lanes; and the
-// other way round.
+// The pairs that a thread has. Blocks that own samples sum over columns, which are then in neighbouring lanes; blocks
+// that own columns the other way round.
 template <bool kOwnsRows> struct Lanes {
     int row = int(threadIdx.x) / kLanes, column = int(threadIdx.x) % kLanes;
     FASTVAE_DEVICE Lanes() {
@@ -61,7 +61,7 @@ template <class T> FASTVAE_DEVICE T minus_squares(T c, T squares) {
     return sizeof(T) == 4 ? c - squares : fma_(squares, T(-0.5 * kLog2e), c);
 }
 
-// At least so many blocks of a kernel on tiles are to fit on a multiprocessor, as far as its registers allow.
+// The least number of blocks of a tile kernel that fit on a multiprocessor, for which the compiler limits registers.
 template <class T, bool kFold = false> constexpr int kBlocks = kFold || sizeof(T) == 8 ? 1 : 2;
 
 // Walks over the dimensions of tiles, chunk by chunk. All threads of the block take part.
@@ -88,8 +88,8 @@ public:
     template <class F> FASTVAE_DEVICE void run(const F &f) {
         run<false>(false, [&](const Stage<T> &stage, int chunk, int n, bool) { return f(stage, chunk, n), false; });
     }
-    // The same with f(stage, chunk, dimensions, look). Where it `may_stop` it ends before its last chunk once f, asked to
-    // `look`, gives true in all threads. Whether it did.
+    // One tile that may stop early, with f(stage, chunk, dimensions, look): where `may_stop`, it ends before its last
+    // chunk once f, called with `look`, gives true in all threads. Returns whether it did.
     template <bool kEarly, class F> FASTVAE_DEVICE bool run(bool may_stop, const F &f) {
         bool far = false;
         for (int chunk = 0; chunk < p_.chunks; ++chunk) {
@@ -247,7 +247,7 @@ template <class T> FASTVAE_DEVICE bool meets_own(const Packed<T> &p, int64_t row
     return OwnPanels<T>(p, row_panel).has(int(column_panel));
 }
 
-// Whether bounds say something of a tile: not where a pair's weight may be another than the column's.
+// Whether the bounds hold for a tile: not where a pair's weight may be another than the column's.
 template <class T> FASTVAE_DEVICE bool may_stop(const Packed<T> &p, int64_t row_panel, int64_t column_panel) {
     return p.early && !(p.weights.any_overrides() && meets_own(p, row_panel, column_panel));
 }
@@ -301,8 +301,8 @@ FASTVAE_DEVICE void to_terms(const Packed<T> &p, int64_t row_panel, int64_t colu
     }
 }
 
-// What `f` makes, two by two, of 16 neighbouring lanes' n numbers each: lane l gets that of number l * n / 16, always in
-// the same order. Lanes halve what they still have to add up.
+// Reduces, by f and always in the same order, n numbers of each of 16 neighbouring lanes over these lanes: lane l gets
+// the result of number l * n / 16. In each step a lane gives away half of the numbers that it still has.
 template <class T, class F> FASTVAE_DEVICE T over_lanes(T (&v)[1], const F &f, int offset = kLanes / 2) {
     T all = v[0];
     for (; offset; offset /= 2) all = f(all, __shfl_xor_sync(~0u, all, offset));
@@ -324,7 +324,7 @@ template <class T, int n> FASTVAE_DEVICE T sum_over_lanes(T (&v)[n]) {
 template <class T, int n> FASTVAE_DEVICE T max_over_lanes(T (&v)[n]) {
     return over_lanes(v, [](T a, T b) { return max_(a, b); });
 }
-// Which number this lane gets, and whether it is the one to write it down
+// The number whose result this lane gets, and whether it is the lane that writes it
 template <class T> FASTVAE_DEVICE int summed_number() { return int(threadIdx.x) % kLanes / (kLanes / kSide<T>); }
 template <class T> FASTVAE_DEVICE bool writes_sum() { return threadIdx.x % (kLanes / kSide<T>) == 0; }
 

@@ -1,6 +1,7 @@
-// Numbers that are next to each other in a row, which a thread reads and writes at once: 16 bytes in an access where
-// everything that a kernel touches allows for it (kWide, which the host finds out before the launch), else one by one.
-// Which numbers a thread has does not depend on it, nor does any bit of a result.
+// Vectors of 16 bytes of numbers that are next to each other in a row, which a thread reads and writes in one access.
+// That needs rows that begin at multiples of 16 bytes in everything that a kernel touches (kWide, which the host finds
+// out before the launch); elsewhere a thread takes the same numbers one by one, so that no bit of a result depends on
+// it.
 #pragma once
 
 #include "numbers.h"
@@ -49,7 +50,7 @@ FASTVAE_DEVICE void store(Out *to, int there, const Accumulator<Out> (&from)[n])
     }
 }
 
-// Of `n` numbers from d on, how many a row of D has: with kWide all or none
+// How many of the n numbers from d on a row of D numbers has; with kWide all or none
 template <bool kWide, int n> FASTVAE_DEVICE int there_are(int64_t d, int64_t D) {
     return d >= D ? 0 : kWide || D - d >= n ? n : int(D - d);
 }
