@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 import triton
@@ -54,7 +54,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     key = (triton.runtime.driver.active.get_current_device(), *kinds, *constants.items())
     if found := binaries.get(key):
         binary, last = found
-        binary[(*grid, 1, 1)](*arguments, *last)
+        grid = (*grid, 1, 1)
+        binary[grid](*arguments, *last)
         return
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -127,6 +128,10 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if accumulation_dtype(dtype) == torch.float64 else tl.float32
 
 
+@overload
+def rows(x: Tensor, n_rows: int) -> tuple[Tensor, int]: ...
+@overload
+def rows(x: Tensor | None, n_rows: int) -> tuple[Tensor | None, int]: ...
 def rows(x: Tensor | None, n_rows: int) -> tuple[Tensor | None, int]:
     """x [n_rows, D], or [1, D] that serves all rows, with contiguous rows; and its row stride, 0 for the latter."""
     if x is None:

@@ -205,7 +205,9 @@ def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor |
     launch(
         *(_combine_rows_backward, (cdiv(S, 32),), ms, totals, parts, d_joint, d_joint.stride(0), packed.order),
         *(m, factors, d_z, S, D, g.splits),
-        **{"BLOCK": 32, "DK": 32, "num_warps": 4},
+        BLOCK=32,
+        DK=32,
+        num_warps=4,
     )
     return m, factors
 

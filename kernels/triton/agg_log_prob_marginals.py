@@ -183,7 +183,8 @@ def agg_log_prob_marginals_backward(
         for x, want in zip((z, mu, logvar, log_w), wanted, strict=True)
     ]
     d_z, d_mu, d_logvar, d_log_w = gradients
-    joint_d_z, joint_shares = None, ()
+    joint_d_z: Tensor | None = None
+    joint_shares: tuple[Tensor, Tensor] | None = None
     if d_joint is not None:
         if d_z is not None:
             joint_d_z = d_z if d_z.dtype == packed.dtype else new(packed, S, D)
@@ -192,11 +193,11 @@ def agg_log_prob_marginals_backward(
     if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
         kind = kind_of(packed, reduce=True)
         g, each = (choose(N, S, D, packed.dtype, z.device, kind) for choose in (grid, grid_per_dimension))
-        n = g.splits if joint_shares else 0
+        n = 0 if joint_shares is None else g.splits
         sums = None if d_mu is None and d_logvar is None else new(packed, n + each.splits, 2, N, D)
         total_shares = new(packed, n, N)
         common = None if d_log_w is None else new(packed, n + each.splits * D, N)
-        if joint_shares:
+        if joint_shares is not None:
             pull_on_columns(packed, g, *joint_shares, sums, total_shares, common)
         OWN, NEXT = packed.overridden
         launch(

@@ -160,6 +160,7 @@ def marginal_shares_of_rows(
     launch(
         *(_combine_rows_backward, (cdiv(S * D, 128),), ms, totals, pulls, d_marginals, *d_marginals.stride()),
         *(m, factors, joint_d_z, d_z, S, D, each.splits),
-        **{"BLOCK": 128, "num_warps": 4},
+        BLOCK=128,
+        num_warps=4,
     )
     return m, factors

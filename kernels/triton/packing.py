@@ -271,6 +271,8 @@ def pack(
         log_w_all = -math.log(N) if N else -math.inf
     log_w_own, log_w_next = (math.nan if w is None or own is None else w * LOG2E.value for w in overrides)
     overridden = not (math.isnan(log_w_own) and math.isnan(log_w_next))
+    n_owns = row_panels * PANEL.value, row_panels, row_panels
+    packed_own, own_low, own_high = (empty(n, dtype=torch.int64) if overridden else None for n in n_owns)
     planes = empty(column_panels, D, PANEL.value, 2)
     packed = Packed(
         S,
@@ -283,7 +285,9 @@ def pack(
         empty(column_panels * PANEL.value),
         empty(column_panels, D, PANEL.value) if marginals else None,
         empty(column_panels * PANEL.value) if overridden else None,
-        *(empty(n, dtype=torch.int64) if overridden else None for n in (row_panels * PANEL.value, *(row_panels,) * 2)),
+        packed_own,
+        own_low,
+        own_high,
         order,
         log_w_own,
         log_w_next,
