@@ -1,10 +1,10 @@
-// The table of this instruction set's kernels.
+// The functions of this instruction set, for float and for double.
 
 #include "kernels.h"
 
 namespace fastvae::FASTVAE_ISA {
 
-template <class T> constexpr fastvae_kernels table() {
+template <class T> constexpr fastvae_kernels kernel_table() {
     return {
         .kl_gauss = kl_gauss<T>,
         .kl_gauss_backward = kl_gauss_backward<T>,
@@ -20,7 +20,7 @@ template <class T> constexpr fastvae_kernels table() {
 }
 
 extern const fastvae_kernels kernels_f32, kernels_f64;
-const fastvae_kernels kernels_f32 = table<float>();
-const fastvae_kernels kernels_f64 = table<double>();
+const fastvae_kernels kernels_f32 = kernel_table<float>();
+const fastvae_kernels kernels_f64 = kernel_table<double>();
 
 }  // namespace fastvae::FASTVAE_ISA
