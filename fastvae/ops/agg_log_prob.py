@@ -35,7 +35,7 @@ _agg_log_prob_backward = declare_backward(
 
 @agg_log_prob_op.differentiate
 class AggLogProb(Function):
-    """z [S, D], mu and logvar [N, D], then the fields of LogWeights; to [S]."""
+    """The autograd Function from z [S, D], mu and logvar [N, D], and the fields of LogWeights to [S]."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -48,7 +48,7 @@ class AggLogProb(Function):
 
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeights | None = None) -> Tensor:
-    """log sum_j w_ij q(z_i | x_j) in nats: the aggregate posterior's log-density, without the [S, N] matrix.
+    """The aggregate posterior's log-density log sum_j w_ij q(z_i | x_j), in nats, without the [S, N] matrix.
 
     Args:
         z: samples `[S, D]`; `[L, B, D]` holds L samples per posterior and is flattened to S = L·B. Where z and
@@ -78,8 +78,8 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeight
 
 
 def mixture_sums(z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What EM needs of points z `[S, D]` and N components, without autograd: log p(z_i) `[S]`, and the gradients of
-    its sum with respect to log_w `[N]`, mu and logvar `[N, D]`. All of one dtype, that of the results."""
+    """The sums of EM over points z `[S, D]`, for N components and without autograd: log p(z_i) `[S]`, and the gradients
+    of sum_i log p(z_i) with respect to log_w `[N]`, mu and logvar `[N, D]`. All inputs are of the results' dtype."""
     upstream, weights = z.new_ones(z.shape[0]), (log_w, None, None, None, None)
     wanted = [False, True, True, True]
     joint, d_mu, d_logvar, d_log_w = _agg_log_prob_backward(upstream, None, z, mu, logvar, *weights, wanted)

@@ -3,7 +3,7 @@
     log q(z_i)    = log sum_j w_ij prod_d q(z_id | x_j)
     log q_d(z_id) = log sum_j w_ij q(z_id | x_j)
 
-The public function is in `fastvae.aggregate.marginals`, which tabulates the latter where that is cheaper.
+The public function is in `fastvae.aggregate.marginals`, which tabulates log q_d where that is cheaper.
 """
 
 from typing import Any
@@ -36,7 +36,8 @@ _agg_log_prob_marginals_backward = declare_backward(
 
 @agg_log_prob_marginals_op.differentiate
 class AggLogProbMarginals(Function):
-    """z [S, D], mu and logvar [N, D], then the fields of LogWeights; to the joint [S] and marginals [S, D]."""
+    """The autograd Function from z [S, D], mu and logvar [N, D], and the fields of LogWeights to the joint [S] and the
+    marginals [S, D]."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

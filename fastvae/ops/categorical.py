@@ -1,10 +1,9 @@
-"""Information, in nats: of categorical distributions (Basics VAE, section 4), and the bounds of a VAE's I(x; z).
+"""Entropy, cross entropy and KL divergence of categorical distributions, in nats (Basics VAE, section 4).
 
     H(p) = −sum_c p_c log p_c,    H(p, q) = −sum_c p_c log q_c,    KL(p ‖ q) = sum_c p_c log p_c / q_c = H(p, q) − H(p)
 
-A category that p gives no probability adds nothing, whatever q gives it, and no NaN to a gradient; one that q gives
-none and p does makes H(p, q) and KL(p ‖ q) infinite. Values are not looked at: that p and q are probabilities which
-add up to 1 is the caller's word.
+Where p_c = 0, category c adds nothing, whatever q_c is, and its gradient is not NaN; where q_c = 0 and p_c > 0, H(p, q)
+and KL(p ‖ q) are infinite. Values are not checked: p and q have to be probabilities that add up to 1.
 """
 
 import torch
@@ -15,7 +14,7 @@ from .checks import accumulated, check_axis, check_device, check_tensor
 
 
 def entropy(p: Tensor, dim: int = -1) -> Tensor:
-    """H(p) = −sum p log p, in nats: from 0 to the log of the number of categories.
+    """The entropy H(p) = −sum p log p, in nats: from 0 to the log of the number of categories.
 
     Args:
         p: probabilities, adding up to 1 along `dim`; float64, float32, bfloat16 or float16.
@@ -40,15 +39,15 @@ def entropy(p: Tensor, dim: int = -1) -> Tensor:
 
 
 def cross_entropy(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
-    """H(p, q) = −sum p log q, in nats: the mean length of a code for q when p is true; at least H(p).
+    """The cross entropy H(p, q) = −sum p log q, in nats: the mean length of a code for q when p is true; at least H(p).
 
     Args:
         p, q: probabilities, adding up to 1 along `dim`; their shapes broadcast.
         dim: the axis of the categories.
 
     Returns:
-        The broadcast shape without that axis, in float32 (float64 for float64 inputs); inf where q gives a category
-        no probability and p does.
+        The broadcast shape without that axis, in float32 (float64 for float64 inputs); inf where a category
+        has no probability under q and some under p.
 
     Raises:
         TypeError: an input is not a floating-point tensor, or `dim` not an integer.
@@ -64,15 +63,15 @@ def cross_entropy(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
 
 
 def kl_discrete(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
-    """KL(p ‖ q) = sum p log p/q, in nats: what a code for q costs more than one for p; 0 only where they are the same.
+    """KL(p ‖ q) = sum p log p/q, in nats: the extra length of a code for q when p is true; 0 only where p = q.
 
     Args:
         p, q: probabilities, adding up to 1 along `dim`; their shapes broadcast.
         dim: the axis of the categories.
 
     Returns:
-        The broadcast shape without that axis, in float32 (float64 for float64 inputs); inf where q gives a category
-        no probability and p does.
+        The broadcast shape without that axis, in float32 (float64 for float64 inputs); inf where a category
+        has no probability under q and some under p.
 
     Raises:
         TypeError, ValueError: as in `cross_entropy`.
@@ -87,12 +86,12 @@ def kl_discrete(p: Tensor, q: Tensor, dim: int = -1) -> Tensor:
 
 
 def _log(x: Tensor, unused: Tensor) -> Tensor:
-    """log x, with 0 where it will be multiplied by 0: a where on the way in keeps the gradient finite there too."""
+    """log x, but 0 where `unused`; masking the input, not the result, keeps the gradient finite there too."""
     return x.masked_fill(unused, 1.0).log()
 
 
 def _checked(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """p and q of one shape, in the dtype of sums."""
+    """Check p and q; return them in one shape, in the accumulation dtype."""
     for name, x in (("p", p), ("q", q)):
         check_tensor(name, x)
         check_device(name, x, "p", p)

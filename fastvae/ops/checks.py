@@ -1,4 +1,4 @@
-"""Arguments: checks, each raising an error that names the argument, what came and what was expected, and common
+"""Checks of arguments, whose errors name the argument, what was expected and what came; and conversions to common
 dtypes and shapes."""
 
 import math
@@ -17,7 +17,7 @@ MOST_SAMPLES = 2**40  # more than fit into any memory, few enough for their byte
 
 
 def check_tensor(name: str, x: Any, *, min_ndim: int = 1) -> None:
-    """A dense floating-point tensor of at least `min_ndim` axes."""
+    """Check for a dense floating-point tensor of at least `min_ndim` axes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     check_dense(name, x)
@@ -28,7 +28,7 @@ def check_tensor(name: str, x: Any, *, min_ndim: int = 1) -> None:
 
 
 def check_indices(name: str, x: Any) -> None:
-    """A dense int64 tensor."""
+    """Check for a dense int64 tensor."""
     if not isinstance(x, Tensor) or x.dtype != torch.int64:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: expected an int64 tensor, got {got}")
@@ -42,7 +42,7 @@ def check_dense(name: str, x: Tensor) -> None:
 
 
 def check_values(name: str, x: Tensor) -> None:
-    """There are some to look at."""
+    """Check that the tensor has values: one on the meta device has none."""
     if x.is_meta:
         raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
 
@@ -58,7 +58,7 @@ def check_same_shape(name: str, x: Tensor, like_name: str, like: Tensor) -> None
 
 
 def check_posterior(mu: Any, logvar: Any, *, min_ndim: int = 1) -> None:
-    """mu and logvar: floating-point tensors of one shape on one device."""
+    """Check that mu and logvar are floating-point tensors of one shape on one device."""
     check_tensor("mu", mu, min_ndim=min_ndim)
     check_tensor("logvar", logvar, min_ndim=min_ndim)
     check_same_shape("logvar", logvar, "mu", mu)
@@ -71,14 +71,14 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """True or False."""
+    """Check for True or False, and return it as a Python bool."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected True or False, got {_shown(value)}")
     return bool(value)
 
 
 def check_axis(dim: int, x: Tensor) -> int:
-    """The number of an axis that x has."""
+    """Check that x has an axis `dim`, and return its number as a Python int."""
     if isinstance(dim, bool) or not isinstance(dim, numbers.Integral):
         raise TypeError(f"dim: expected an integer, got {type(dim).__name__}")
     if not -x.ndim <= dim < x.ndim:
@@ -86,12 +86,12 @@ def check_axis(dim: int, x: Tensor) -> int:
     return int(dim)
 
 
-# What comes back from these is what is to be used: numbers of NumPy, fractions and tensors have an arithmetic of their
-# own, which overflows, is in another dtype, or is not known to what comes after.
+# Callers use what these checks return, not the argument: numbers of NumPy, fractions and tensors have an arithmetic of
+# their own, which may overflow, change dtypes, or be unknown to later code.
 
 
 def check_count(name: str, value: Any, *, least: int = 0, most: int = 2**63 - 1) -> int:
-    """An integer from `least` to `most`, as a Python int; a symbolic one of the compiler stays symbolic."""
+    """Check for an integer from `least` to `most`; return a Python int, or the compiler's symbolic one as it is."""
     if isinstance(value, torch.SymInt):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -107,7 +107,7 @@ def check_count(name: str, value: Any, *, least: int = 0, most: int = 2**63 - 1)
 
 
 def check_seed(name: str, value: Any) -> int:
-    """What torch.Generator.manual_seed takes, as a Python int."""
+    """Check for a seed that torch.Generator.manual_seed takes, and return it as a Python int."""
     return check_count(name, value, least=-(2**63), most=2**64 - 1)
 
 
@@ -120,7 +120,7 @@ def check_number(
     most: float = math.inf,
     finite: bool = False,
 ) -> float:
-    """A number that is not NaN, as a Python float, from `least` to `most`, and larger than `above`."""
+    """Check for a number, not NaN, from `least` to `most` and larger than `above`; return a Python float."""
     if type(value) is float or isinstance(value, (torch.SymFloat, torch.SymInt)):
         number: Any = value
     else:
@@ -132,7 +132,7 @@ def check_number(
             number = float(value)
         except OverflowError:
             raise ValueError(f"{name}: expected a number that a float can hold, got {_shown(value)}") from None
-    # Without a bound there is no comparison, as the compiler makes a guard of each.
+    # Where there is no bound nothing is compared, as the compiler makes a guard of each comparison.
     inside = number == number and (least == -math.inf or number >= least) and (most == math.inf or number <= most)
     if inside and (above == -math.inf or number > above) and not (finite and abs(number) > sys.float_info.max):
         return number
@@ -146,7 +146,7 @@ def check_number(
 
 
 def _shown(value: Any) -> str:
-    """For a message: short, and without the exception that Python raises where an integer has too many digits."""
+    """A short repr for a message; of a huge integer only the size, as Python refuses to print too many digits."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
@@ -154,7 +154,7 @@ def _shown(value: Any) -> str:
 
 
 def promote(*tensors: Tensor | None) -> list[Tensor | None]:
-    """All in the widest of their dtypes."""
+    """Convert all tensors to the widest of their dtypes."""
     dtypes = {x.dtype for x in tensors if x is not None}
     if len(dtypes) == 1:
         return list(tensors)
@@ -165,13 +165,13 @@ def promote(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All in the dtype that sums of them are done in, once: what is rounded before it is promoted stays rounded, and a
-    gradient that comes back in parts is rounded for each."""
+    """Convert all tensors to their common accumulation dtype. This is done once and early, as what is rounded before it
+    is promoted stays rounded, and a gradient that comes back in parts is rounded once for each part."""
     return tuple(x.to(accumulation_dtype(x.dtype)) for x in promote(*tensors) if x is not None)
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., D] as [B, D]; a vector is one row."""
+    """Reshape [..., D] to [B, D]; a vector becomes one row."""
     if x.ndim == 2:
         return x
     return x[None] if x.ndim == 1 else x.flatten(0, -2)

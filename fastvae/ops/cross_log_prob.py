@@ -1,4 +1,4 @@
-"""log q(z_i | x_j) of samples under posteriors, one by one or each under all.
+"""Log-densities of samples under posteriors: pair by pair, or each sample under all posteriors.
 
 log q(z_i | x_j) = −½ sum_d [ log 2 pi + logvar_jd + (z_id − mu_jd)² / sigma_jd² ]
 """
@@ -25,7 +25,7 @@ _cross_log_prob_backward = declare_backward(
 
 @_cross_log_prob.differentiate
 class CrossLogProb(Function):
-    """z [S, D], mu and logvar [N, D] to [S, N]."""
+    """The autograd Function from z [S, D], mu and logvar [N, D] to [S, N]."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -38,7 +38,7 @@ class CrossLogProb(Function):
 
 
 def log_prob_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """log N(z; mu, diag exp(logvar)) in nats, summed over D; plain broadcasting.
+    """The log-density log N(z; mu, diag exp(logvar)) in nats, summed over D, by plain broadcasting.
 
     Args:
         z: points `[..., D]`; float64, float32, bfloat16 or float16.
@@ -64,7 +64,7 @@ def log_prob_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
         shapes = ", ".join(str(tuple(x.shape)) for x in (z, mu, logvar))
         raise ValueError(f"z, mu, logvar: expected shapes that broadcast, got {shapes}") from None
     z, mu, logvar = accumulated(z, mu, logvar)
-    finite = torch.finfo(logvar.dtype).max  # which keeps 0 times it 0, also in gradients that are masked
+    finite = torch.finfo(logvar.dtype).max  # not inf: 0 · inf is NaN, also in masked gradients
     inv_sigma = torch.exp((-0.5 * logvar).clamp(max=(1 - 1e-7) * math.log(finite)))
     t = ((z - mu) * inv_sigma).clamp(-finite, finite)
     return -0.5 * (t * t + logvar + math.log(2 * math.pi)).sum(-1)

@@ -2,12 +2,12 @@
 
     f(x) = log sum_j w_j N(x; mu_j, sigma_j²)
 
-On an interval of the line f is taken for the polynomial sum_k c_k T_k(u), u in [-1, 1], through its values at 16
-Chebyshev points. `fastvae.aggregate.table` chooses the intervals, so that this is right to a tolerance. A sample that
-is in none of them has a point, and so a value, of its own.
+On an interval of the line f is approximated by the polynomial sum_k c_k T_k(u), u in [-1, 1], through its values at 16
+Chebyshev points. `fastvae.aggregate.table` chooses the intervals so that the error is within a tolerance. A sample that
+is in none of them is a point itself, with a value of its own.
 
-Points, values and coefficients are float64. The values are those of `agg_log_prob` in one dimension, and so are their
-gradients with respect to the columns: the interpolant is linear in its values.
+Points, values and coefficients are float64. Values, and their gradients with respect to the columns, are computed by
+`agg_log_prob` in one dimension: the interpolant is linear in its values.
 
 Source: Trefethen 2019, chapters 3 and 4.
 """
@@ -24,24 +24,24 @@ from ..backends.contract import accumulation_dtype
 from .declare import declare, declare_backward, empty_gradients, placed
 
 NODES = 16  # points of an interval
-ELEMENTS = 2**17  # of a matrix at a time, which stay in the cache
+ELEMENTS = 2**17  # elements of a matrix per block, so that it stays in the cache
 
 
 class Interpolant(NamedTuple):
-    """The marginals at the samples z `[S, D]` that it was made for, with P intervals in all dimensions together."""
+    """The tabulated marginals for given samples z `[S, D]`, with P intervals in all dimensions together."""
 
-    interval: Tensor  # [S, D] int32, the number of each sample's interval; of a sample that is a point, any
-    left: Tensor  # [P] and width [P], of the intervals
-    width: Tensor
+    interval: Tensor  # [S, D] int32, the number of each sample's interval; arbitrary for a sample that is a point
+    left: Tensor  # [P], where each interval begins
+    width: Tensor  # [P]
     coefficients: Tensor  # [16, P]
-    points: Tensor  # [n]: those of the intervals, [P, 16], and the samples that are points
+    points: Tensor  # [n]: the intervals' own, [P, 16], then the samples that are points
     dims: Tensor  # [n] int64, the dimension of each point
-    values: Tensor  # [n], f there
-    singles: Tensor  # [n − 16 P] int64, which elements of z, [S D], the samples that are points are
+    values: Tensor  # [n], f at the points
+    singles: Tensor  # [n − 16 P] int64, the samples that are points, as indices into the flat z, [S D]
 
 
 class Chunk(NamedTuple):
-    """Some columns of a weighted log-sum-exp, a dimension in each row, without gradient."""
+    """Some columns of a weighted log-sum-exp, transposed to one row per dimension, without gradient."""
 
     mu: Tensor  # [D, n], float64, or float32 where the samples are too
     logvar: Tensor  # [D, n]
@@ -49,14 +49,14 @@ class Chunk(NamedTuple):
 
 
 def transposed(mu: Tensor, logvar: Tensor, log_w: Tensor | None) -> Chunk:
-    """Columns mu and logvar `[n, D]` as a chunk."""
+    """The chunk of the columns mu and logvar `[n, D]`."""
     dtype = accumulation_dtype(mu.dtype)
     mu, logvar = (x.detach().T.to(dtype).contiguous() for x in (mu, logvar))
     return Chunk(mu, logvar, None if log_w is None else log_w.detach().double())
 
 
 def chebyshev(like: Tensor) -> tuple[Tensor, Tensor]:
-    """The points u `[16]`, and the matrix `[16, 16]` that gives coefficients from values there."""
+    """The Chebyshev points u `[16]`, and the matrix `[16, 16]` from values at these to coefficients."""
     k = torch.arange(NODES, dtype=torch.float64, device=like.device)
     angles = (k + 0.5) * (math.pi / NODES)
     matrix = torch.cos(k[:, None] * angles) * (2 / NODES)
@@ -73,7 +73,7 @@ def product(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _sorted_by_dimension(dims: Tensor, D: int) -> tuple[Tensor, list[tuple[int, slice]]]:
-    """An order that sorts points by their dimension, and the place of each dimension that occurs."""
+    """The order that sorts points by their dimension, and in it the slice of each dimension that occurs."""
     sizes = torch.bincount(dims, minlength=D)
     ends = sizes.cumsum(0).tolist()
     places = [(d, slice(end - n, end)) for d, (end, n) in enumerate(zip(ends, sizes.tolist(), strict=True)) if n]
@@ -81,7 +81,7 @@ def _sorted_by_dimension(dims: Tensor, D: int) -> tuple[Tensor, list[tuple[int, 
 
 
 def log_sums(chunks: Iterable[Chunk], log_w_all: float, x: Tensor, dims: Tensor, D: int) -> Tensor:
-    """The log-sum-exp f at points x `[n]` in float64, each of one dimension; log_w_all where a chunk has no log_w."""
+    """The log-sum-exp f at points x `[n]` of dimensions `dims`, in float64; log_w_all is for chunks without log_w."""
     order, places = _sorted_by_dimension(dims, D)
     x, total = x[order, None], torch.full_like(x, -math.inf)
     for mu, logvar, log_w in chunks:
@@ -93,17 +93,17 @@ def log_sums(chunks: Iterable[Chunk], log_w_all: float, x: Tensor, dims: Tensor,
 
 
 def blocks(z: Tensor) -> Iterator[slice]:
-    """Some rows of z `[S, D]` at a time."""
+    """Slices of the rows of z `[S, D]`, of about ELEMENTS elements each."""
     step = max(1, ELEMENTS // max(1, z.shape[1]))
     return (slice(first, first + step) for first in range(0, len(z), step))
 
 
 def _within(interpolant: Interpolant, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """The intervals of some samples, and u in them, flat."""
+    """The interval of each sample in `rows`, and its u there, both flat."""
     interval = interpolant.interval[rows].flatten()
     u = z[rows].flatten() - interpolant.left.index_select(0, interval)
     u = u.div_(interpolant.width.index_select(0, interval)).mul_(2).sub_(1)
-    return interval, u.clamp_(-1, 1)  # a sample that is a point is in no interval
+    return interval, u.clamp_(-1, 1)  # a sample that is a point may be outside
 
 
 def interpolate(interpolant: Interpolant, z: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def interpolate(interpolant: Interpolant, z: Tensor) -> Tensor:
     return result
 
 
-# Ops: z [S, D], mu and logvar [N, D], log_w [N] or None, log_w of all, the fields of an Interpolant of these.
+# Ops: z [S, D], mu and logvar [N, D], log_w [N] or None, log_w_all, the fields of their Interpolant.
 
 _TABULATED = "Tensor z, Tensor mu, Tensor logvar, Tensor? log_w, float log_w_all, Tensor[] interpolant"
 
@@ -138,7 +138,7 @@ _interpolate_backward = declare_backward(
 
 @interpolation.differentiate
 class Interpolation(Function):
-    """To [S, D] in float64."""
+    """The autograd Function from the op's arguments to the marginals [S, D] in float64."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -173,9 +173,9 @@ def _gradients(
 
 
 def _through_intervals(interpolant: Interpolant, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """d z `[S, D]` of the samples in intervals, in z's dtype, and d coefficients `[P, 16]`."""
+    """Gradients: d z `[S, D]` of the samples in intervals, in z's dtype, and d coefficients `[P, 16]`."""
     k = torch.arange(NODES, dtype=torch.float64, device=z.device)[:, None]
-    slopes = interpolant.coefficients * (2 * k / interpolant.width)  # of T_k: k U_{k − 1}
+    slopes = interpolant.coefficients * (2 * k / interpolant.width)  # T_k' = k U_{k − 1}
     d_z, d_coefficients = torch.empty_like(z, memory_format=torch.contiguous_format), torch.zeros_like(slopes)
     single = torch.zeros(z.numel(), dtype=torch.bool, device=z.device)
     single = single.index_fill_(0, interpolant.singles, True).view(z.shape)
@@ -196,7 +196,7 @@ def _through_intervals(interpolant: Interpolant, z: Tensor, grad: Tensor) -> tup
 def _through_columns(
     interpolant: Interpolant, inputs: tuple[Any, ...], log_w_all: float, d_values: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
-    """d points `[n]`, d mu and d logvar `[N, D]` in their dtypes, d log_w `[N]`; zero where not wanted."""
+    """Gradients: d points `[n]`, d mu and d logvar `[N, D]` in their dtypes, d log_w `[N]`; zero where not wanted."""
     mu, logvar, log_w = transposed(*inputs[1:4])
     order, places = _sorted_by_dimension(interpolant.dims, len(mu))
     x, d_x = interpolant.points[order, None], torch.zeros_like(interpolant.points)
@@ -207,7 +207,7 @@ def _through_columns(
         posteriors = x[part], mu[d, :, None].double(), logvar[d, :, None].double()
         weights = log_w, log_w_all, None, None, None
         gradients = torch.ops.fastvae.agg_log_prob_backward(d_values[part], values[part], *posteriors, *weights, wanted)
-        totals = d_x[part], d_mu[:, d], d_logvar[:, d], d_log_w  # all but the last are the sums of one dimension
+        totals = d_x[part], d_mu[:, d], d_logvar[:, d], d_log_w  # all but log_w's are of one dimension
         asked = (total for total, want in zip(totals, wanted, strict=True) if want)
         for total, gradient in zip(asked, gradients, strict=True):
             total += gradient.view_as(total)

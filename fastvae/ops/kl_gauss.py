@@ -36,7 +36,7 @@ def _compute(
 ) -> Tensor:
     inputs: tuple[Tensor | None, ...] = (mu, logvar, prior_mu, prior_logvar)
     if mu.shape[1] == 0 and reduction not in ("none", "sample"):
-        inputs = tuple(None if x is None else x[:1] for x in inputs)  # one row without dimensions says what all say
+        inputs = tuple(None if x is None else x[:1] for x in inputs)  # rows without dimensions are all alike
     return backend.kl_gauss(*inputs, reduction)
 
 
@@ -54,7 +54,7 @@ _kl_gauss_backward = declare_backward(
 
 @_kl_gauss.differentiate
 class KLGauss(Function):
-    """mu, logvar [B, D]; priors [1, D] or [B, D]."""
+    """The autograd Function of mu and logvar [B, D], and of the prior's, [1, D] or [B, D]."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -87,8 +87,8 @@ def kl_gauss(
             other axes, each dimension's share of the KL; `"sum"`; `"mean"`, over all elements; `"batchmean"`,
             the sum over D and the mean over all other axes: the ELBO's KL term.
         free_bits: lambda, nats per dimension (Kingma et al. 2016): a dimension whose batch-mean KL is below it
-            counts as lambda and gets no gradient. Of an empty batch all is 0 then; without free bits a mean of nothing
-            is NaN, as in torch.
+            counts as lambda and gets no gradient. Of an empty batch the KL is then 0; without free bits its mean is
+            NaN, as in torch.
 
     Returns:
         The KL in float32, or in float64 for float64 inputs. Never negative.
@@ -140,8 +140,8 @@ def kl_gauss(
 
 
 def _to_add_up(prior: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """A prior in half precision that broadcasting repeats, in the dtype of sums, as autograd adds up its gradients. Of
-    `[B, D]` there is nothing to add, and of `[D]` the kernels do it."""
+    """Convert a half-precision prior that broadcasting repeats to the accumulation dtype, as autograd adds up its
+    gradients. A prior `[B, D]` has nothing to add up, and for `[D]` the kernels do it."""
     if prior is None or accumulation_dtype(prior.dtype) == prior.dtype or prior.shape == shape:
         return prior
     if all(n == 1 for n in prior.shape[:-1]) and prior.shape[-1:] == shape[-1:]:

@@ -1,4 +1,4 @@
-"""Samples against posteriors, as all ops that evaluate one under the other take them: shapes, weights, batches."""
+"""Arguments of the ops that evaluate samples under posteriors: shapes, weights, batches."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ WEIGHTS = "Tensor? log_w, Scalar? log_w_all, Tensor? own, Scalar? log_w_own, Sca
 
 
 class ColumnWeights(NamedTuple):
-    """log w_ij of a weighted log-sum-exp over columns j, never a matrix.
+    """The log-weights log w_ij of a weighted log-sum-exp over columns j, never held as a matrix.
 
     Attributes:
         log_w: the log-weight of every column: a number, or `[N]` (differentiable).
@@ -24,7 +24,7 @@ class ColumnWeights(NamedTuple):
         log_w_next: a number that replaces `log_w` at column (own(i) + 1) mod N, for the `mss` estimator; where
             that is the own column, `log_w_own` wins.
 
-    A log-weight is a number or −inf. NaN or +inf in `log_w` may placed to rows that replace it.
+    A log-weight is a number or −inf. NaN or +inf in `log_w` may spread to rows that replace it.
     """
 
     log_w: float | Tensor
@@ -34,8 +34,8 @@ class ColumnWeights(NamedTuple):
 
 
 def log(x: float) -> float:
-    """The natural logarithm, of a batch size too: the compiler takes what goes into math.log for a constant, and would
-    compile again for each size."""
+    """The natural logarithm, also of a symbolic batch size: the compiler takes the argument of math.log for a constant,
+    and would compile again for each size."""
     if torch.compiler.is_compiling() and _let_the_compiler_take_logarithms():
         return _symbolic_log(x * 1.0)
     return math.log(x)
@@ -45,11 +45,11 @@ def _symbolic_log(x: Any) -> Any:
     if not isinstance(x, torch.SymFloat):
         return math.log(x)
     symbolic_log2: Any = torch._sym_log2  # type: ignore[attr-defined]
-    return symbolic_log2(x) * math.log(2)  # symbolic numbers have no other
+    return symbolic_log2(x) * math.log(2)  # the one logarithm of symbolic numbers
 
 
 def _let_the_compiler_take_logarithms() -> bool:
-    """Called when code is traced, not before, as it imports the compiler."""
+    """Allow `_symbolic_log` in graphs; called only when code is traced, as this imports the compiler."""
     torch.compiler.allow_in_graph(_symbolic_log)
     return True
 
@@ -58,7 +58,7 @@ _let_the_compiler_take_logarithms._dynamo_marked_constant = True  # type: ignore
 
 
 def result(z: Tensor, *shape: int) -> Tensor:
-    """A tensor of the dtype of sums."""
+    """An empty tensor of a shape, in the accumulation dtype."""
     return z.new_empty(shape, dtype=accumulation_dtype(z.dtype))
 
 
@@ -69,7 +69,7 @@ def save(ctx: Any, inputs: tuple[Any, ...], *results: Tensor) -> None:
 
 
 def restored(ctx: Any) -> tuple[Any, ...]:
-    """(*results, z, mu, logvar, then the fields of LogWeights)"""
+    """The saved (*results, z, mu, logvar, then the fields of LogWeights)."""
     *tensors, log_w, own = ctx.saved_tensors
     log_w_all, log_w_own, log_w_next = ctx.numbers
     return (*tensors, log_w, log_w_all, own, log_w_own, log_w_next)
@@ -78,7 +78,7 @@ def restored(ctx: Any) -> tuple[Any, ...]:
 def checked(
     z: Tensor, mu: Tensor, logvar: Tensor, weights: ColumnWeights | None = None
 ) -> tuple[Tensor, Tensor, Tensor, LogWeights]:
-    """z [*batch, S, D], mu and logvar [*batch, N, D], all of one dtype, and the weights."""
+    """Check the arguments; return z [*batch, S, D], mu and logvar [*batch, N, D], of one dtype, and the weights."""
     check_posterior(mu, logvar, min_ndim=2)
     check_tensor("z", z, min_ndim=2)
     check_device("z", z, "mu", mu)
@@ -96,15 +96,15 @@ def checked(
 
 
 def over_batches(function: Callable[..., Any], z: Tensor, mu: Tensor, logvar: Tensor, *weights: Any) -> Any:
-    """`function` of z [S, D], mu and logvar [N, D], for each index of the batch axes before them."""
+    """Call `function` with z [S, D], mu and logvar [N, D], for each index of the batch axes before these."""
     batch = z.shape[:-2]
     if not batch:
         return function(z, mu, logvar, *weights)
-    if weights and isinstance(weights[0], Tensor):  # the batches' gradients of log_w add up, to be rounded once
+    if weights and isinstance(weights[0], Tensor):  # to round the sum of the batches' gradients of log_w once
         z, mu, logvar, log_w = accumulated(z, mu, logvar, weights[0])
         weights = (log_w, *weights[1:])
     flat = [x.flatten(0, -3) for x in (z, mu, logvar)]
-    # Without any, one of zeros gives the shapes and the place in the graph, and is left out.
+    # If there are no batches, one of zeros gives the shapes and the place in the graph; `together` leaves it out.
     groups = list(zip(*flat, strict=True)) or [tuple(x.sum(0) for x in flat)]
     results = [function(*group, *weights) for group in groups]
 

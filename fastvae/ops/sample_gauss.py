@@ -20,7 +20,7 @@ OUTPUTS = ("z", "log_q", "log_p", "kl")
 
 
 class GaussianSample(NamedTuple):
-    """What `sample_gauss` gives; None where it was not asked for."""
+    """The result of `sample_gauss`; None for what was not asked for."""
 
     z: Tensor | None
     log_q: Tensor | None
@@ -50,7 +50,7 @@ def _compute(
     results = backend.sample_gauss(mu, logvar, seed, 1 if n_samples is None else n_samples, outputs)
     if n_samples is None:
         for result in results[: sum(outputs[:3])]:
-            result.squeeze_(0)  # in place, as nobody has seen them: views that a Function returns cannot be changed
+            result.squeeze_(0)  # in place: views returned by a Function could not be modified by the caller
     return results
 
 
@@ -106,8 +106,8 @@ _draw_seed = declare_random(
 
 @_sample_gauss.differentiate
 class SampleGauss(Function):
-    """mu, logvar [B, D]; returns those of z [L, B, D], log_q [L, B], log_p [L, B], kl [B] in `outputs`, without the
-    axis of samples where `n_samples` is None."""
+    """The autograd Function from mu, logvar [B, D] to those of z [L, B, D], log_q [L, B], log_p [L, B], kl [B] that
+    `outputs` selects, without the axis of samples where `n_samples` is None."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -173,7 +173,7 @@ def _sample(
     seed: int | None,
     generator: torch.Generator | None,
 ) -> Sequence[Tensor]:
-    """Those of z, log_q, log_p and kl that are asked for."""
+    """Compute those of z, log_q, log_p and kl that `asked` selects."""
     check_posterior(mu, logvar)
     if n_samples is not None:
         n_samples = check_count("n_samples", n_samples)
@@ -232,7 +232,7 @@ def _seed(like: Tensor, seed: int | None, generator: torch.Generator | None) -> 
             raise ValueError(f"generator: expected one on the device of mu, {like.device}, got {generator.device}")
         return torch.empty((), dtype=torch.int64, device=like.device).random_(generator=generator)
     if seed is None:
-        # The compiler merges equal calls, random or not, but no empty tensors: so each call gets one of its own.
+        # The compiler merges equal calls, even random ones, but not empty tensors: so each call gets one of its own.
         return _draw_seed(torch.empty(0, device=like.device) if torch.compiler.is_compiling() else like)
     seed = check_seed("seed", seed)
     if seed >= 2**63:
