@@ -1,4 +1,4 @@
-"""The columns of log sum_j w_ij q(z_i | x_j): N posteriors and their log-weights, in memory or read some at a time."""
+"""The columns of log sum_j w_ij q(z_i | x_j): N posteriors and their log-weights, in memory or read chunk by chunk."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,30 +16,30 @@ Evaluate = Callable[..., Sequence[Tensor]]  # of mu and logvar [n, D], and the f
 
 
 class Columns(Protocol):
-    """What the sums of `fastvae.aggregate.marginals` are over."""
+    """The columns that `fastvae.aggregate.marginals` sums over."""
 
     N: int
     weights: LogWeights  # own columns are numbered from 0 to N − 1
 
     def log_sum(self, evaluate: Evaluate) -> list[Tensor]:
-        """The log-sum-exp over all columns of what `evaluate` gives for some of them, mu and logvar `[n, D]` with
-        their weights, tensor by tensor."""
+        """The log-sum-exp over all columns, tensor by tensor, of the results of `evaluate`, which is called with some
+        of them at a time: mu and logvar `[n, D]`, and their weights."""
 
     def by_dimension(self) -> Iterator[Chunk]:
-        """Some columns at a time, transposed."""
+        """Yield all columns, some at a time, transposed."""
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar `[S, D]` of the columns with the numbers `index` `[S]`."""
 
     def of_samples(self, rows: Tensor) -> "Columns":
-        """The same columns, as the samples with the numbers `rows` see them."""
+        """The same columns, with the weights for a part of the samples, those with the numbers `rows`."""
 
     def interpolate(self, interpolant: Interpolant, z: Tensor) -> Tensor:
         """The tabulated marginals at the samples, `[S, D]` in float64."""
 
 
 class InMemory:
-    """Columns mu and logvar `[N, D]`: all that is made of them is differentiable."""
+    """Columns mu and logvar `[N, D]` in memory: all that is computed from them is differentiable."""
 
     def __init__(self, mu: Tensor, logvar: Tensor, weights: LogWeights):
         self.mu, self.logvar, self.weights, self.N = mu, logvar, weights, len(mu)
@@ -68,7 +68,7 @@ class Streamed:
     """All posteriors of a data set, each of weight 1/N, `chunk_size` at a time; without gradient.
 
     Args:
-        own: `[S]` int64, a column for each sample that its sum leaves out, or −1; None where no sum leaves one out.
+        own: `[S]` int64, the column that each sample's sum leaves out, −1 for none; None where no sum leaves one out.
         progress: show how far a sum is on stderr.
     """
 
@@ -104,11 +104,11 @@ class Streamed:
         return interpolate(interpolant, z)
 
     def _read(self, first: int) -> tuple[Tensor, ...]:
-        """(mu, logvar) of the columns from a number on, of one dtype."""
+        """(mu, logvar) of a chunk of columns, the first of which has the number `first`, in one dtype."""
         return accumulated(*self.posteriors.read(slice(first, first + self.chunk_size)))
 
     def _weights_of(self, first: int, n: int) -> LogWeights:
-        """The weights of n columns, numbered from 0: a sample whose own column is elsewhere is from none of them."""
+        """The weights of the n columns from `first` on, renumbered from 0; own is −1 where it is not among them."""
         own = self.weights.own
         if own is not None:
             own = (own - first).where((own >= first) & (own < first + n), -1)

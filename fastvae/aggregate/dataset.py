@@ -1,7 +1,7 @@
-"""The KL of a whole data set of posteriors, term by term, with all of them for columns.
+"""The KL of a whole data set of posteriors, term by term, with all of them as columns.
 
-It belongs to the host: it looks at values, and warns (`UserWarning`) where a number cannot mean what its name says.
-Nothing here is differentiable; `kl_decomposition` is, on a batch.
+This module belongs to the host: it looks at values, and warns (`UserWarning`) where a number cannot mean what its name
+says. Nothing here is differentiable; `kl_decomposition` is, on a batch.
 """
 
 import math
@@ -36,7 +36,7 @@ def kl_decomposition_dataset(
     seed: int = 0,
     progress: bool = False,
 ) -> KLDecomposition:
-    """`kl_decomposition` with the whole data set for columns: the exact inner sum over all N posteriors, streamed.
+    """`kl_decomposition` with the whole data set as columns: the exact inner sum over all N posteriors, streamed.
 
     Takes O(S·N·D) time, most of it for log q(z) where the log q_d(z_d) can be tabulated, and O((S + chunk_size)·D)
     memory, S being the number of samples, however many posteriors there are. Samples are
@@ -44,36 +44,36 @@ def kl_decomposition_dataset(
 
     Args:
         posteriors: mu and logvar, `[N, D]` each, as a pair of tensors or of NumPy arrays, memory-mapped ones too; or
-            an iterable of such pairs, batch by batch; or with an encoder an iterable of its inputs, such as a
-            DataLoader, or all of them in one tensor or array, of which it gets `chunk_size` at a time. Of a batch
-            that is a tuple or a list, (x, labels), x is taken, a tensor or an array. Batches are gone through once,
-            so that shuffling does no harm, and their posteriors written to temporary files: N·D·8 bytes in
+            an iterable of such pairs, batch by batch; or, with an encoder, its inputs: an iterable of batches, such as
+            a DataLoader, or one tensor or array, of which it gets `chunk_size` rows at a time. From a batch that is a
+            tuple or a list, (x, labels), x is taken, a tensor or an array. Batches are read once, so that shuffling
+            does no harm, and their posteriors are written to temporary files: N·D·8 bytes in
             `tempfile.gettempdir()`, in float32.
         encoder: from a tensor x to (mu, logvar), such as `vae.encode`; put the module in eval mode before.
         n_samples: L, samples of each posterior that is sampled.
-        rows: the posteriors to sample: None for all of them, so that S = L·N; an int for as many, drawn without
-            replacement; or an int64 tensor of row numbers. Columns are all N in any case.
+        rows: the posteriors to sample: None for all of them, so that S = L·N; an int for that many, drawn without
+            replacement; or an int64 tensor of row numbers. The columns are all N in any case.
         prior: p(z), as in `kl_decomposition`, on `device`; None for N(0, I).
         analytic_conditional: as in `kl_decomposition`.
-        method, tol: of log q_d(z_id), as in `agg_log_prob_marginals`, but that `"auto"` may tabulate on any device.
+        method, tol: for log q_d(z_id), as in `agg_log_prob_marginals`, except that `"auto"` may tabulate on any device.
         chunk_size: columns per pass over the samples.
         device: where to encode and compute; None for where the posteriors are.
-        seed: of the rows and the samples, not negative.
+        seed: for the choice of rows and the samples, not negative.
         progress: show a progress bar on stderr, tqdm's where it is installed.
 
     Returns:
-        KLDecomposition in float64, by the `uniform` estimator, which is exact here but for the sampling of z:
+        KLDecomposition in float64, by the `uniform` estimator, which is exact here except for the sampling of z:
         mi is that of the N examples, in [0, log N] up to Monte Carlo error.
 
     Raises:
-        TypeError: `posteriors` is neither a pair nor iterable, or something is not of floating point, or is a dict or
-            a masked array; or another argument is not of its kind.
+        TypeError: `posteriors` is neither a pair nor iterable, or a part of it is not of floating point, or is a dict
+            or a masked array; or another argument is of a wrong type.
         ValueError: shapes do not match, no posteriors or dimensions, `rows` past their number, a negative `seed`, a
-            `device` that is not here, or more samples than can be.
+            `device` that this machine does not have, or too many samples.
 
     Warns:
-        UserWarning: mi is within log 2 of log N, N being 5 or more. It then says how many examples there are, and
-            little of the encoder: of the distribution that they come from it is an underestimate.
+        UserWarning: mi is within log 2 of log N, for N of 5 or more. It then says how many examples there are, and
+            little about the encoder: for the distribution that they come from it is an underestimate.
 
     Source: Zheng, eq. 17-24.
 
@@ -110,8 +110,8 @@ def kl_decomposition_dataset(
 
 
 def warn_if_saturated(terms: KLDecomposition, n_examples: int) -> None:
-    """A warning where the mutual information cannot be larger, as there are no more examples."""
-    if terms.saturation > 0.5 and n_examples > 4:  # of fewer, exp(mi) is a large share by rounding alone
+    """Warn where the mutual information is at its ceiling, the log of the number of examples."""
+    if terms.saturation > 0.5 and n_examples > 4:  # with fewer, rounding alone can make it this large
         warn(
             f"mi: {terms.mi:.2f} nats is at the ceiling of log {n_examples} = {math.log(n_examples):.2f} that"
             f" {n_examples} examples set; of the distribution they come from it is an underestimate, and tc and agg_kl"

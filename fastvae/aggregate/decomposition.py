@@ -1,4 +1,4 @@
-"""The KL of the posteriors from the prior, term by term, in the mean over samples z_i drawn from posterior own(i).
+"""The KL of the posteriors from the prior, term by term, as means over samples z_i drawn from posterior own(i).
 
     kl = mi + agg_kl,    agg_kl = tc + sum_d dim_kl_d − prior_factorization
 
@@ -24,7 +24,7 @@ from .marginals import agg_log_prob_marginals
 
 
 class KLDecomposition(NamedTuple):
-    """The KL of the posteriors from the prior, term by term, in nats: scalars but for `dim_kl` `[D]`.
+    """The KL of the posteriors from the prior, term by term, in nats: scalars, except `dim_kl` `[D]`.
 
     Attributes:
         mi: I_enc(x; z), the mutual information of data and latents.
@@ -35,7 +35,7 @@ class KLDecomposition(NamedTuple):
         kl: mi + agg_kl, the mean KL(q(z|x) ‖ p(z)).
         entropy: H(q(z)).
         saturation: exp(mi) / n_columns, without gradient; near 1 where a `uniform` mi has hit its ceiling, log B.
-        estimator: the name of the estimator of q(z) that made these.
+        estimator: the name of the estimator of q(z) that the terms are by.
     """
 
     mi: Tensor
@@ -62,7 +62,7 @@ def kl_decomposition(
     method: str = "auto",
     tol: float | None = None,
 ) -> KLDecomposition:
-    """The mean KL(q(z|x) ‖ p(z)) in nats, taken apart into mutual information, total correlation, dimension-wise KL
+    """The mean KL(q(z|x) ‖ p(z)) in nats, split into mutual information, total correlation, dimension-wise KL
     and prior factorization. Differentiable, from one pass over all pairs of samples and posteriors.
 
     The terms add up, to rounding, for every estimator: kl = mi + tc + sum(dim_kl) − prior_factorization, which is
@@ -72,22 +72,22 @@ def kl_decomposition(
         z, mu, logvar, dataset_size, estimator: as in `agg_entropy`. A mini-batch `uniform` mi never exceeds
             log B, whatever the posteriors: it saturates, and `saturation` says how much. In expectation the true
             mi lies between `uniform` and `loo`.
-        own: `[S]` int64, the column each sample was drawn from; may be None where z is `[B, D]` or `[L, B, D]`,
-            else needed for every estimator.
+        own: `[S]` int64, the column each sample was drawn from; needed for every estimator, except where z is
+            `[B, D]` or `[L, B, D]`.
         prior: p(z), an object with `log_prob(z)` and `marginal_log_prob(z)`; None for N(0, I).
         analytic_conditional: take mean log q(z_i|x_i) from its closed form, −½ sum_d (log 2 pi e + logvar), in
             place of its value at the samples. The variance of mi is then lower only where the posteriors overlap
-            much (else both of its terms vary together, and the sampled one is better); mi may exceed log B, and
+            much (otherwise its two terms vary together, and the sampled one is better); mi may exceed log B, and
             kl is no longer the Monte Carlo KL.
-        method, tol: of log q_d(z_id), as in `agg_log_prob_marginals`.
+        method, tol: for log q_d(z_id), as in `agg_log_prob_marginals`.
 
     Returns:
         KLDecomposition, in float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: an input is not a floating-point tensor, `prior` lacks a method, or as in `estimator_weights`.
-        ValueError: as in `estimator_weights`; no samples; shapes or devices do not match, those that `prior` gives
-            among them; `own` is missing, or names no column (on CPU tensors; on a GPU, and under the compiler, the
+        ValueError: as in `estimator_weights`; no samples; shapes or devices do not match, including those of the
+            prior's results; `own` is missing, or names no column (on CPU tensors; on a GPU, and under the compiler, the
             result is then NaN).
 
     Source: Zheng, eq. 17-21; Chen et al. 2018; Esmaeili et al. 2019.
@@ -133,7 +133,7 @@ def decompose(
     estimator: str,
     n_columns: int,
 ) -> KLDecomposition:
-    """The terms of the KL from the log-densities at the samples; None is the prior N(0, I)."""
+    """The terms of the KL from the log-densities at the samples; a `prior` of None is N(0, I)."""
     if prior is None:
         prior_marginals = -0.5 * (z.to(joint.dtype) ** 2 + math.log(2 * math.pi))
         prior_joint = prior_marginals.sum(-1)
@@ -148,7 +148,7 @@ def decompose(
         tc=(joint - marginals.sum(-1)).mean(),
         dim_kl=(marginals - prior_marginals).mean(0),
         prior_factorization=(prior_joint - prior_marginals.sum(-1)).mean(),
-        kl=(conditional - prior_joint).mean(),  # not mi + agg_kl, which may be infinite both
+        kl=(conditional - prior_joint).mean(),  # not mi + agg_kl: both may be infinite
         entropy=-joint.mean(),
         saturation=mi.detach().exp() / n_columns,
         estimator=estimator,
@@ -156,6 +156,6 @@ def decompose(
 
 
 def _own_rows(own: Tensor, x: Tensor) -> Tensor:
-    """x `[..., N, D]` to `[..., S, D]`, the row that each sample was drawn from; NaN where there is none."""
+    """The row of x `[..., N, D]` that each sample was drawn from, `[..., S, D]`; NaN where there is none."""
     known = (own >= 0) & (own < x.shape[-2])
     return x[..., own.where(known, 0), :].where(known[:, None], math.nan)

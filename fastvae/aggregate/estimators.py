@@ -34,7 +34,7 @@ def estimator_weights(
         n_columns: B, the number of posteriors cross-evaluated.
         dataset_size: N, the number of examples in the data set; at least B. `uniform` and `loo` do without it.
         own: `[S]` int64, the column each sample was drawn from. `stratified`, `mss` and `loo` need it; −1, for a
-            sample drawn from none of them, is for `uniform` and `mws` only: rows of the others would not add up to 1.
+            sample drawn from no column, is for `uniform` and `mws` only: the others' weights would not add up to 1.
 
     Returns:
         ColumnWeights for `agg_log_prob` and `agg_log_prob_marginals`.
@@ -43,8 +43,8 @@ def estimator_weights(
         TypeError: `own` is not an int64 tensor, or a count not an integer.
         ValueError: an unknown estimator; `stratified`, `mss` or `mws` without `dataset_size`; a `dataset_size`
             below `n_columns`; one column with `loo`, or with `stratified` or `mss` and a larger data set, such as a
-            last batch of one example, which `DataLoader(drop_last=True)` leaves out; `own` of another shape; own
-            columns missing, or −1 among them, where the estimator needs them (values: on CPU tensors).
+            last batch of one example, which `DataLoader(drop_last=True)` leaves out; `own` of another shape; `own`
+            missing, or −1 in it, where the estimator needs it (values are checked on CPU tensors only).
 
     Example:
         >>> weights = fastvae.estimator_weights("mss", len(mu), 60_000, own=torch.arange(len(mu)))
@@ -108,7 +108,7 @@ def agg_entropy(
 
     Raises:
         TypeError: an input is not a floating-point tensor, or as in `estimator_weights`.
-        ValueError: as in `estimator_weights`, −1 in `own` among it; no samples; or shapes or devices do not match.
+        ValueError: as in `estimator_weights`, including −1 in `own`; no samples; or shapes or devices do not match.
 
     Source: Zheng, eq. 24, 25 and 29.
 
@@ -121,7 +121,7 @@ def agg_entropy(
 
 
 def check_estimator(estimator: str | None, dataset_size: int | None) -> str:
-    """The estimator's name; raises what `estimator_weights` does, as far as that can be known without a batch."""
+    """Check and return the estimator's name, with those errors of `estimator_weights` that need no batch."""
     if estimator is None:
         estimator = "uniform" if dataset_size is None else "stratified"
     check_choice("estimator", estimator, ESTIMATORS)
@@ -133,7 +133,7 @@ def check_estimator(estimator: str | None, dataset_size: int | None) -> str:
 
 
 def check_drawn(own: Tensor | None, n_columns: int) -> None:
-    """Every sample has a column that it was drawn from; values are looked at on a CPU only."""
+    """Check that every sample has a column that it was drawn from; values are looked at on a CPU only."""
     if own is None:
         raise ValueError("own: expected the column each sample was drawn from, as z has not one of each, got None")
     eager = own.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..ops.interpolate import ELEMENTS, Chunk, blocks
 
-LEVELS = 12  # intervals are halved so often at most
-EXTREME = 1e30  # what is larger, or a width that is smaller than its inverse, is not tabulated
+LEVELS = 12  # how often an interval is halved at most
+EXTREME = 1e30  # a larger number, or a width smaller than its inverse, is not tabulated
 
 
 class Nodes(NamedTuple):
@@ -34,7 +34,7 @@ class Nodes(NamedTuple):
         return torch.log2(self.node + 0.5).floor()
 
     def cells(self) -> tuple[Tensor, Tensor]:
-        """The first cell of each, and the one after its last, of D·2^LEVELS."""
+        """Each interval's first cell and the one after its last, out of D·2^LEVELS."""
         size = torch.exp2(LEVELS - self.level()).long()
         first = (self.dim << LEVELS) + self.node * size - 2**LEVELS
         return first, first + size
@@ -65,7 +65,7 @@ class Tree(NamedTuple):
         return self.low[nodes.dim] + (nodes.node - in_a_level) * width, width
 
     def cells(self, z: Tensor) -> Tensor:
-        """The cells of the samples z `[S, D]`, of D·2^LEVELS, in int32."""
+        """The cell of each element of z `[S, D]`, out of D·2^LEVELS, in int32."""
         cells = torch.empty(z.shape, dtype=torch.int32, device=z.device)
         offset = torch.arange(len(self.low), dtype=torch.int32, device=z.device) << LEVELS
         scale = 2**LEVELS / self.root
@@ -82,7 +82,7 @@ class Tree(NamedTuple):
         return torch.cat((torch.zeros_like(levels[0]), *levels), 1)
 
     def samples_in(self, cells: Tensor, nodes: Nodes) -> Tensor:
-        """Which elements of z `[S D]` are in one of the nodes, none of which is in another."""
+        """Indices into the flat z `[S D]` of the elements inside the nodes, none of which may contain another."""
         if len(nodes.dim) == 0:
             return nodes.dim
         begin, end = nodes.cells()
@@ -93,8 +93,8 @@ class Tree(NamedTuple):
 
 
 def plant(z: Tensor, chunks: Iterable[Chunk], log_w_all: float, width: float) -> Tree | None:
-    """The trees of z `[S, D]`, such that one level's intervals are `width` times the narrowest column; None where
-    something is not finite, or extreme."""
+    """Make the trees for z `[S, D]`, one level of which has intervals `width` times as wide as the narrowest column.
+    None where something is not finite, or extreme."""
     low, high = (x.double() for x in z.aminmax(dim=0))
     narrowest, top = torch.full_like(low, math.inf), torch.full_like(low, -math.inf)  # log sigma², log-density
     means = [low.new_zeros(2)]
@@ -104,7 +104,7 @@ def plant(z: Tensor, chunks: Iterable[Chunk], log_w_all: float, width: float) ->
         narrowest = torch.minimum(narrowest, least)
         highest = log_w_all - 0.5 * least if log_w is None else (log_w - 0.5 * logvar).amax(1)
         top = torch.maximum(top, highest)
-    widest = 0.9999 * width * torch.exp(0.5 * narrowest)  # in spite of rounding
+    widest = 0.9999 * width * torch.exp(0.5 * narrowest)  # less than 1, to allow for rounding
     depth = torch.log2((high - low) / widest).ceil().clamp(min=0)
     tree = Tree(low, widest * torch.exp2(depth), top - 0.5 * math.log(2 * math.pi), depth)
     moderate = (torch.cat((*tree, *means, high)).abs() < EXTREME).all() & (tree.root > 1 / EXTREME).all()
@@ -115,18 +115,18 @@ def too_wide(tree: Tree, chunks: Iterable[Chunk], width: float, reach: float) ->
     """Which nodes are wider than `width` times the sigma of a column that reaches them, `[D, 2^(LEVELS + 1)]`. A column
     reaches as far as `reach` times its sigma.
 
-    Each column is looked at once. The widest intervals that it allows are those of one level, its own; of these it
-    marks the one that its mean is in. They are between width / 2 and width times its sigma wide, so what it reaches is
-    within a fixed number of intervals, `away`, of the mark. Level by level, then, an interval is reached where a mark
-    of its level is so near; and all that have a reached interval inside, being wider, are too wide.
+    Each column is looked at once. The widest intervals that it allows are those of one level, its level; of these the
+    one with its mean is marked. They are between width / 2 and width times its sigma wide, so the column reaches a
+    fixed number of intervals, `away`, from the mark. Level by level, then, an interval is reached where a mark of its
+    level is at most that far away; and all intervals with a reached one inside, being wider, are too wide.
     """
     deepest = min(LEVELS + 1, int(tree.depth.max()))
     away = math.ceil(2 * reach / width) + 1
     marks = _marks(tree, chunks, width, deepest, away + 1)
     result = torch.zeros(len(tree.low), 2 ** (LEVELS + 1), dtype=torch.bool, device=tree.low.device)
-    inside = result[:, : 2**deepest]  # of the level's intervals, those with a reached one inside
+    inside = result[:, : 2**deepest]  # whether each of the level's intervals has a reached one inside
     for level in range(deepest, 0, -1):
-        before = marks[level].cumsum(1, dtype=torch.int32)  # marks up to a place, [D, pad + 2^level + pad]
+        before = marks[level].cumsum(1, dtype=torch.int32)  # number of marks up to a place, [D, pad + 2^level + pad]
         reached = before[:, 2 * away + 1 : -1] > before[:, : 2**level]
         inside = (reached | inside).unflatten(1, (-1, 2)).any(2)
         result[:, 2 ** (level - 1) : 2**level] = inside
@@ -134,11 +134,11 @@ def too_wide(tree: Tree, chunks: Iterable[Chunk], width: float, reach: float) ->
 
 
 def _marks(tree: Tree, chunks: Iterable[Chunk], width: float, deepest: int, pad: int) -> list[Tensor]:
-    """For each level up to `deepest` the intervals that have the mean of a column of that level in them,
-    `[D, pad + 2^level + pad]`: `pad` of them are on either side of the samples' range, and the last on a side stands
+    """The marks of each level up to `deepest`, on the intervals with the mean of a column of that level,
+    `[D, pad + 2^level + pad]`: `pad` intervals are on either side of the samples' range, and the last on a side stands
     for all that is further out."""
     D = len(tree.low)
-    starts = [2**level - 1 + 2 * pad * level for level in range(deepest + 2)]  # of the levels, one after the other
+    starts = [2**level - 1 + 2 * pad * level for level in range(deepest + 2)]  # where each level begins
     marks = torch.zeros(D, starts[-1], dtype=torch.bool, device=tree.low.device)
     offset = torch.arange(D, device=marks.device)[:, None] * starts[-1]
     n = max(1, ELEMENTS // D)
@@ -150,7 +150,7 @@ def _marks(tree: Tree, chunks: Iterable[Chunk], width: float, deepest: int, pad:
             mu, logvar = mus[:, first : first + n], logvars[:, first : first + n]
             level = torch.add(finest, logvar, alpha=-0.5 / math.log(2)).ceil_().clamp_(0, deepest)
             if log_w is not None:
-                level.masked_fill_(log_w[first : first + n] == -math.inf, 0)  # a column without weight allows anything
+                level.masked_fill_(log_w[first : first + n] == -math.inf, 0)  # a column without weight allows any width
             in_a_level = torch.exp2(level)
             interval = (mu - low).mul_(scale).mul_(in_a_level).floor_().clamp_(min=-pad)
             interval = torch.minimum(interval, in_a_level + (pad - 1))
@@ -160,7 +160,7 @@ def _marks(tree: Tree, chunks: Iterable[Chunk], width: float, deepest: int, pad:
 
 
 def widest(counts: Tensor, to_halve: Tensor) -> Nodes:
-    """The widest intervals with samples that are not to be halved, or cannot be."""
+    """The widest intervals that have samples and are not to be halved, or cannot be."""
     nodes = Nodes(torch.arange(len(counts), device=counts.device), torch.ones_like(counts[:, 0]))  # the roots
     found = []
     for level in range(LEVELS + 1):

@@ -40,10 +40,10 @@ def agg_log_prob_marginals(
     Args:
         z, mu, logvar, weights: as in `agg_log_prob`.
         method: `"direct"` evaluates all marginals, in one pass with the joint. `"table"` tabulates them, unless that
-            takes more than S/2 points for each dimension in the mean. `"auto"` tabulates where that is at least twice
-            as fast; not on a GPU, under the compiler or in a function transform, as it looks at the data.
-        tol: how far a tabulated marginal may be from the direct one, beside rounding; None for 1e-6, which is
-            also the most, and 1e-12 for float64. Its gradients are those of the interpolant, exactly.
+            takes more than S/2 points per dimension on average. `"auto"` tabulates where that is at least twice as
+            fast; as it looks at the data, it never does so on a GPU, under the compiler or in a function transform.
+        tol: how far a tabulated marginal may be from the direct one, apart from rounding; None for 1e-6, which is
+            also the maximum, or 1e-12 for float64. Its gradients are exactly those of the interpolant.
 
     Returns:
         (joint `[S]`, marginals `[S, D]`) in float32 (float64 for float64 inputs).
@@ -71,7 +71,7 @@ def agg_log_prob_marginals(
         joint, marginals = log_densities(z, InMemory(mu, logvar, LogWeights(*fields)), method=method, tol=tol)
         return joint, marginals.to(z.dtype)
 
-    # The joint and a table both have gradients for the inputs, which add up, to be rounded once.
+    # The joint's and the table's gradients for the inputs add up, and their sum is rounded once.
     z, mu, logvar = accumulated(z, mu, logvar)
     if log_weights.log_w is not None:
         log_weights = log_weights._replace(log_w=log_weights.log_w.to(z.dtype))
@@ -90,14 +90,14 @@ def log_densities(
     """log q(z_i) `[S]` and log q_d(z_id) `[S, D]` of samples z `[S, D]`, as sums over columns.
 
     Args:
-        method, tol: as in `agg_log_prob_marginals`, but that `"auto"` may tabulate on any device.
-        joint: whether it is wanted; None is returned else.
-        floor: `[S]`, for each sample what log q(z_i) is known to be at least, such as its term at its own column. A
-            result that rounding has put below is the floor.
+        method, tol: as in `agg_log_prob_marginals`, except that `"auto"` may tabulate on any device.
+        joint: whether to compute log q(z_i); None is returned for it otherwise.
+        floor: `[S]`, a known lower bound of each log q(z_i), such as its term at its own column. A result that
+            rounding has put below it becomes the floor.
 
     Returns:
-        Sums over columns in memory in the dtype of z, which is that of sums, and over streamed ones in float64;
-        marginals from a table in float64. Differentiable where the columns are in memory.
+        The joint and the marginals: in the dtype of z, an accumulation dtype, over columns in memory; in float64 over
+        streamed columns, and for marginals from a table. Differentiable where the columns are in memory.
     """
     marginals = None if method == "direct" else _tabulated(z, columns, method, tol)
     if marginals is None:
@@ -115,7 +115,7 @@ def _tabulated(z: Tensor, columns: Columns, method: str, tol: float) -> Tensor |
     most = S / 2 if method == "table" else affordable(S, columns.N, z.dtype)
     if most <= 0:
         return None
-    overridden = weights.log_w_own is not None or weights.log_w_next is not None  # which may double the error
+    overridden = weights.log_w_own is not None or weights.log_w_next is not None  # overrides may double the error
     interpolant = tabulate(z.detach(), columns, tol / 2 if overridden else tol, most)
     if interpolant is None:
         return None
@@ -124,14 +124,14 @@ def _tabulated(z: Tensor, columns: Columns, method: str, tol: float) -> Tensor |
 
 
 def affordable(S: int, N: int, dtype: torch.dtype) -> float:
-    """How many evaluations for each dimension make the joint and a table half as expensive as the joint and all S
+    """How many evaluations per dimension a table may take, so that it and the joint cost half of the joint and all S
     marginals, as measured with the native kernels. An evaluation in float64 takes the time of 3 in float32; packing a
-    column that of 80, interpolating at a sample that of 130, and the calls themselves that of 2.5 million."""
+    column takes that of 80, interpolating at a sample that of 130, the calls themselves that of 2.5 million."""
     return (0.26 if dtype == torch.float64 else 0.1) * S - 80 - (130 * S + 2.5e6) / max(1, N)
 
 
 def check_method(method: str, tol: float | None, dtype: torch.dtype) -> float:
-    """The tolerance of the marginals, by default that of their dtype."""
+    """Check both; return the tolerance of the marginals, by default that of their dtype."""
     check_choice("method", method, METHODS)
     if tol is None:
         return 1e-12 if dtype == torch.float64 else 1e-6

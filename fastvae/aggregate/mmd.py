@@ -1,4 +1,4 @@
-"""Divergences between distributions that only samples are known of."""
+"""Divergences between distributions of which only samples are known."""
 
 import math
 from typing import Any
@@ -16,8 +16,8 @@ def mmd(z: Tensor, y: Tensor, bandwidth: float | None = None) -> Tensor:
 
         mean_{i≠j} k(z_i, z_j) − 2 mean_ij k(z_i, y_j) + mean_{i≠j} k(y_i, y_j),   k(a, b) = exp(−|a − b|² / 2h²)
 
-    0 in expectation where the distributions are the same, so that it may be negative. No matrix is formed: the mean
-    of k over j is `agg_log_prob` of posteriors of one width. Differentiable.
+    Its expectation is 0 where the distributions are the same, so it may be negative. No matrix is formed: the mean of k
+    over j is `agg_log_prob` of posteriors of one width. Differentiable.
 
     Args:
         z: samples `[n, D]`.

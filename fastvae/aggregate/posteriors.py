@@ -1,4 +1,4 @@
-"""Posteriors of more examples than fit into memory, read a few rows at a time; and a bar that shows how far it is."""
+"""Posteriors of more examples than fit into memory, read a few rows at a time; and a progress bar."""
 
 import sys
 import tempfile
@@ -17,18 +17,18 @@ Rows = slice | np.ndarray
 
 
 class Posteriors(NamedTuple):
-    """mu and logvar, `[N, D]` each, on any device, in memory or mapped into it, and where to compute with them."""
+    """mu and logvar, `[N, D]` each, on any device, in memory or mapped into it, and the device to compute on."""
 
     mu: Array
     logvar: Array
     device: torch.device
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """(mu, logvar) of some rows, in the dtype of sums."""
+        """(mu, logvar) of some rows, in the accumulation dtype."""
         return _read(self.mu, rows, self.device), _read(self.logvar, rows, self.device)
 
     def choose(self, rows: int | Tensor | None, seed: int) -> Rows:
-        """All rows, as many drawn without replacement, or those of an int64 tensor."""
+        """Row numbers: all for None, as many as an int, drawn without replacement, or those of an int64 tensor."""
         N = len(self.mu)
         if rows is None:
             return slice(None)
@@ -43,7 +43,7 @@ class Posteriors(NamedTuple):
 
 
 def check_rows(rows: Any) -> Any:
-    """What can be known of them before the posteriors are counted: None, an int, or an int64 tensor."""
+    """Check `rows` as far as possible before the posteriors are counted: None, an int, or an int64 tensor."""
     if rows is None:
         return None
     if not isinstance(rows, Tensor):
@@ -58,7 +58,7 @@ def check_rows(rows: Any) -> Any:
 
 
 def check_place(device: Any) -> torch.device | None:
-    """Somewhere to compute; None for where the posteriors are."""
+    """Check that `device` is one to compute on; None stands for where the posteriors are."""
     if device is None:
         return None
     try:
@@ -75,8 +75,8 @@ def check_place(device: Any) -> torch.device | None:
 def open_posteriors(
     source: Any, encoder: Any, *, chunk_size: int, device: torch.device | str | None, progress: bool
 ) -> Posteriors:
-    """The posteriors of `kl_decomposition_dataset`: a pair of tensors or arrays as it is; batches gone through once,
-    and an array of inputs `chunk_size` rows at a time."""
+    """Open the posteriors of `kl_decomposition_dataset`: a pair of tensors or arrays as it is, batches by reading them
+    once, and an array of inputs `chunk_size` rows at a time."""
     device = check_place(device)
     if encoder is not None and not callable(encoder):
         raise TypeError(f"encoder: expected a function or module from x to (mu, logvar), got {type(encoder).__name__}")
@@ -110,7 +110,7 @@ def open_posteriors(
 
 
 def _spool(batches: Iterable[Any], encoder: Any, device: torch.device | str | None) -> Posteriors:
-    """The posteriors of all batches, written to temporary files that are then mapped into memory."""
+    """Write the posteriors of all batches to temporary files, and map these into memory."""
     first: Tensor | None = None
     N = 0
     with tempfile.TemporaryFile() as mu_file, tempfile.TemporaryFile() as logvar_file:
@@ -147,8 +147,8 @@ def _read(x: Array, rows: Rows, device: torch.device) -> Tensor:
 
 
 def _tensor(x: Any) -> Any:
-    """An array as a tensor: copied, as it may be mapped and not be written to, or have its bytes in the other order.
-    Anything else as it is."""
+    """Convert an array to a tensor: a copy, as the array may be mapped and read-only, or have its bytes in the other
+    order. Anything else is returned as it is."""
     if not isinstance(x, np.ndarray):
         return x
     if isinstance(x, np.ma.MaskedArray):
@@ -160,7 +160,7 @@ def _tensor(x: Any) -> Any:
 
 
 def shown(steps: Iterable[Any], name: str, progress: bool) -> Iterable[Any]:
-    """The steps, on a bar on stderr if wanted: tqdm's where it is installed."""
+    """The steps, with a progress bar on stderr if wanted, tqdm's where it is installed."""
     if not progress:
         return steps
     try:

@@ -3,17 +3,18 @@
     f(x) = log sum_j w_j N(x; mu_j, sigma_j²)
 
 is a smooth function of one real variable, and on a short interval nearly the polynomial sum_k c_k T_k(u), u in [-1, 1],
-through its values at 16 Chebyshev points. How nearly, the last coefficients tell, if no detail of f hides between the
-points. So an interval is halved until
+through its values at 16 Chebyshev points. The last coefficients tell how close the two are, if no detail of f hides
+between the points. So an interval is halved until
 
   - it is no wider than WIDTH times the smallest sigma of the columns that reach it. A column reaches as far as its
-    term can exceed tol / N of f, where f is no lower than DEPTH nats below the highest value that a column has;
+    term can exceed tol / N of the sum, where f is no lower than DEPTH nats below the highest value that a column has;
   - the largest of |c_15|, |c_14|, |c_13| / 4, |c_12| / 16 and |c_11| / 64 is below tol / 4, or below the rounding of
-    the values, and no value is lower than that. (The last two alone are both small by chance now and then.)
+    the values, and no value is more than DEPTH below that highest one. (The last two coefficients alone are both small
+    by chance now and then.)
 
 Intervals without samples are left out. Where an interval has no more samples than points, or halving does not help, the
-samples are points themselves: nothing is interpolated across what was not resolved, and no population costs much more
-than it did. docs/beyond-brute-force.md derives the error.
+samples become points themselves: nothing is interpolated where f is not resolved, and no population costs much more
+than without a table. docs/beyond-brute-force.md derives the error.
 
 Source: Trefethen 2019, Approximation Theory and Approximation Practice, chapters 3, 4 and 8.
 """
@@ -31,17 +32,17 @@ from .intervals import LEVELS, Nodes, Tree, joined, plant, too_wide, widest
 
 WIDTH = 4.0  # of an interval, in units of sigma
 DEPTH = 64.0  # nats
-ROUGHEST = 100.0  # times the tolerance: the rounding of values so large that the interpolant's slope would be noise
-LOOSEST = 1e-6  # nats: of a larger error the last coefficients tell too little, and it would save few points
-DECAY = (*[0.0] * 11, 1 / 64, 1 / 16, 1 / 4, 1, 1)  # of the coefficients that are looked at
+ROUGHEST = 100.0  # times tol: with more rounding than this in the values, the interpolant's slope would be noise
+LOOSEST = 1e-6  # nats: the last coefficients tell too little about a larger error, which would save few points
+DECAY = (*[0.0] * 11, 1 / 64, 1 / 16, 1 / 4, 1, 1)  # weights of the coefficients that are looked at
 
 
 @torch.no_grad()
 def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Interpolant | None:
-    """log sum_j w_j N(z_id; mu_jd, sigma_jd²) at the samples z `[S, D]` to within `tol`.
+    """Tabulate log sum_j w_j N(z_id; mu_jd, sigma_jd²) for the samples z `[S, D]` to within `tol`.
 
-    None where more than `most` evaluations of the sum, in the mean over dimensions, would be needed; where something
-    is not finite; and where there is nothing to tabulate.
+    None where more than `most` evaluations of the sum per dimension would be needed on average; where something is not
+    finite; and where there is nothing to tabulate.
     """
     S, D = z.shape
     if S * D * columns.N == 0:
@@ -52,13 +53,13 @@ def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Interpolan
     if tree is None:
         return None
     reach = math.sqrt(2 * (DEPTH + math.log(columns.N) - math.log(tol)))
-    unresolved = too_wide(tree, columns.by_dimension(), WIDTH, reach)  # of all nodes, as is what follows
+    unresolved = too_wide(tree, columns.by_dimension(), WIDTH, reach)  # for each node of the trees, as are counts
     cells = tree.cells(z)
     counts = tree.counts(cells)
     nodes = widest(counts, unresolved & (counts > 2 * NODES))
     spent, fits, singles, single_values = 0, [], [], []
     while len(nodes.dim):
-        # Where interpolation would not do, or not save anything, the samples are points themselves.
+        # Where interpolation is not accurate enough, or saves nothing, the samples are points themselves.
         alone = unresolved[nodes] | (counts[nodes] <= NODES)
         samples, nodes = tree.samples_in(cells, nodes.where(alone)), nodes.where(~alone)
         spent += len(samples) + NODES * len(nodes.dim)
@@ -80,21 +81,21 @@ def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Interpolan
 
 
 class Fit(NamedTuple):
-    """f on P intervals."""
+    """The polynomials for f on P intervals."""
 
     nodes: Nodes  # [P]
     left: Tensor  # [P]
     width: Tensor  # [P]
     points: Tensor  # [P, 16]
-    values: Tensor  # [P, 16], f there
-    coefficients: Tensor  # [P, 16] of the polynomials through these
+    values: Tensor  # [P, 16], f at the points
+    coefficients: Tensor  # [P, 16] of the polynomials through the values
 
     def where(self, chosen: Tensor) -> "Fit":
         return Fit(self.nodes.where(chosen), *(x[chosen] for x in self[1:]))
 
     def accepted(self, tree: Tree, tol: float) -> tuple[Tensor, Tensor]:
-        """Which of the polynomials are f to within `tol`; and which values are all high enough for that to be known,
-        so that halving may help where a polynomial is not."""
+        """Which polynomials are f to within `tol`; and which have values all high enough for that to be known, so that
+        halving may help where the error is larger."""
         error = (self.coefficients.abs() * self.coefficients.new_tensor(DECAY)).amax(1)
         rounding = 8 * torch.finfo(torch.float64).eps * self.values.abs().amax(1)
         high = self.values.amin(1) > tree.top[self.nodes.dim] - DEPTH
@@ -102,7 +103,7 @@ class Fit(NamedTuple):
 
 
 def _evaluated(z: Tensor, columns: Columns, tree: Tree, nodes: Nodes, samples: Tensor) -> tuple[Fit, Tensor]:
-    """f on intervals, and at some samples, which are numbered as elements of z `[S, D]`."""
+    """Evaluate f on intervals, and at some samples, given as indices into the flat z `[S D]`."""
     u, to_coefficients = chebyshev(z)
     left, width = tree.places(nodes)
     points = left[:, None] + (u + 1) * (0.5 * width[:, None])
@@ -114,13 +115,13 @@ def _evaluated(z: Tensor, columns: Columns, tree: Tree, nodes: Nodes, samples: T
 
 
 def _with_samples(points: Tensor, dim: Tensor, z: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """(x, its dimension) `[n]` of all points: those of intervals `[P, 16]`, then samples."""
+    """(x, its dimension) `[n]` of all points: the intervals' own `[P, 16]`, then the samples."""
     x = torch.cat((points.flatten(), z.reshape(-1)[samples].double()))
     return x, torch.cat((dim.repeat_interleave(NODES), samples % z.shape[1]))
 
 
 def _interpolant(z: Tensor, cells: Tensor, fit: Fit, singles: Tensor, single_values: Tensor) -> Interpolant:
-    """Each sample's interval is the last that begins at its cell or before, if it is in one at all."""
+    """Make the Interpolant. A sample's interval is the last that begins at its cell or before, if it is in any."""
     begin, _ = fit.nodes.cells()
     fit, begin = fit.where(begin.argsort()), begin.sort().values
     interval = torch.zeros(z.shape[1] << LEVELS, dtype=torch.int32, device=z.device)
@@ -143,8 +144,8 @@ def override(common: Tensor, z: Tensor, columns: Columns, direct: Callable[[Tens
 
         f + log(1 + sum (w_new − w_common) q / e^f)
 
-    over these two columns. That multiplies the error of f by up to 2; rows `[n]` where it would be more, as they owe
-    most of f to a column that they leave out, are those that `direct` gives.
+    with the sum over these two columns. This multiplies the error of f by up to 2. Where it would be more, as most of f
+    comes from a column that is left out, the rows `[n]` are computed by `direct`.
     """
     N, weights = columns.N, columns.weights
     if weights.own is None:
@@ -166,7 +167,7 @@ def override(common: Tensor, z: Tensor, columns: Columns, direct: Callable[[Tens
 
     with torch.no_grad():
         relative = change(common, torch.zeros_like(common, dtype=torch.bool))
-        bad = ~((relative > -0.5) & (relative < 1e100))  # NaN too
+        bad = ~((relative > -0.5) & (relative < 1e100))  # NaN is bad too
         rows = bad.any(1).nonzero()[:, 0]
     common = common.masked_fill(bad, 0)
     result = common + torch.log1p(change(common, bad))
