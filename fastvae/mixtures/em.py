@@ -9,9 +9,9 @@ The sums of the M-step are the gradients of sum_i log p(x_i), so r `[S, K]` is n
 
 and with delta_k = var_k g_mu / N_k:    mu_k ← mu_k + delta_k,    var_k ← var_k (1 + 2 g_logvar / N_k) − delta_k².
 
-The last difference cancels where the new width is far below the old one, or below the way that the mean has moved. Such
-components get their sums about their new means instead, in float64. And where float32 could not place a mean to a
-small part of its width, the whole step is taken in float64.
+The last difference cancels where the new width is far below the old one, or below the distance that the mean has moved.
+The sums of such components are taken about their new means instead, in float64. Where float32 could not place a mean to
+a small part of its width, the whole step is taken in float64.
 
 Source: Basics VAE, eq. 10 to 14; Dempster et al. 1977.
 """
@@ -27,13 +27,13 @@ from ..ops.agg_log_prob import agg_log_prob, mixture_sums
 from ..ops.cross_log_prob import cross_log_prob
 from ..ops.pairs import ColumnWeights
 
-CANCELLED = 1e-4  # a variance this much smaller than what it is the difference of is computed again
-MISPLACED = 1e-3  # widths: how far off rounding may put a mean
-CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}  # of points, and of what is made of them, at a time
+CANCELLED = 1e-4  # a variance is computed again where it is this small a part of the terms that it is the difference of
+MISPLACED = 1e-3  # how far off rounding may put a mean, in widths
+CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}  # of a chunk of points, and of what is computed from it
 
 
 class Mixture(NamedTuple):
-    """The parameters, in float64."""
+    """A mixture's parameters, in float64."""
 
     weights: Tensor  # [K], adding up to 1
     means: Tensor  # [K, D]
@@ -41,8 +41,8 @@ class Mixture(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """The points as the components share them, in float64. A component whose share is no more than rounding is empty:
-    n is 0, and its mean and variance are what they were."""
+    """The moments of each component's share of the points, in float64. A component whose share is no more than rounding
+    is empty: n is 0, and it keeps its mean and variance."""
 
     n: Tensor  # N_k [K]
     means: Tensor  # [K, D]
@@ -51,14 +51,14 @@ class Moments(NamedTuple):
 
 
 def chunks(x: Tensor, dtype: torch.dtype, columns: int = 1) -> Iterator[Tensor]:
-    """The points `[S, D]`, some rows `[R, D]` at a time, in a dtype: as few as are in bounds in `[R, columns]` too."""
+    """Chunks `[R, D]` of the points `[S, D]`, in a dtype, with R so small that `[R, columns]` is in bounds too."""
     row_bytes = max(columns, x.shape[1]) * dtype.itemsize
     for part in x.split(max(1, CHUNK_BYTES.get(x.device.type, 2**26) // row_bytes)):
         yield part.to(dtype)
 
 
 def kernel_arguments(mixture: Mixture, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(mu, logvar, log_w) to compute with for points of a dtype, in float32 if that will do."""
+    """(mu, logvar, log_w) of the mixture for points of a dtype, in float32 where that is accurate enough."""
     weights, means, variances = mixture
     dtype = accumulation_dtype(dtype)
     spacing = torch.finfo(dtype).eps * means.abs()
@@ -68,14 +68,14 @@ def kernel_arguments(mixture: Mixture, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def log_prob(x: Tensor, mixture: Mixture) -> Tensor:
-    """log p(x_i) `[S]`"""
+    """The log-densities log p(x_i), `[S]`."""
     mu, logvar, log_w = kernel_arguments(mixture, x.dtype)
     parts = [agg_log_prob(part, mu, logvar, weights=ColumnWeights(log_w)) for part in chunks(x, mu.dtype)]
     return torch.cat(parts).to(accumulation_dtype(x.dtype))
 
 
 def log_joint(x: Tensor, mixture: Mixture) -> Iterator[Tensor]:
-    """log w_k N(x_i; mu_k, var_k), `[R, K]` for some rows at a time."""
+    """Yield log w_k N(x_i; mu_k, var_k), `[R, K]` for some rows at a time."""
     mu, logvar, log_w = kernel_arguments(mixture, x.dtype)
     for part in chunks(x, mu.dtype, len(mu)):
         yield log_w + cross_log_prob(part, mu, logvar)
@@ -104,7 +104,7 @@ def moments(x: Tensor, mixture: Mixture) -> Moments:
         old.where(empty[:, None], new) for old, new in ((mixture.means, means + delta), (mixture.variances, narrow))
     )
     again = (cancelled & ~empty).nonzero()[:, 0]
-    for _ in range(3):  # of a mean that has come from afar, the first leaves an error of eps times the way
+    for _ in range(3):  # the first time leaves an error of eps times the distance that the mean has moved
         if len(again) == 0:
             break
         centres = means[again]
@@ -114,7 +114,7 @@ def moments(x: Tensor, mixture: Mixture) -> Moments:
 
 
 def _about(x: Tensor, mixture: Mixture, components: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, means, variances) of some components, `[C]` and `[C, D]`, by sums about points near their new means."""
+    """(n, means, variances) of some components, `[C]` and `[C, D]`, by sums about `centres`, near their new means."""
     wide = kernel_arguments(mixture, torch.float64)
     mu, logvar, log_w = (argument[components] for argument in wide)
     n, first, second = torch.zeros_like(log_w), torch.zeros_like(centres), torch.zeros_like(centres)
@@ -139,7 +139,7 @@ def variance_within(x: Tensor, centres: Tensor) -> Tensor:
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
-    """`[S, K]`, from differences, which matrix products would lose in rounding."""
+    """The distances `[S, K]`, from differences, which matrix products would lose in rounding."""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -150,9 +150,9 @@ def variance(x: Tensor) -> Tensor:
 
 
 def seeds_far_apart(x: Tensor, n_components: int, generator: torch.Generator | None) -> Tensor:
-    """k-means++ (Arthur & Vassilvitskii 2007): each seed is a point drawn in proportion to its squared distance from
-    the nearest seed before it. `[K, D]` in float64, in O(S·K·D) time and O(S) memory; as long as there are other points
-    no seed comes twice."""
+    """The seeds of k-means++ (Arthur & Vassilvitskii 2007), `[K, D]` in float64: each is a point drawn in proportion to
+    its squared distance from the nearest seed before it. O(S·K·D) time and O(S) memory; no seed comes twice while there
+    are other points."""
     S = len(x)
     draws = torch.rand(n_components, dtype=torch.float64, generator=generator, device="cpu").to(x.device)
     chosen = (draws[0] * S).long()
@@ -168,14 +168,14 @@ def seeds_far_apart(x: Tensor, n_components: int, generator: torch.Generator | N
 
 
 def seeds_anywhere(x: Tensor, n_components: int, generator: torch.Generator | None) -> Tensor:
-    """Any points, `[K, D]` in float64; as long as there are other points none comes twice."""
+    """Seeds that are any points, `[K, D]` in float64; none comes twice while there are other points."""
     order = torch.randperm(len(x), generator=generator, device="cpu").to(x.device)
     rows = distinct(x, n_components, order)
     return x[rows.repeat(-(-n_components // len(rows)))[:n_components]].double()
 
 
 def distinct(x: Tensor, most: int, order: Tensor | None = None) -> Tensor:
-    """Row numbers of distinct points, as many as there are or `most` of them, the first in `order`."""
+    """Row numbers of distinct points, all or `most` of them, those that come first in `order`."""
     S, seen = len(x), 0
     while True:
         seen = min(S, max(most, 2 * seen))

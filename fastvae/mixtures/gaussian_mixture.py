@@ -34,9 +34,9 @@ class GaussianMixture:
         max_iter: EM steps at most, from each start.
         n_init: how many starts; the fit with the largest `lower_bound_` is kept.
         init: `"kmeans++"`: the means are points far apart (Arthur & Vassilvitskii 2007); `"random"`: they are any
-            points; all of the variance of the points about the nearest. Or the parameters to start from, tensors
-            (weights `[K]`, means `[K, D]`, variances `[K, D]`).
-        reg_covar: added to each variance; what is left of it where a component has one point alone.
+            points. All components have the variance of the points about their nearest mean. Or the parameters to
+            start from, tensors (weights `[K]`, means `[K, D]`, variances `[K, D]`).
+        reg_covar: added to each variance, and so the whole variance of a component with one point.
         seed: of the starts; None draws them from torch's generator.
 
     Arguments are kept as they are given, and checked by `fit` and `partial_fit`.
@@ -46,21 +46,21 @@ class GaussianMixture:
         converged_: whether the change fell below `tol`.
         n_iter_: EM steps taken.
         lower_bound_: the last of `lower_bounds_`.
-        lower_bounds_: mean log p(x) before each EM step, in nats: never falling, but for rounding, where `reg_covar` is
-            0 and nothing was re-seeded.
+        lower_bounds_: mean log p(x) before each EM step, in nats: never falling, except by rounding, where `reg_covar`
+            is 0 and nothing was re-seeded.
         n_reseeded_: how often a component that had lost all its points was started again, at the point that the
             others explain worst.
         n_batches_: batches seen by `partial_fit`.
 
     Raises:
-        TypeError, ValueError: of `fit` and `partial_fit`: an argument is not as above; fewer points than K, or so far
+        TypeError, ValueError: in `fit` and `partial_fit`: an argument is not as above; points fewer than K, or so far
             apart that the squares overflow; where `reg_covar` is 0, a component all of whose points have the same
-            value in a dimension. Of every method: points that are not finite, or not `[S, D]`; no points, where the
+            value in a dimension. In every method: points that are not finite, or not `[S, D]`; no points, where the
             result is a mean over them; a point so far out that log p(x) overflows, where the result rests on p(k|x).
         RuntimeError: a method that needs parameters, before they were fitted.
 
     Warns:
-        UserWarning: of `fit`, and of `partial_fit` when it starts: there are fewer distinct points than K. Of `fit`:
+        UserWarning: in `fit`, and in `partial_fit` when it starts: there are fewer distinct points than K. In `fit`:
             the run that is kept was ended by `max_iter` before its change fell below a `tol` above 0.
 
     Source: Basics VAE, section 1; Dempster et al. 1977.
@@ -117,8 +117,8 @@ class GaussianMixture:
 
         The statistics of the M-step become (1 − gamma) · old + gamma · the batch's, with gamma = (t + 1)^−0.6 at batch
         t = 1, 2, ...: t counts the batches since the first, which the start is made from, or since `fit`.
-        `lower_bounds_` is of each batch before it was learned from, and a component that a batch has no points of
-        keeps its mean and variance.
+        `lower_bounds_` has the mean log p(x) of each batch from before the step on it, and a component without points
+        in a batch keeps its mean and variance.
 
         Source: Cappé & Moulines 2009.
         """
@@ -169,13 +169,13 @@ class GaussianMixture:
         return em.log_prob(points, mixture).mean(dtype=torch.float64).item()
 
     def complete_log_likelihood(self, x: Tensor, q: Tensor | None = None) -> float:
-        """mean_i sum_k q_ik [log weights_k + log N(x_i; means_k, variances_k)] in nats: that of the complete data, the
-        points and the components they are from, expected under q.
+        """mean_i sum_k q_ik [log weights_k + log N(x_i; means_k, variances_k)] in nats: the log-likelihood of the
+        complete data, the points and the components they are from, expected under q.
 
         Args:
             x: points `[S, D]`.
             q: a distribution over components for each point, `[S, K]`; None for the E-step's, `predict_proba`.
-                That its rows add up to 1 is the caller's word.
+                Its rows have to add up to 1, which is not checked.
 
         Source: Basics VAE, eq. 5, with its log w_k.
         """
@@ -186,19 +186,19 @@ class GaussianMixture:
         for log_joint in _shared(points, mixture) if q is None else em.log_joint(points, mixture):
             rows = slice(first, first := first + len(log_joint))
             q_rows = log_joint.softmax(1) if q is None else q[rows].to(log_joint.dtype)
-            possible = q_rows > 0  # a component that q gives nothing adds nothing, be its own weight 0
+            possible = q_rows > 0  # where q is 0 the term is 0, even if the component's weight is 0 too
             total += (q_rows * log_joint.masked_fill(~possible, 0.0)).sum(dtype=torch.float64).item()
         return total / len(points)
 
     def elbo(self, x: Tensor, q: Tensor) -> float:
         """mean log p(x) − KL(q ‖ p(k|x)) in nats, as `complete_log_likelihood` + H(q): a lower bound of `score` for any
-        q `[S, K]`, which an E-step makes equal to it, and an M-step raises (Basics VAE, eq. 7)."""
+        q `[S, K]`. An E-step makes the bound equal to `score`, and an M-step raises it (Basics VAE, eq. 7)."""
         points, mixture = self._points(x, least=1)
         q = _checked_shares(q, points, len(mixture.weights))
         return self.complete_log_likelihood(x, q) + entropy(q.double()).mean().item()
 
     def sample(self, n_samples: int = 1, *, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """(points `[n, D]`, in the dtype of those it was fitted to, the components they are from `[n]`)."""
+        """Draw points `[n, D]`, in the dtype of those in the fit; returns them and their components `[n]`."""
         n_samples = check_count("n_samples", n_samples, least=1, most=MOST_SAMPLES)
         seed = None if seed is None else check_seed("seed", seed)
         mixture = self._fitted()
@@ -251,14 +251,14 @@ class GaussianMixture:
         return Mixture(self.weights_, self.means_, self.variances_)
 
     def _points(self, x: Tensor, least: int = 0) -> tuple[Tensor, Mixture]:
-        """The points that a fitted mixture is asked about."""
+        """Check the points that a fitted mixture is asked about; return both."""
         check_tensor("x", x)
         mixture = self._fitted(x)
         return em_runs.finite_points(x, least), mixture
 
 
 def _shared(x: Tensor, mixture: Mixture) -> Iterator[Tensor]:
-    """`em.log_joint` of points that some component has a density at, so that p(k|x) is known."""
+    """Yield `em.log_joint`, checking that each point has a density in some component, so that p(k|x) is known."""
     for log_joint in em.log_joint(x, mixture):
         if (log_joint.amax(1) == -math.inf).any():
             raise ValueError(em_runs.overflow(x, -math.inf))
@@ -266,7 +266,7 @@ def _shared(x: Tensor, mixture: Mixture) -> Iterator[Tensor]:
 
 
 def _checked_shares(q: Any, x: Tensor, n_components: int) -> Tensor:
-    """A distribution over components for each point, but for its rows' sums."""
+    """Check for a distribution over components for each point; that its rows add up to 1 is not checked."""
     check_tensor("q", q)
     check_device("q", q, "x", x)
     if q.shape != (len(x), n_components):

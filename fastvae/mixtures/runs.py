@@ -14,7 +14,7 @@ from .em import Mixture
 
 
 class Options(NamedTuple):
-    """What the constructor was given, checked, as Python numbers."""
+    """The constructor's arguments, checked, as Python numbers."""
 
     n_components: int
     tol: float
@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
 
 def run(x: Tensor, options: Options, generator: torch.Generator | None) -> Run:
-    """EM from one start."""
+    """Run EM from one start."""
     mixture = start(x, options, generator)
     trace: list[float] = []
     n_reseeded = 0
@@ -68,7 +68,7 @@ def start(x: Tensor, options: Options, generator: torch.Generator | None) -> Mix
 
 
 def regularized(weights: Tensor, means: Tensor, variances: Tensor, dtype: torch.dtype, options: Options) -> Mixture:
-    """The mixture with `reg_covar` in it; without, a variance that points of a dtype cannot have is an error."""
+    """The mixture with `reg_covar` added; where that is 0, a variance too small for points of a dtype is an error."""
     variances = variances + options.reg_covar
     alike = variances <= (torch.finfo(dtype).eps * means) ** 2
     if options.reg_covar == 0 and alike.any():
@@ -81,7 +81,7 @@ def regularized(weights: Tensor, means: Tensor, variances: Tensor, dtype: torch.
 
 
 def step(x: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor, Tensor, float]:
-    """`em.moments`, with the log-likelihood as a number, which must be one."""
+    """`em.moments`, with the log-likelihood as a Python float, which must be finite."""
     n, means, variances, log_likelihood = em.moments(x, mixture)
     value = log_likelihood.item()
     if not math.isfinite(value):
@@ -95,7 +95,7 @@ def overflow(x: Tensor, value: float) -> str:
 
 
 def points_to_fit(x: Tensor, least: int) -> Tensor:
-    """The points to fit to."""
+    """Check the points to fit to, and return them."""
     check_tensor("x", x)
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"x: expected points [S, D], got shape {tuple(x.shape)}")
@@ -111,7 +111,7 @@ def points_to_fit(x: Tensor, least: int) -> Tensor:
 
 
 def finite_points(x: Tensor, least: int) -> Tensor:
-    """The points, whose values were looked at."""
+    """Check the values of the points, and return them."""
     check_values("x", x)
     if len(x) < least:
         raise ValueError(f"x: expected at least {least} point{'s' * (least > 1)}, got {len(x)}")
@@ -127,7 +127,7 @@ def warn_if_few(x: Tensor, n_components: int) -> None:
 
 
 def checked_start(init: Any, K: int) -> Mixture:
-    """The parameters to start from."""
+    """Check the parameters to start from, and return them as a mixture."""
     if len(init) != 3 or not all(isinstance(parameter, Tensor) for parameter in init):
         raise TypeError("init: expected a name, or the tensors (weights [K], means [K, D], variances [K, D])")
     for parameter in init:
