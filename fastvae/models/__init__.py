@@ -1,1 +1,1 @@
-"""The VAE and what it is put together from: likelihoods, priors, bounds, objectives."""
+"""The VAE and its parts: likelihoods, priors, bounds, objectives."""

@@ -24,18 +24,18 @@ class BetaTCVAE(Scheduled):
 
         loss = Nell + alpha · MI + beta · TC + gamma · (sum_d KL_d − prior factorization)
 
-    of the mutual information of x and z, the total correlation of the aggregate posterior, and the KL of each of its
-    marginals from the prior's; the prior factorization is 0 for a prior that is a product over dimensions. The terms
+    MI is the mutual information of x and z, TC the total correlation of the aggregate posterior, KL_d the KL of its
+    marginal from the prior's; the prior factorization is 0 for a prior that is a product over dimensions. The terms
     are those of `kl_decomposition`, at one sample of each posterior.
 
     Args:
         alpha, beta, gamma: finite numbers >= 0 or schedules; all 1 is the ELBO by Monte Carlo, and Chen et al. raise
             beta.
         dataset_size: N, the number of examples in the data set that the batches are from.
-        estimator: of the aggregate posterior; None for `"stratified"`, or `"uniform"` without `dataset_size`, which
-            takes each batch for the whole data set: its MI cannot exceed log B, and what it lacks the TC gets. Say
-            `"uniform"` where that is meant. `"stratified"`, `"mss"` and
-            `"loo"` refuse a batch of one example: give the DataLoader `drop_last=True`.
+        estimator: of the aggregate posterior; None for `"stratified"`, or for `"uniform"` without `dataset_size`.
+            `"uniform"` takes each batch for the whole data set: its MI cannot exceed log B, and its TC is larger by
+            what the MI lacks. Give its name where you mean it. `"stratified"`, `"mss"` and `"loo"` refuse a batch of
+            one example: give the DataLoader `drop_last=True`.
 
     Terms: `nell`, `kl` = mean log q(z|x) − log p(z), `elbo` = −(nell + kl), `mi`, `tc`, `dim_kl` `[D]`,
     `prior_factorization`, and `saturation` = exp(mi) / B.
@@ -89,21 +89,20 @@ class InfoVAE(Scheduled):
         loss = Nell + (1 − alpha) · KL + (alpha + lambda − 1) · D(q(z) ‖ p(z))
              = Nell + (1 − alpha) · MI + lambda · D(q(z) ‖ p(z))          where D is the KL divergence
 
-    The second line holds where KL and D come from one estimator, KL = MI + D: of these, `"agg_kl"` beside a KL by Monte
-    Carlo, of a prior without closed form. Else it holds but for the estimators' errors, that of D(q(z) ‖ p(z)) from a
-    batch among them.
+    The second line is exact where one estimator gives KL = MI + D: `"agg_kl"` with a KL by Monte Carlo, for a prior
+    without closed form. Otherwise it holds up to the estimators' errors, including that of D(q(z) ‖ p(z)) from a batch.
 
-    alpha = 0 and lambda = 1, the defaults, is the ELBO: D is a term then, but its weight is 0. alpha = 1 with "mmd" is
-    the MMD-VAE.
+    The defaults alpha = 0 and lambda = 1 are the ELBO: D is then among the terms, but its weight is 0. alpha = 1 with
+    "mmd" is the MMD-VAE.
 
     Args:
-        alpha: a finite number <= 1, or a schedule. Above 0 information about x costs less than in the ELBO.
+        alpha: a finite number <= 1, or a schedule. Above 0, information about x costs less than in the ELBO.
         lambda_: a finite number >= 0, or a schedule.
         divergence: D of the aggregate posterior q(z) from the prior: `"mmd"`, by samples of both (see `mmd`; the
             gradient reaches a learned prior only where `prior.sample` has one), or `"agg_kl"`, their KL divergence
             by an estimator of log q(z).
         bandwidth: of the kernel of `"mmd"`; None for sqrt(D).
-        dataset_size, estimator: of `"agg_kl"`, as in `BetaTCVAE`, its warning included.
+        dataset_size, estimator: for `"agg_kl"`, as in `BetaTCVAE`, including its warning.
 
     A batch of one example is refused by `"mmd"`, and by the estimators that `BetaTCVAE` names.
 
@@ -144,7 +143,7 @@ class InfoVAE(Scheduled):
 
     def __call__(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         nell, kl = -draws.log_px_z.mean(), draws.kl
-        # As the decoder has it: of another view the compiler makes another tensor.
+        # The same view as the decoder's: for another the compiler would make another tensor.
         samples = draws.z.flatten(0, -2)  # [B, D]
         if self.divergence == "mmd":
             if len(samples) < 2:
@@ -164,7 +163,7 @@ class InfoVAE(Scheduled):
 
 
 def _checked_size(dataset_size: int | None, estimator: str | None) -> int | None:
-    """`dataset_size`; a warning where it was left out, and not by an estimator's name."""
+    """Check and return `dataset_size`; warn where neither it nor an estimator is given."""
     check_estimator(estimator, dataset_size)
     if dataset_size is not None:
         return check_count("dataset_size", dataset_size, least=1)

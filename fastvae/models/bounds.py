@@ -6,8 +6,8 @@
 
     E ELBO <= E IW_m-ELBO <= E IW_2m-ELBO <= log p(x),  the gap vanishing as m grows        (Zheng, eq. 39 and 40)
 
-The value is the bound itself whatever its gradient, of which there are three, by name. With the normalized weights
-w̃_m = w_m / sum_m w, theta what p(x, z) depends on and phi what q(z|x) does:
+The value is always the bound itself; its gradient is one of three, chosen by name. With the normalized weights
+w̃_m = w_m / sum_m w, the parameters theta of p(x, z), and phi of q(z|x):
 
     "iwae"   the derivative of the bound (Burda et al. 2016)
     "stl"    theta likewise; phi through z alone: sum_m w̃_m ∂log w_m/∂z · ∂z/∂phi (Roeder et al. 2017)
@@ -17,8 +17,9 @@ w̃_m = w_m / sum_m w, theta what p(x, z) depends on and phi what q(z|x) does:
 biased, however many samples are averaged. The signal-to-noise ratio of phi's gradient falls like 1/sqrt(m) for "iwae"
 (Rainforth et al. 2018) and grows like sqrt(m) for "dreg".
 
-"dreg" is a hook on z, and so z has to be the tensor that log w was computed from. On another with the same values, such
-as a concatenation of the samples made for the hook alone, it never runs: that is "stl", and is found in public code.
+"dreg" is a hook on z, and so z has to be the tensor that log w was computed from. A hook on another tensor with the
+same values, such as a concatenation of the samples made for the hook alone, never runs: the gradient is then that of
+"stl", an error found in public code.
 """
 
 import math
@@ -37,8 +38,8 @@ def elbo(log_px_z: Tensor, log_pz: Tensor, log_qz_x: Tensor) -> Tensor:
 
     Args:
         log_px_z: log p(x|z), `[B]` for one sample of each posterior, `[k, B]` for k of them.
-        log_pz: log p(z), of that shape.
-        log_qz_x: log q(z|x), of that shape.
+        log_pz: log p(z), of the same shape.
+        log_qz_x: log q(z|x), of the same shape.
 
     Returns:
         `[B]` in float32 (float64 for float64 inputs).
@@ -66,13 +67,13 @@ def iw_elbo(
         log_px_z: log p(x|z), `[m, B]`, m samples of each posterior.
         log_pz: log p(z), `[m, B]`.
         log_qz_x: log q(z|x), `[m, B]`; for `"stl"` and `"dreg"` with the parameters of q stopped, as in
-            `log_prob_gauss(z, mu.detach(), logvar.detach())`, so that its gradient goes through z alone. Whether
-            they are cannot be seen here: where they are not, the gradient is wrong, and no error is raised.
+            `log_prob_gauss(z, mu.detach(), logvar.detach())`, so that its gradient goes through z alone. This
+            cannot be checked here: where they are not stopped, the gradient is wrong, and no error is raised.
         z: `[m, B, D]`, for `"dreg"`: the very tensor that the decoder, the prior and log q were given. The bound
             hooks it: in the backward, all of the gradient that reaches z on its way to the encoder is multiplied by
-            w̃, nothing that goes to the decoder. So nothing else may use this z; a term that wants the same sample
-            takes it from before an alias, as in the example. Each bound needs an alias of its own, and refuses a
-            z that another has hooked.
+            w̃; the decoder's gradient is not. So nothing else may use this z: z is an alias of the sample, as in the
+            example, and other terms use the sample itself. Each bound needs an alias of its own, and refuses a z that
+            another bound has hooked.
         gradient: `"iwae"`, `"stl"` or `"dreg"`; see above. It changes the gradient, never the value.
 
     Returns:
@@ -154,7 +155,7 @@ def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 def _log_w(log_px_z: Tensor, log_pz: Tensor, log_qz_x: Tensor, *axes: str) -> Tensor:
-    """log w, checked to have one of `axes`, each a string of their letters."""
+    """log w, checked to have one of the `axes`, each a string with a letter for each axis."""
     for name, x in (("log_px_z", log_px_z), ("log_pz", log_pz), ("log_qz_x", log_qz_x)):
         check_tensor(name, x)
         check_same_shape(name, x, "log_px_z", log_px_z)
@@ -170,7 +171,7 @@ def _log_w(log_px_z: Tensor, log_pz: Tensor, log_qz_x: Tensor, *axes: str) -> Te
 
 
 def _log_mean_w(log_w: Tensor, z: Tensor | None, gradient: str) -> Tensor:
-    """log 1/m sum_m w, [..., m, B] to [..., B], with the gradient of that name."""
+    """log 1/m sum_m w, [..., m, B] to [..., B], with the gradient that `gradient` names."""
     check_choice("gradient", gradient, GRADIENTS)
     alive, dead = _alive(log_w, -2)
     if gradient == "dreg":
@@ -192,6 +193,6 @@ def _log_mean_w(log_w: Tensor, z: Tensor | None, gradient: str) -> Tensor:
 
 
 def _alive(log_w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """log w with zeros where all weights along `dim` are zero, whose gradients would be NaN, and where that is."""
+    """log w, with zeros where all weights along `dim` are zero, as gradients would be NaN; and the mask of these."""
     dead = (log_w == -math.inf).all(dim, keepdim=True)
     return torch.where(dead, 0.0, log_w), dead.squeeze(dim)

@@ -2,7 +2,7 @@
 
 A likelihood has `log_prob(x, output)`, elementwise, in nats; `mean(output)`, E[x|z] in the units of x;
 `check(x)`, which refuses data that it gives no probability to; `sample(output)`, an x drawn from p(x|z); and
-`discrete`, whether `log_prob` is of a probability or of a density. Each is complete, constants included, so that
+`discrete`, true where `log_prob` is of a probability, not of a density. Each is complete, constants included, so that
 an ELBO is a bound on log p(x) and not on something proportional to it.
 """
 
@@ -18,7 +18,7 @@ from ..ops.checks import FLOATING, check_choice, check_count, check_dense, check
 from ..ops.declare import has_values
 
 REAL = (*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-TABULATED = 2**10  # values of log C(n, x) at most: beyond, one of each x is had for less
+TABULATED = 2**10  # values of log C(n, x) at most: for a larger n, computing one for each x costs less
 
 
 class Bernoulli(nn.Module):
@@ -72,7 +72,7 @@ class Binomial(nn.Module):
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         n = self.total_count
         x, logits = _accumulate(x, output)
-        # By counts: x / n would be rounded, and its error times n and the logit is a bias too.
+        # In counts: x / n would be rounded, and its error times n and the logit is a bias too.
         return self._log_choose(x) + x * F.logsigmoid(logits) + (n - x) * F.logsigmoid(-logits)
 
     def _log_choose(self, x: Tensor) -> Tensor:
@@ -116,13 +116,13 @@ class Gaussian(nn.Module):
     log p(x|z) = −(x − output)² / (2 s²) − ½ log(2 pi s²)
 
     Args:
-        variance: s², a finite number > 0, or where it starts.
+        variance: s², a finite number > 0; where it is learned, its initial value.
         learned: learn log s² with the other parameters.
         device, dtype: of the learned parameter.
 
     Attributes:
-        log_variance: log s²: a parameter where it is learned, else a buffer in float64, which no cast of the module
-            rounds.
+        log_variance: log s²: a parameter where it is learned, otherwise a buffer in float64, which no cast of the
+            module rounds.
     """
 
     discrete: ClassVar[bool] = False
@@ -165,7 +165,7 @@ class Gaussian(nn.Module):
         return mean + torch.exp(0.5 * self.log_variance.to(mean.dtype)) * torch.randn_like(mean)
 
     def check(self, x: Tensor) -> None:
-        """Any real number will do."""
+        """Check for real numbers: any will do."""
         _check_real("x", x)
 
     def extra_repr(self) -> str:
@@ -177,7 +177,7 @@ LIKELIHOODS = {"bernoulli": Bernoulli, "binomial": Binomial, "gaussian": Gaussia
 
 
 def make_likelihood(likelihood: Any, **options: Any) -> Any:
-    """A likelihood by name, with its options; an object is passed through."""
+    """Make a likelihood by name, with its options; an object is returned as it is."""
     if not isinstance(likelihood, str):
         if options:
             raise TypeError(f"{', '.join(options)}: goes with a likelihood by name; give it to the object")
@@ -189,7 +189,7 @@ def make_likelihood(likelihood: Any, **options: Any) -> Any:
 
 
 def _accumulate(x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype that sums are done in: never in half precision."""
+    """Check both, and convert them to the accumulation dtype, which is never half precision."""
     _check_real("x", x)
     output = _wide(output)
     check_device("x", x, "output", output)
@@ -205,7 +205,7 @@ def _wide(output: Tensor) -> Tensor:
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    """To draw by; torch would stop a GPU for good where one is NaN, so values are looked at on CPUs alone."""
+    """The probabilities to draw with, checked for NaN on CPUs alone; on a GPU torch would stop it for good."""
     p = torch.sigmoid(_wide(logits))
     if has_values(p) and p.device.type == "cpu" and p.isnan().any():
         raise ValueError("output: expected logits, got NaN")
@@ -213,7 +213,7 @@ def _probabilities(logits: Tensor) -> Tensor:
 
 
 def _check_real(name: str, x: Any) -> None:
-    """A dense tensor of real numbers: counts may be integers."""
+    """Check for a dense tensor of real numbers: counts may be integers."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     check_dense(name, x)

@@ -18,7 +18,7 @@ from .priors import check_dim, check_n
 
 
 class _Mixture(nn.Module):
-    """p(z) = sum_k w_k N(z; mu_k, diag exp(logvar_k)): what the mixtures have in common, given `components`."""
+    """The methods of a mixture p(z) = sum_k w_k N(z; mu_k, diag exp(logvar_k)), given its `components`."""
 
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         """(log w `[K]`, mu `[K, D]`, logvar `[K, D]`), differentiable."""
@@ -38,7 +38,7 @@ class _Mixture(nn.Module):
         return agg_log_prob_marginals(rows, mu, logvar, weights=ColumnWeights(log_w))[1].reshape(z.shape)
 
     def sample(self, n: int) -> Tensor:
-        """`[n, D]`, from torch's generator; differentiable in mu and logvar.
+        """Draw `[n, D]` with torch's generator; differentiable in mu and logvar.
 
         Raises:
             ValueError: a negative `n`.
@@ -50,17 +50,17 @@ class _Mixture(nn.Module):
         return reparameterize(mu[chosen], logvar[chosen])
 
     def _components_for(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        check_tensor("z", z)  # before the encoder of a VampPrior is asked
+        check_tensor("z", z)  # before a VampPrior calls its encoder
         log_w, mu, logvar = self.components()
         check_dim(z, mu)
         return log_w, mu, logvar
 
 
 class MixturePrior(_Mixture):
-    """p(z) = sum_k w_k N(z; mu_k, diag exp(logvar_k)), learned with the VAE.
+    """The mixture prior p(z) = sum_k w_k N(z; mu_k, diag exp(logvar_k)), learned with the VAE.
 
-    It starts with the mean and the variance of N(0, I), half of that between the components and half within, all of
-    the same weight.
+    It starts with the mean and the variance of N(0, I), half of the variance between the components and half within
+    them, and with equal weights.
 
     Args:
         n_components: K.
@@ -68,7 +68,7 @@ class MixturePrior(_Mixture):
         device, dtype: of the parameters.
 
     Attributes:
-        logits: the weights are their softmax, `[K]`.
+        logits: `[K]`, whose softmax is the weights.
         mu, logvar: the components' parameters, `[K, D]` each.
 
     Example:
@@ -109,7 +109,7 @@ class MixturePrior(_Mixture):
             weights, means, variances: the components' parameters.
             device: of the prior's parameters; None for that of `means`.
             dtype: of the prior's parameters; None for the widest of the tensors'. Those of a `GaussianMixture` are
-                float64, and so is what is computed with them: give float32 for a VAE in float32.
+                float64, and so is all that is computed with them: give float32 for a VAE in float32.
 
         Raises:
             TypeError: an argument is not a floating-point tensor.
@@ -149,9 +149,9 @@ class MixturePrior(_Mixture):
 
 
 class VampPrior(_Mixture):
-    """p(z) = 1/K sum_k q(z|u_k): the aggregate posterior of K pseudo-inputs u, learned with the VAE.
+    """The prior p(z) = 1/K sum_k q(z|u_k): the aggregate posterior of K pseudo-inputs u, learned with the VAE.
 
-    Its cost is a pass of the K pseudo-inputs through the encoder, at each call.
+    Each call passes the K pseudo-inputs through the encoder.
 
     Args:
         n_components: K.
@@ -203,8 +203,8 @@ def _checked_limits(limits: Any) -> tuple[float, float]:
 
 
 def how_to_load(state_dict: Any, prior: Any, like: Tensor) -> str | None:
-    """What to write before loading a VAE's state dict with a `MixturePrior` that `prior` is not; None where it is one.
-    `like` tells the device and the dtype."""
+    """Advice on what to write before a VAE loads a state dict with a `MixturePrior`; None where its `prior` already is
+    one of that size. `like` has the device and the dtype."""
     logits, mu = (state_dict.get(f"prior.{name}") for name in ("logits", "mu"))
     if not (isinstance(logits, Tensor) and isinstance(mu, Tensor) and mu.ndim == 2):
         return None

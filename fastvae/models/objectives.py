@@ -1,6 +1,6 @@
 """Training objectives of a VAE: the bounds on log p(x). `fastvae.Objective` says what one is.
 
-The defaults of each are the bound on log p(x) itself. Weights may be schedules (see schedules.py).
+With its defaults each is the bound on log p(x) itself. Weights may be schedules (see schedules.py).
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class ELBO(Scheduled):
 
         Nell = mean −log p(x|z),    KL = mean KL(q(z|x) ‖ p(z)),    ELBO = −(Nell + KL) ≤ log p(x)
 
-    KL is in closed form where the prior has one, else mean log q(z|x) − log p(z).
+    KL is in closed form where the prior has one, otherwise mean log q(z|x) − log p(z).
 
     Args:
         beta: weight of the KL, a finite number >= 0 or a schedule (beta-VAE, Higgins et al. 2017; 1 is the bound).
@@ -32,8 +32,8 @@ class ELBO(Scheduled):
         groups: the sizes of groups of neighbouring dimensions that have lambda nats together, such as `(4, 4, 8)`
             for D = 16; None for each dimension on its own.
         capacity: C, nats, a finite number >= 0 or a schedule that lets it rise (Burgess et al. 2018): the loss is
-            Nell + beta · |KL − C|, which holds the KL at C where beta is large. The KL is the batch's mean here; there
-            is code that takes the mean of |KL_i − C| over the examples, which is never less, and holds each at C.
+            Nell + beta · |KL − C|, which holds the KL at C where beta is large. Here KL is the batch's mean; some code
+            takes the mean of |KL_i − C| over the examples, which is never less, and holds each example at C.
 
     Terms: `nell`, `kl`, and `elbo` (KL and the bound themselves, whatever the arguments are).
 
@@ -87,7 +87,7 @@ class ELBO(Scheduled):
         return nell + self._now("beta", draws) * penalty, terms(nell, kl)
 
     def _groups(self, dims: Tensor) -> Tensor:
-        """The KL of each group from that of each dimension, `[D]`."""
+        """The KL of each group, from `dims` `[D]`, the KL of each dimension."""
         if self.groups is None:
             return dims
         if sum(self.groups) != len(dims):
@@ -106,8 +106,8 @@ class IWAE(Scheduled):
         k: samples of the bound, which lower the variance and leave the bound as it is.
         gradient: `"iwae"`, `"stl"` or `"dreg"`: the gradient of the same loss by another estimator, as
             `fastvae.bounds` describes them. For m > 1 the encoder learns best by `"dreg"`; `"stl"` is biased
-            there. The two go through z: where z is rounded to half precision, so is what they see of the noise,
-            and it is better to have an encoder whose result is float32.
+            there. Both go through z: where z is rounded to half precision, so is the noise that they see, and an
+            encoder with results in float32 is better.
 
     Terms, values without gradient: `iw_elbo` (the bound), `nell` and `kl` = mean log q(z|x) − log p(z) over all
     samples, `elbo` = −(nell + kl), and `ess`, the mean effective sample size of the m weights.
@@ -143,7 +143,7 @@ class IWAE(Scheduled):
 
 
 def _kl_of_dims(mu: Tensor, logvar: Tensor, prior: Any) -> Tensor:
-    """The closed form's mean of each dimension, `[D]`."""
+    """The batch-mean KL of each dimension, `[D]`, from the prior's closed form."""
     name = type(prior).__name__
     if not has_closed_form(prior):
         raise ValueError(f"free_bits: expected a prior with a closed form, kl(), got {name}")

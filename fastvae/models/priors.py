@@ -20,11 +20,12 @@ from ..ops.sample_gauss import reparameterize
 
 
 class StandardNormal(nn.Module):
-    """p(z) = N(0, I).
+    """The prior p(z) = N(0, I).
 
     Args:
-        dim: D, the number of latent dimensions, which only `sample` needs. None takes it from what `log_prob` or `kl`
-            is given in training mode (a forward pass of the VAE does that). It is in the state dict, 0 where not known.
+        dim: D, the number of latent dimensions, which only `sample` needs. None takes it from the arguments of
+            `log_prob` or `kl` in training mode, as in a forward pass of the VAE. The state dict has it, or 0 where it
+            is not known.
         device, dtype: of the samples; `to` changes them, as for any module.
 
     Example:
@@ -68,7 +69,7 @@ class StandardNormal(nn.Module):
         return kl
 
     def sample(self, n: int) -> Tensor:
-        """`[n, D]`, from torch's generator.
+        """Draw `[n, D]` with torch's generator.
 
         Raises:
             ValueError: a negative `n`, or a dimension not known yet.
@@ -83,15 +84,15 @@ class StandardNormal(nn.Module):
         return str(self._known() or "")
 
     def _known(self) -> int:
-        """0 where it is not; a buffer on the meta device has no value."""
+        """The dimension, 0 where it is not known; a buffer on the meta device has no value."""
         return self._seen if self.dim.is_meta else int(self.dim) or self._seen
 
     def _learn(self, z: Tensor) -> None:
-        """Take the dimension from z `[..., D]`, unless it is known. The buffer is not for the compiler or function
-        transforms to change, nor, if it was made under inference_mode, to be changed outside of it."""
+        """Take the dimension from z `[..., D]`, unless it is known. The buffer is not changed under the compiler or
+        function transforms, nor, if it was made under inference_mode, outside of that mode."""
         eager = has_values(z) and not self.dim.is_meta
         if not eager or (self.dim.is_inference() and not torch.is_inference_mode_enabled()):
-            self._seen = z.shape[-1]  # not looked at before, or the compiler would make of each value another graph
+            self._seen = z.shape[-1]  # not read before, or the compiler would make another graph for each value
         elif self._seen != z.shape[-1]:
             self._seen = z.shape[-1]
             if int(self.dim) == 0:
@@ -104,7 +105,7 @@ class StandardNormal(nn.Module):
 
 
 class DiagonalGaussian(nn.Module):
-    """p(z) = N(mu, diag exp(logvar)), learned with the VAE; it starts at N(0, I).
+    """The prior p(z) = N(mu, diag exp(logvar)), learned with the VAE; it starts at N(0, I).
 
     Args:
         dim: D, the number of latent dimensions.
@@ -137,7 +138,7 @@ class DiagonalGaussian(nn.Module):
         return kl_gauss(mu, logvar, self.mu, self.logvar, reduction=reduction, free_bits=free_bits)
 
     def sample(self, n: int) -> Tensor:
-        """`[n, D]`, from torch's generator; differentiable.
+        """Draw `[n, D]` with torch's generator; differentiable.
 
         Raises:
             ValueError: a negative `n`.
@@ -147,7 +148,7 @@ class DiagonalGaussian(nn.Module):
 
 
 def check_n(n: Any, dim: int) -> int:
-    """How many samples: as many as can be counted in bytes, so that it is torch that has no memory for them."""
+    """Check the number of samples: as many as can be counted in bytes, so that torch reports a lack of memory."""
     return check_count("n", n, most=2**60 // max(dim, 1))
 
 

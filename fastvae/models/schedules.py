@@ -1,9 +1,9 @@
-"""Weights that follow the training step: what the objectives have in common.
+"""Weights of the objectives that may follow the training step.
 
 A weight is a number, or a schedule: a function of the training step. The step comes as a 0-dim tensor: a schedule
 written with tensor operations compiles, and does not make a GPU wait. The training loop counts it, by `vae.advance()`,
-or gives it, by `vae(x, step=n)`. A lambda cannot be pickled, and so no model that has it for a schedule can: a function
-at the top level of a module can, and so can an object with `__call__`.
+or gives it, by `vae(x, step=n)`. A lambda cannot be pickled, and neither can a model that has it as a schedule; a
+function at the top level of a module can, and so can an object with `__call__`.
 """
 
 import copy
@@ -32,7 +32,7 @@ class Scheduled:
         return [field.name for field in fields(self) if callable(getattr(self, field.name))]
 
     def _now(self, name: str, draws: Draws) -> float | Tensor:
-        """A weight at the step of the draws."""
+        """The weight `name` at the step of the draws."""
         weight = getattr(self, name)
         if not callable(weight):
             return weight
@@ -41,16 +41,16 @@ class Scheduled:
             return check_number(name, value)
         if value.ndim:
             raise ValueError(f"{name}: expected a scalar from the schedule, got shape {tuple(value.shape)}")
-        return value.to(accumulation_dtype(draws.log_px_z.dtype))  # as scalars, float64 among them, have no say in it
+        return value.to(accumulation_dtype(draws.log_px_z.dtype))  # lest a float64 schedule sets the loss's dtype
 
     def _convert(self, **checked: Any) -> None:
-        """Keep the numbers that the checks gave."""
+        """Store the values that the checks returned, though the dataclass is frozen."""
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         pickler = sys._getframe(1).f_globals.get("__name__", "")
-        for name in () if "cloudpickle" in pickler or "dill" in pickler else self.schedules():  # those take lambdas
+        for name in () if "cloudpickle" in pickler or "dill" in pickler else self.schedules():  # these take lambdas
             try:
                 pickle.dumps(getattr(self, name))
             except Exception as error:
@@ -64,7 +64,7 @@ class Scheduled:
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Scheduled":
-        """Not by way of `__getstate__`, as a lambda can be copied."""
+        """Copy without `__getstate__`, which refuses lambdas: they can be copied."""
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         copied._convert(**{name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
@@ -72,7 +72,7 @@ class Scheduled:
 
 
 def check_weight(name: str, weight: Any, least: float = 0.0, most: float = math.inf) -> Weight:
-    """A finite number, as a Python float, or a schedule as it is."""
+    """Check for a finite number, returned as a Python float, or a schedule, returned as it is."""
     if callable(weight) and not isinstance(weight, type):
         return weight
     return check_number(name, weight, least=least, most=most, finite=True)

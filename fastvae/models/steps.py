@@ -10,15 +10,15 @@ from ..ops.checks import check_count
 from ..ops.declare import has_values
 from .schedules import Scheduled
 
-PATIENCE = 100  # forward passes in training that a schedule may stand still for
+PATIENCE = 100  # forward passes in training that a schedule may stand still for before the warning
 
 
 class CountsSteps(nn.Module):
-    """A module with a count of training steps, the buffer `step`, that no forward pass moves: one may be run twice for
-    a step, by gradient checkpointing, or be one of several, where gradients are accumulated."""
+    """A module that counts training steps in the buffer `step`. A forward pass does not count: gradient checkpointing
+    runs it twice in a step, and a loop that accumulates gradients several times."""
 
     step: Tensor
-    _standing = 0  # calls in training that found a schedule at a step that was not given
+    _standing = 0  # calls in training with a schedule, but without a given step
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class CountsSteps(nn.Module):
     def advance(self) -> None:
         """Count a training step: move the objective's schedules on by one.
 
-        Its place in the training loop is after `optimizer.step()`, once for each of these, however many calls of the
-        module the step was made of. Without schedules it is not needed.
+        Call it once after each `optimizer.step()`, however many calls of the module the step consisted of. Without
+        schedules it is not needed.
 
         Example:
             >>> vae(x).loss.backward()
@@ -51,7 +51,7 @@ class CountsSteps(nn.Module):
         return given
 
     def _watch(self, objective: Any) -> None:
-        """A warning, once, of a loop that does not call `advance`. Eager training alone is counted, in Python."""
+        """Warn, once, about a loop that does not call `advance`. Only eager training is counted, in Python."""
         if not self.training or not has_values(self.step) or self._standing >= PATIENCE:
             return
         schedules = objective.schedules() if isinstance(objective, Scheduled) else []

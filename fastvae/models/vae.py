@@ -21,12 +21,12 @@ from .steps import CountsSteps
 
 
 class VAEOutput(NamedTuple):
-    """What a forward pass of `VAE` gives, in nats per example; `loss` is differentiable.
+    """The result of a forward pass of `VAE`, in nats per example; `loss` is differentiable.
 
     Attributes:
         loss: what to minimize, a scalar.
         nell: mean −log p(x|z), the negative expected log-likelihood, a scalar.
-        kl: mean KL(q(z|x) ‖ p(z)), a scalar. Both are differentiable too, but for those of `IWAE`.
+        kl: mean KL(q(z|x) ‖ p(z)), a scalar. It and `nell` are differentiable too, except those of `IWAE`.
         z: the samples `[B, D]`; `[k·m, B, D]` where the objective asks for several of each posterior.
         mu: the posteriors' means `[B, D]`.
         logvar: their log sigma² `[B, D]`.
@@ -44,7 +44,7 @@ class VAEOutput(NamedTuple):
 
 
 class LogLikelihood(NamedTuple):
-    """What `VAE.log_likelihood` gives.
+    """The result of `VAE.log_likelihood`.
 
     Attributes:
         log_px: log p(x) of each example, in nats `[B]`; −inf where no sample gave x a probability.
@@ -78,18 +78,18 @@ class VAE(CountsSteps):
             Or an object such as `fastvae.likelihoods.Gaussian(0.1)`.
         prior: p(z), an object with `log_prob(z)`, `marginal_log_prob(z)`, `sample(n)`, and `kl(mu, logvar)`
             where that has a closed form; None for `StandardNormal()`.
-        objective: what the loss is, as `fastvae.Objective` describes it; None for `ELBO()`.
+        objective: what computes the loss, a `fastvae.Objective`; None for `ELBO()`.
         **likelihood_options: `total_count`, `variance`, `learned`.
 
-    Calling it, `vae(x)` or `vae(x, step=n)`, draws the objective's samples and gives a `VAEOutput`. It moves no
-    counter, so that it may be called again, as gradient checkpointing does, or several times a step; in eval mode it
-    changes nothing in the state dict.
+    A call, `vae(x)` or `vae(x, step=n)`, draws the objective's samples and returns a `VAEOutput`. It moves no counter,
+    so that it may be repeated, as gradient checkpointing does, or made several times a step; in eval mode it changes
+    nothing in the state dict.
 
-    The objective's schedules are at the training step that is given, an integer or a 0-dim integer tensor (which
-    compiles to one graph), or else at `step`, a buffer that starts at 0 and that `advance` moves.
+    The objective's schedules are at the training step n that is given, an integer or a 0-dim integer tensor (which
+    compiles to one graph); without it, at `step`, a buffer that starts at 0 and that `advance` moves.
 
     Raises:
-        TypeError, ValueError: an argument is not what it should be; when called, x is empty, the encoder or the
+        TypeError, ValueError: an argument is not as above; when called, x is empty, the encoder or the
             decoder gives other shapes than expected, or x holds values that the likelihood gives no probability to.
             Looking at values makes a GPU wait, so there only the first batch is checked, and under
             `torch.compile` none is.
@@ -134,7 +134,7 @@ class VAE(CountsSteps):
         samples, log_q, _, _ = sample_gauss(mu, logvar, k * m, outputs=("z", "log_q") if log_q_too else ("z",))
         assert samples is not None
         draws = Draws(
-            samples.unflatten(0, (k, m)),  # [k, m, B, D], the objective's to hook: `samples` stays as it is
+            samples.unflatten(0, (k, m)),  # [k, m, B, D], a view that the objective may hook: `samples` stays as it is
             mu,
             logvar,
             log_px_z=lambda z: self.log_px_z(x, z),
@@ -192,8 +192,8 @@ class VAE(CountsSteps):
             x: `[B, ...]`, any number of examples.
             n_samples: samples of each example.
             proposal: r(z): `"posterior"`, q(z|x), which needs few samples where it is near p(z|x); `"prior"`, p(z),
-                which leaves the encoder out, decodes each sample once for `batch_size` examples, and needs samples
-                beyond number where p(z|x) is narrow. The examples' errors are then correlated.
+                which leaves the encoder out, decodes each sample once for `batch_size` examples, and needs far
+                too many samples where p(z|x) is narrow. The examples' errors are then correlated.
             batch_size: how many pairs of a sample and an example are in memory at once; does not change the result's
                 distribution.
 
@@ -264,7 +264,7 @@ class VAE(CountsSteps):
         The encoder and the decoder stay as they are; every later loss and log p(x) is that of the model with the new
         prior, a `MixturePrior`. Put the module in eval mode before.
 
-        A VAE built anew has its first prior: before it loads a state dict saved afterwards, give it one of that size,
+        A new VAE has its first prior: before it loads a state dict saved after `fit_prior`, give it one of that size,
         `vae.prior = fastvae.MixturePrior(n_components, D)`.
 
         Args:
@@ -303,7 +303,7 @@ class VAE(CountsSteps):
         return mixture
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As of any module; where a prior that `fit_prior` has made is in the way, the error says what to do."""
+        """Load a state dict, as any module; where a prior made by `fit_prior` stops it, the error says what to do."""
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
@@ -328,12 +328,12 @@ class VAE(CountsSteps):
         return self.log_px_z(x, z) + log_prior(self.prior, z) - log_q
 
     def _sample_prior(self, n: int, like: Tensor | None = None) -> Tensor:
-        """`[n, D]` from p(z), in the dtype of the parameters, or of `like` where there are none."""
+        """Draw `[n, D]` from p(z), in the dtype of the parameters, or of `like` where there are none."""
         z = self.prior.sample(n)
         return z.to(next((p for p in self.parameters() if p.is_floating_point()), z if like is None else like))
 
     def _decoder_output(self, z: Tensor) -> Tensor:
-        """The decoder's logits or means, z `[..., D]` to `[..., *x's]`; it sees all of them as one batch."""
+        """The decoder's logits or means, z `[..., D]` to `[..., *x's]`; it gets all of them as one batch."""
         rows = as_rows(z)
         output = self.decoder(rows)
         if not isinstance(output, Tensor):
