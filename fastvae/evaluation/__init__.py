@@ -1,1 +1,1 @@
-"""What is asked of a trained VAE: prior holes, mutual information, active units, pictures."""
+"""Evaluation of a trained VAE: prior holes, mutual information, active units, pictures."""

@@ -1,4 +1,4 @@
-"""Which latent dimensions the data move."""
+"""Active units: the latent dimensions that the data move."""
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ def active_units(mu: Tensor, threshold: float = 0.01) -> Tensor:
 
     Args:
         mu: means of the posteriors of the data, `[N, D]`.
-        threshold: on the variance of each dimension's mean, as it is usually set.
+        threshold: for the variance of each dimension's mean; the usual one is 0.01.
 
     Returns:
         `[D]` bool; `.sum()` counts the active units.

@@ -1,4 +1,4 @@
-"""Prior holes: where the prior puts samples and no data have been encoded, so that the decoder was never trained."""
+"""Prior holes: where the prior puts samples and no data have been encoded, so that the decoder is not trained there."""
 
 import itertools
 import math
@@ -23,8 +23,9 @@ from .seeded import seeded
 
 
 class PriorHole(NamedTuple):
-    """What `prior_hole` gives. A share is that of the prior's samples in holes: where log q(z) is below `threshold`,
-    or, of some dimensions alone, below the same quantile of the data's. Where p(z) is q(z) it is that quantile.
+    """The result of `prior_hole`. A share is the part of the prior's samples in holes: where log q(z) is below
+    `threshold`, or, for some dimensions alone, below the same quantile of the data's. Where p(z) is q(z), the share is
+    the quantile.
 
     Attributes:
         terms: KL(q(z) ‖ p(z)) = `terms.agg_kl` in nats, and what it consists of, over all posteriors.
@@ -32,10 +33,10 @@ class PriorHole(NamedTuple):
         threshold: the quantile of `log_q_data`, in nats.
         log_q_data: log q(z) of samples of the posteriors, each without its own posterior, `[S]`.
         log_q_prior: log q(z) of samples of the prior, `[n_samples]`.
-        z_prior: those samples, `[n_samples, D]`.
+        z_prior: the samples of the prior, `[n_samples, D]`.
         dim_share: the share in each dimension alone, `[D]`.
         dims: the `n_dims` dimensions with the most information about x, the one most responsible for holes first.
-        share_without: the share in all dimensions but that one of `dims`: the lower, the more responsible it is.
+        share_without: for each of `dims`, the share in all other dimensions: the lower, the more responsible it is.
         pairs: of those dimensions, the pair with the largest share first, `[P, 2]`.
         pair_share: the shares in these two dimensions, `[P]`.
         pair_threshold: the quantiles of the data's log-density in these two dimensions, `[P]`.
@@ -72,15 +73,15 @@ def prior_hole(
     """How far the prior is from the aggregate posterior q(z) of a data set, and which share of its samples is from
     holes: regions where log q(z) is below the 1st percentile of the encoded data's.
 
-    The data's log q(z) leaves out the posterior that each sample was drawn from, as if it were new: else all but the
-    neighbourhood of the examples would be a hole. Takes O(n_samples·N·D·n_dims) time.
+    The data's log q(z) leaves out the posterior that each sample was drawn from, as if it were new: otherwise all but
+    the neighbourhood of the examples would be a hole. Takes O(n_samples·N·D·n_dims) time.
 
     Args:
         source: a VAE, or the posteriors (mu, logvar) in a form that `kl_decomposition_dataset` takes; put the VAE in
             eval mode before.
         data: with a VAE, its examples: one tensor, or an iterable of batches x or (x, labels), such as a DataLoader.
         prior: p(z); None for the VAE's, and without a VAE for N(0, I).
-        n_samples: S, samples of the prior, and of the posteriors, of as many of them or of all N if those are fewer.
+        n_samples: how many samples of the prior; and how many posteriors to sample once each, or all N if fewer.
         quantile: of the data's log q(z), below which there is a hole.
         n_dims: how many dimensions are looked at one by one and in pairs, those with the most information about x.
         chunk_size: columns per pass over the samples.
@@ -89,11 +90,11 @@ def prior_hole(
         progress: show a progress bar on stderr.
 
     Raises:
-        TypeError, ValueError: as in `kl_decomposition_dataset`; a VAE without data; fewer than two posteriors, or such
-            as are not finite.
+        TypeError, ValueError: as in `kl_decomposition_dataset`; a VAE without data; fewer than two posteriors, or ones
+            that are not finite.
 
     Warns:
-        UserWarning: as `kl_decomposition_dataset` does of `terms`.
+        UserWarning: as `kl_decomposition_dataset`, about `terms`.
 
     Source: Basics VAE, section 2.5; Zheng, eq. 19.
 
@@ -170,7 +171,7 @@ def prior_hole(
 
 
 def _sampled(prior: Prior | None, n: int, z: Tensor, seed: int) -> Tensor:
-    """Samples of the prior `[n, D]`, like those of the posteriors, z; None is N(0, I)."""
+    """Samples of the prior `[n, D]`, in the dtype and on the device of z; a prior of None is N(0, I)."""
     D = z.shape[1]
     check_count("n_samples", n, most=MOST_SAMPLES // D)
     with seeded(seed, z.device), z.device:
@@ -184,7 +185,7 @@ def _terms(
     z: Tensor, mu: Tensor, logvar: Tensor, joint: Tensor, marginals: Tensor, prior: Prior | None, N: int
 ) -> tuple[KLDecomposition, Tensor]:
     """The terms of the KL over all N posteriors, and I(x; z_d) of each dimension, `[D]`. joint `[S]` and marginals
-    `[S, D]` leave out each sample's own posterior, which is added again: here a sample is one of the data set."""
+    `[S, D]` leave out each sample's own posterior, which is added again: here the samples are of the data set."""
     conditional = log_prob_gauss(z[..., None], mu[..., None], logvar[..., None]).double()  # [S, D]
     joint = torch.logaddexp(joint, conditional.sum(1) - math.log(N))
     marginals = torch.logaddexp(marginals, conditional - math.log(N))
@@ -193,7 +194,7 @@ def _terms(
 
 
 def _log_q_of_subsets(z: Tensor, columns: Streamed, subsets: list[list[int]]) -> Tensor:
-    """log q of some dimensions of z `[S, D]` alone, for each of the subsets; `[subsets, S]`."""
+    """log q of z `[S, D]` in each subset of its dimensions alone, `[subsets, S]`."""
     sums = columns.log_sum(
         lambda mu, logvar, *weights: [agg_log_prob_op(z[:, s], mu[:, s], logvar[:, s], *weights) for s in subsets]
     )
@@ -209,7 +210,7 @@ def _thresholds_and_shares(data: Tensor, prior: Tensor, q: float) -> tuple[Tenso
 
 
 def _quantile(x: Tensor, q: float) -> Tensor:
-    """Of each row, as torch.quantile has it, which takes no more than 2**24 numbers."""
+    """The q-quantile of each row, as by torch.quantile, which takes no more than 2**24 numbers."""
     rank = q * (x.shape[1] - 1)
     low, high = x.sort(1).values[:, [math.floor(rank), math.ceil(rank)]].T
     return low.lerp(high, rank % 1)

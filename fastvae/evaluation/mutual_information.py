@@ -13,7 +13,7 @@ from .seeded import seeded
 
 
 class DecoderMI(NamedTuple):
-    """I_dec(x; z) by Monte Carlo, in nats.
+    """The estimate of I_dec(x; z) by Monte Carlo, in nats.
 
     Attributes:
         mi: the estimate, a scalar.
@@ -34,7 +34,7 @@ def mi_bounds(
     dataset_size: int | None = None,
     likelihood: Any = "discrete",
 ) -> tuple[float | Tensor, float | Tensor]:
-    """(lower, upper) of H_data − Nell ≤ I_enc(x; z) ≤ Div, in nats.
+    """The bounds (lower, upper) of H_data − Nell ≤ I_enc(x; z) ≤ Div, in nats.
 
     Args:
         nell: mean −log p(x|z), summed over the elements of x; not negative where p(x|z) is a probability.
@@ -50,8 +50,8 @@ def mi_bounds(
             points is no differential entropy; NaN; a negative `nell` of a discrete likelihood.
 
     Warns:
-        UserWarning: lower > upper. Beyond Monte Carlo error that cannot be: nell or div is a mean over something
-            else than examples, or of other data than h_data.
+        UserWarning: lower > upper. Beyond Monte Carlo error this means that nell or div is a mean over something
+            other than examples, or is of other data than h_data.
 
     Source: Zheng, eq. 30-35; Alemi et al. 2018.
 
@@ -99,19 +99,19 @@ def decoder_mutual_information(
 ) -> DecoderMI:
     """I_dec(x; z) = E log p(x|z) / p(x) over the model's own samples, z ~ p(z) and x ~ p(x|z), in nats.
 
-    log p(x) is importance-sampled by `vae.log_likelihood`, which in expectation is too low: so is mi too high, until
+    log p(x) is importance-sampled by `vae.log_likelihood`, which in expectation is too low; so mi is too high, until
     `n_samples` are enough. Takes n·n_samples passes of an example through the decoder.
 
     Args:
-        vae: whose likelihood has `sample`; put it in eval mode before.
+        vae: one whose likelihood has `sample`; put it in eval mode before.
         n: how many x are drawn.
-        n_samples: importance samples of each.
+        n_samples: importance samples for each x.
         proposal, batch_size: as in `vae.log_likelihood`. The encoder may know the model's samples less well than
             the data; `"prior"` leaves it out.
         seed: of all draws; torch's generators are left as they were.
 
     Raises:
-        TypeError: `vae` is none, or its likelihood has no `sample`; or a number is not an integer.
+        TypeError: `vae` is not a VAE, or its likelihood has no `sample`; or a number is not an integer.
         ValueError: `n` below 2, a negative seed, or as in `vae.log_likelihood`.
 
     Warns:
@@ -146,7 +146,7 @@ def decoder_mutual_information(
 
 
 def _checked_scalar(name: str, value: Any, finite: bool = False) -> float | Tensor:
-    """A tensor of one element as it is, anything else as a Python float."""
+    """Check for a number: a tensor of one element is returned as it is, anything else as a Python float."""
     if not isinstance(value, Tensor):
         return check_number(name, value, finite=finite)
     if value.is_nested or value.layout != torch.strided:

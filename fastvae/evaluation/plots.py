@@ -33,7 +33,7 @@ def save(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> 
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """Images `[n, H, W]`, n a multiple of `columns`, as one, a blank pixel between them."""
+    """Images `[n, H, W]`, n a multiple of `columns`, as one image, with a blank pixel between them."""
     n, H, W = images.shape
     padded = images.new_full((n, H + 1, W + 1), math.nan)  # NaN is drawn as the background
     padded[:, :H, :W] = images
@@ -42,7 +42,7 @@ def tile(images: Tensor, columns: int) -> Tensor:
 
 
 def reconstructions(figure: Any, x: Tensor, means: Tensor, columns: int = 12) -> None:
-    """Data `[n, H, W]`, and below each its reconstruction E[x|z]."""
+    """Draw data `[n, H, W]`, and below each its reconstruction E[x|z]."""
     figure.suptitle("Held-out digits, and below each its reconstruction", fontsize=11)
     rows = len(x) // columns
     for i, axes in enumerate(_as_list(figure.subplots(rows, 1))):
@@ -51,13 +51,13 @@ def reconstructions(figure: Any, x: Tensor, means: Tensor, columns: int = 12) ->
 
 
 def samples(figure: Any, means: Tensor, columns: int = 12) -> None:
-    """Means E[x|z] `[n, H, W]` of draws z from the prior."""
+    """Draw means E[x|z] `[n, H, W]` of samples z from the prior."""
     figure.suptitle("Samples: E[x|z] for z from the prior N(0, I)", fontsize=11)
     _show(figure.subplots(), means, columns, means.max())
 
 
 def terms(figure: Any, held_out: Sequence[Any], train: Sequence[Any], population: int) -> None:
-    """The objective's terms after each epoch (fields nell, kl, elbo), and the aggregate posterior's entropy and
+    """Draw the objective's terms after each epoch (fields nell, kl, elbo), and the aggregate posterior's entropy and
     mutual information (entropy, mi), which is at most the log of the population's size."""
     bound, information = figure.subplots(1, 2)
     epochs = range(1, len(held_out) + 1)
@@ -93,7 +93,7 @@ def terms(figure: Any, held_out: Sequence[Any], train: Sequence[Any], population
 
 
 def aggregate(figure: Any, mu: Tensor, logvar: Tensor, labels: Tensor, reach: float = 3.5) -> None:
-    """q(z), the mean of the posteriors mu, logvar `[N, D]`, over p(z) = N(0, I), in the two dimensions with the
+    """Draw q(z), the mean of the posteriors mu, logvar `[N, D]`, over p(z) = N(0, I), in the two dimensions with the
     largest KL; and the posteriors' means by their labels `[N]`."""
     dims = kl_gauss(mu, logvar, reduction="none").mean(0).topk(2).indices.sort().values
     mu, logvar = mu[:, dims], logvar[:, dims]  # the marginal of a mixture is the mixture of the marginals
@@ -136,10 +136,10 @@ def aggregate(figure: Any, mu: Tensor, logvar: Tensor, labels: Tensor, reach: fl
 
 
 def plot_prior_hole(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_pairs: int = 3) -> None:
-    """Where the prior has holes, as `prior_hole` found them: density maps of q(z) over those of p(z) in the pairs of
+    """Draw the prior's holes, as `prior_hole` found them: density maps of q(z) over those of p(z) in the pairs of
     dimensions with the largest shares, and histograms of log q(z) of data and of the prior's samples.
 
-    The line is each pair's threshold, outside of which is its hole: the prior's samples that are there are drawn.
+    The line is each pair's threshold. Outside of it is the hole, and the prior's samples there are drawn.
     p(z) is a kernel density estimate from its samples. mu, logvar `[N, D]`: the posteriors.
     """
     n_pairs = min(n_pairs, len(hole.pairs))
@@ -152,7 +152,7 @@ def plot_prior_hole(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_
     axes = histogram.subplots()
     data, prior, threshold = hole.log_q_data.cpu(), hole.log_q_prior.cpu(), float(hole.threshold)
     high = max(float(prior.max()), float(data.max()))
-    low = min(float(prior.quantile(0.002)), 2 * threshold - high)  # room for the words
+    low = min(float(prior.quantile(0.002)), 2 * threshold - high)  # room for the annotation
     bins = torch.linspace(low, high, 41).numpy()
     for values, color, label in ((data, DATA, "encoded data"), (prior, MODEL, "samples of p(z)")):
         look: Any = {"bins": bins, "weights": torch.full_like(values, 1 / len(values)).numpy(), "color": color}
@@ -167,7 +167,7 @@ def plot_prior_hole(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_
 
 
 def _pair_maps(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_pairs: int) -> None:
-    """q(z) over p(z) in pairs of dimensions, all on one scale of z."""
+    """Draw q(z) over p(z) in pairs of dimensions, all on one scale of z."""
     panels = figure.subplots(2, n_pairs, squeeze=False, sharex=True, sharey=True)
     pairs, thresholds, z_prior = hole.pairs[:n_pairs].cpu(), hole.pair_threshold.tolist(), hole.z_prior.cpu()
     reach = 1.15 * float(torch.cat((z_prior, mu))[:, pairs].abs().flatten().quantile(0.998))
@@ -178,7 +178,7 @@ def _pair_maps(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_pairs
         width = 2 * points.std(0).log() - math.log(len(points)) / 3  # Scott's rule in two dimensions: n^(-1/6)
         posteriors, kernels = (mu[:, dims], logvar[:, dims]), (points, width.expand_as(points))
         log_q, log_p = (agg_log_prob(grid, *columns).view(len(line), -1).T for columns in (posteriors, kernels))
-        largest = float(max(log_q.max(), log_p.max()).exp())  # of both: one scale of densities
+        largest = float(max(log_q.max(), log_p.max()).exp())  # one scale for both densities
         for axes, log_density, colors in zip(panels[:, column], (log_q, log_p), ("Blues", "Reds"), strict=True):
             picture: Any = {"origin": "lower", "extent": 2 * (-reach, reach), "vmin": 0, "vmax": largest}
             axes.imshow(log_density.exp().numpy(), cmap=colors, interpolation="bilinear", **picture)

@@ -1,4 +1,4 @@
-"""Draws that a seed fixes, with torch's generators afterwards as they were."""
+"""A context in which a seed fixes what torch draws."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's generators of the CPU and of a device start from a seed, and are afterwards as they were."""
+    """Seed torch's generators of the CPU and of a device; afterwards they are as they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
