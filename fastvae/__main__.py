@@ -1,4 +1,4 @@
-"""python -m fastvae info | demo"""
+"""The command line: python -m fastvae info | demo"""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from .backends.settings import setting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code. argparse leaves with 2 where the command line is wrong."""
+    """Run a command, and return its exit code. argparse exits with 2 where the command line is wrong."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.run is None:
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seed(text: str) -> int:
-    """What torch.manual_seed takes."""
+    """Parse a seed that torch.manual_seed takes."""
     value = int(text)
     if not -(2**63) <= value < 2**64:
         raise ValueError
@@ -96,7 +96,7 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"The demo needs {error.name}, which is not installed: pip install 'fastvae[demo]'", file=sys.stderr)
         return 1
     try:
-        Path(options.out).mkdir(parents=True, exist_ok=True)  # before a minute is spent on what goes there
+        Path(options.out).mkdir(parents=True, exist_ok=True)  # before a minute is spent on training
     except OSError as error:
         print(f"--out: expected a folder, or a place for one, got {options.out}: {error.strerror}", file=sys.stderr)
         return 1
@@ -133,7 +133,7 @@ def _table(*rows: tuple[str, str]) -> None:
 
 
 def _said(ask: Callable[..., str], *arguments: object) -> str:
-    """The answer, or in its place the error: this is where people look when something is broken, in whatever way."""
+    """The answer, or the error instead: people run this command when something is broken, in whatever way."""
     try:
         return ask(*arguments)
     except Exception as error:
@@ -163,7 +163,7 @@ def _native_library() -> str:
 
 
 def _instruction_sets() -> str:
-    """The one in use and the others that this CPU and library offer."""
+    """The instruction set in use, and the others that this CPU and library offer."""
     if not backends.status("native").available:
         return "none"
     in_use = native_library.instruction_set()

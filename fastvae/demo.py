@@ -31,7 +31,7 @@ AUGMENTED = 0.6  # share of the images that are distorted a little
 
 
 class Terms(NamedTuple):
-    """Nats per image, over a population of images."""
+    """Mean terms over a population of images, in nats per image."""
 
     nell: float
     kl: float
@@ -41,7 +41,7 @@ class Terms(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Counts `[B, 8, 8]` to (mu, logvar) `[B, D]`."""
+    """The encoder, from counts `[B, 8, 8]` to (mu, logvar) `[B, D]`."""
 
     def __init__(self, width: int = 16, hidden: int = 256):
         super().__init__()
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
 
 
 def make_decoder(width: int = 16, hidden: int = 256) -> nn.Module:
-    """z `[B, D]` to logits `[B, 8, 8]`."""
+    """Make the decoder, from z `[B, D]` to logits `[B, 8, 8]`."""
     half = SIDE // 2
     return nn.Sequential(
         nn.Linear(LATENT, hidden),
@@ -81,7 +81,7 @@ def make_decoder(width: int = 16, hidden: int = 256) -> nn.Module:
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(training images, held-out images, their labels): counts `[n, 8, 8]`, labels `[n]`."""
+    """Load (training images, held-out images, their labels): counts `[n, 8, 8]`, labels `[n]`."""
     digits = load_digits()
     order = torch.randperm(len(digits.images), generator=torch.Generator().manual_seed(0))
     x = torch.tensor(digits.images, dtype=torch.float32)[order]
@@ -90,20 +90,20 @@ def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def distort(x: Tensor) -> Tensor:
-    """Counts `[B, 8, 8]`, some of them under a small random affine map: 1,500 images are few."""
+    """Put some of the counts `[B, 8, 8]` under a small random affine map, as 1,500 images are few."""
     B = len(x)
     chosen = torch.rand(B, 1, 1) < AUGMENTED
     linear = torch.eye(2) + 0.07 * chosen * torch.randn(B, 2, 2)
     shift = 0.08 * chosen * torch.randn(B, 2, 1)  # a third of a pixel
     grid = F.affine_grid(torch.cat((linear, shift), 2), [B, 1, SIDE, SIDE], align_corners=False)
     moved = F.grid_sample(x[:, None], grid, mode="bicubic", align_corners=False)[:, 0].clamp(0, COUNT)
-    counts = torch.floor(moved + torch.rand_like(moved)).clamp(max=COUNT)  # whole again, the same in the mean
+    counts = torch.floor(moved + torch.rand_like(moved)).clamp(max=COUNT)  # whole again, with the same mean
     return torch.where(chosen, counts, x)
 
 
 @torch.no_grad()
 def evaluate(vae: VAE, x: Tensor, n_samples: int = 8) -> Terms:
-    """Terms of the images x, which are the whole population of q(z): the mutual information is at most log n."""
+    """The terms of the images x, which are the whole population of q(z): the mutual information is at most log n."""
     mu, logvar = vae.encode(x)
     z = reparameterize(mu, logvar, n_samples, seed=0)  # [L, n, D]
     nell, kl = -vae.log_px_z(x, z).mean(), kl_gauss(mu, logvar)
@@ -112,7 +112,7 @@ def evaluate(vae: VAE, x: Tensor, n_samples: int = 8) -> Terms:
 
 
 def train(vae: VAE, x: Tensor, held_out: Tensor, epochs: int, seconds: float) -> tuple[list[Terms], list[Terms]]:
-    """The terms of held-out and of as many training images after each epoch."""
+    """Train; return the terms of held-out and of as many training images after each epoch."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, weight_decay=0.1, fused=True)
     steps_per_epoch = PASSES * (len(x) // BATCH)
     history: tuple[list[Terms], list[Terms]] = ([], [])
@@ -140,7 +140,7 @@ def train(vae: VAE, x: Tensor, held_out: Tensor, epochs: int, seconds: float) ->
 
 
 def draw(vae: VAE, x: Tensor, labels: Tensor, held_out: Tensor, history: tuple, folder: Path) -> list[str]:
-    """Write the pictures, and give their names. x and labels: all digits."""
+    """Write the pictures, and return their names. x and labels: all digits."""
     with torch.no_grad():
         posteriors = vae.encode(x)
     shown = held_out[:36]
@@ -164,7 +164,7 @@ def draw(vae: VAE, x: Tensor, labels: Tensor, held_out: Tensor, history: tuple, 
 
 
 def run(epochs: int = 40, seconds: float = 60.0, out: str = "demo-out", seed: int = 0) -> Terms:
-    """Train, print and draw; the held-out terms at the end."""
+    """Train, print and draw; return the held-out terms at the end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # layers this small gain nothing from a second, and lose where the machine is busy
     try:
@@ -188,7 +188,7 @@ def _run(epochs: int, seconds: float, out: Path, seed: int) -> Terms:
     bits = -final.elbo / (SIDE * SIDE * math.log(2))
     print(f"\nheld-out ELBO {final.elbo:.2f} nats per image, {bits:.3f} bits per pixel;")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it may be too low, as the line says
+        warnings.simplefilter("ignore")  # a warning that it may be too low, which is printed below
         log_px = vae.log_likelihood(held_out, 256).log_px.mean()
     print(f"log p(x) is at least {log_px:.2f}, by 256 importance samples")
     images, labels = torch.cat((x, held_out)), torch.cat((labels, held_out_labels))

@@ -1,4 +1,4 @@
-"""What one extends: a prior, a likelihood, an objective and what it is handed; and checks that say what one lacks."""
+"""Interfaces to extend: a prior, a likelihood, an objective and its argument; and checks that name what is missing."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
@@ -10,7 +10,7 @@ from .ops.checks import check_tensor
 
 
 class Prior(Protocol):
-    """What `VAE` and the objectives ask of a prior.
+    """The interface of a prior, for `VAE` and the objectives.
 
     Optional: `kl(mu, logvar)`, the closed form of the mean KL(q(z|x) ‖ p(z)), for mu and logvar `[B, D]`; free bits
     need it with `reduction="dim"` too, the mean of each dimension, `[D]`.
@@ -23,11 +23,11 @@ class Prior(Protocol):
         """log p_d(z_d) of each dimension, z `[S, D]` to `[S, D]`."""
 
     def sample(self, n: int) -> Tensor:
-        """`[n, D]`"""
+        """Draw n samples, `[n, D]`."""
 
 
 class Likelihood(Protocol):
-    """What `VAE` and its evaluation ask of a likelihood. `output` is the decoder's; `x` broadcasts against it."""
+    """The interface of a likelihood, for `VAE` and evaluation. `output` is the decoder's; `x` broadcasts against it."""
 
     discrete: ClassVar[bool]
 
@@ -41,18 +41,18 @@ class Likelihood(Protocol):
         """Raise a ValueError where x lies outside the likelihood's support."""
 
     def sample(self, output: Tensor) -> Tensor:
-        """x drawn from p(x|z) by torch's generator, the shape of `output`, in the dtype of `log_prob`."""
+        """Draw x from p(x|z) with torch's generator, the shape of `output`, in the dtype of `log_prob`."""
 
 
 class Draws:
-    """What an objective is handed: k·m samples z of each posterior of a batch, and what can be said of them.
+    """The argument of an objective: k·m samples z of each posterior of a batch, and the terms computed from them.
 
     The terms `log_px_z`, `log_pz`, `log_qz_x` and `kl` are computed when they are first asked for, so that an objective
-    pays for those alone that it uses.
+    pays only for those that it uses.
 
     Attributes:
-        z: `[k, m, B, D]`, what the decoder and the prior are given. Nothing but `log_qz_x` reaches the posteriors'
-            parameters around it, so that a hook on it sees all of its gradient.
+        z: `[k, m, B, D]`, the input of the decoder and the prior. Of the samples' terms only `log_qz_x` reaches the
+            posteriors' parameters past z, so that a hook on z sees all of the others' gradients.
         mu, logvar: the posteriors' means and log sigma², `[B, D]`.
         prior: p(z).
         step: training steps so far, 0-dim int64.
@@ -64,7 +64,7 @@ class Draws:
         mu: Tensor,
         logvar: Tensor,
         *,
-        log_px_z: Callable[[Tensor], Tensor],  # of z [k, m, B, D], to [k, m, B]
+        log_px_z: Callable[[Tensor], Tensor],  # from z [k, m, B, D] to [k, m, B]
         prior: Prior,
         step: Tensor,
         log_qz_x: Tensor | None = None,  # [k, m, B]; None where the objective does not need it
@@ -94,15 +94,15 @@ class Draws:
     @property
     def log_qz_x(self) -> Tensor:
         """log q(z|x), `[k, m, B]`, from z before it was rounded to half precision; its gradient is total, at fixed
-        noise. It is drawn with z, and so only for an objective that has it in `needs`."""
+        noise. It is computed when z is drawn, and so only for an objective that has it in `needs`."""
         if self._log_qz_x is None:
             raise RuntimeError("objective: asks for log_qz_x, so expected 'log_qz_x' among what it needs, got none")
         return self._log_qz_x
 
     @property
     def kl(self) -> Tensor:
-        """mean KL(q(z|x) ‖ p(z)), a scalar: the closed form where the prior has one, else mean log q(z|x) − log p(z).
-        An objective that uses it has it in `needs`."""
+        """mean KL(q(z|x) ‖ p(z)), a scalar: the closed form where the prior has one, otherwise mean log q(z|x) − log
+        p(z). An objective that uses the KL has `"kl"` in `needs`."""
         if has_closed_form(self.prior):
             return self.prior.kl(self.mu, self.logvar)  # type: ignore[attr-defined]
         return (self.log_qz_x - self.log_pz).mean()
@@ -116,13 +116,13 @@ def _of_samples(name: str, log_density: Any, z: Tensor) -> Tensor:
 
 
 class Objective(Protocol):
-    """What `VAE` asks of an objective: how many samples it wants, and a loss of them.
+    """The interface of an objective, for `VAE`: how many samples it wants, and a loss computed from them.
 
     Attributes:
         k, m: the numbers of samples of each posterior, k outside the logarithm and m inside it; 1 and 1 for the ELBO.
-        needs: the terms of `Draws` that rest on the density of the draw: of `"log_qz_x"` and `"kl"` those that it uses.
-            The VAE then has log q(z|x) from the same pass as z, where it is needed. An objective without this attribute
-            has it always.
+        needs: those of `"log_qz_x"` and `"kl"` that it uses, the terms of `Draws` that may rest on log q(z|x). Where
+            they do, the VAE computes log q(z|x) in the same pass as z; for an objective without this attribute it
+            always does.
     """
 
     @property
@@ -148,7 +148,7 @@ def has_closed_form(prior: Prior) -> bool:
 
 
 def check_posteriors(posteriors: Any, n: int) -> tuple[Tensor, Tensor]:
-    """What an encoder gave for n inputs: mu and logvar, `[n, D]` each."""
+    """Check the result of an encoder for n inputs, and return it: mu and logvar, `[n, D]` each."""
     if not (isinstance(posteriors, tuple | list) and len(posteriors) == 2):
         raise TypeError(f"encoder: expected the pair (mu, logvar), got {type(posteriors).__name__}")
     mu, logvar = posteriors
@@ -161,7 +161,7 @@ def check_posteriors(posteriors: Any, n: int) -> tuple[Tensor, Tensor]:
 
 
 def check_prior(prior: Prior | None) -> None:
-    """A prior has `log_prob` and `marginal_log_prob`; None stands for N(0, I)."""
+    """Check that a prior has `log_prob` and `marginal_log_prob`; None stands for N(0, I)."""
     if prior is None:
         return
     if isinstance(prior, type):
@@ -171,7 +171,7 @@ def check_prior(prior: Prior | None) -> None:
 
 
 def check_log_prob(method: str, log_p: Tensor, shape: torch.Size) -> Tensor:
-    """What a method of a prior gave, which must not broadcast to something else."""
+    """Check the result of a prior's method, which must not broadcast to something else, and return it."""
     if not isinstance(log_p, Tensor):
         raise TypeError(f"prior: expected a tensor from {method}, got {type(log_p).__name__}")
     if log_p.shape != shape:
