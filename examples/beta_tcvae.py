@@ -1,9 +1,9 @@
-"""What a weight on the total correlation buys, against one on the whole KL: VAEs of binarized digits, each a point in
+"""A weight on the total correlation, compared with one on the whole KL: VAEs of binarized digits, each a point in
 the plane of reconstruction and total correlation. Draws docs/beta_tcvae.png in a minute: python examples/beta_tcvae.py
 
-A larger weight lowers the total correlation (TC) by any objective and makes the reconstruction worse, so objectives are
-compared at equal reconstruction, along curves. All terms are of the aggregate posterior of the 1,797 digits, by the sum
-over all of them.
+With any objective a larger weight lowers the total correlation (TC) and makes the reconstruction worse, so objectives
+are compared at equal reconstruction, along curves. All terms are of the aggregate posterior of the 1,797 digits, by the
+sum over all of them.
 """
 
 import argparse
@@ -56,7 +56,7 @@ FAMILIES = (
 
 
 class Encoder(nn.Module):
-    """Binary images `[B, 8, 8]` to (mu, logvar) `[B, D]`."""
+    """The encoder, from binary images `[B, 8, 8]` to (mu, logvar) `[B, D]`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,12 +89,12 @@ def train(objective: Objective, x: Tensor, steps: int) -> fastvae.VAE:
 def measure(vae: fastvae.VAE, x: Tensor, beta: float, n_samples: int = 4) -> Run:
     mu, logvar = vae.encode(x)
     nell = -vae.log_px_z(x, fastvae.reparameterize(mu, logvar, n_samples, seed=0)).mean()
-    terms = fastvae.kl_decomposition_dataset((mu, logvar), n_samples=n_samples, seed=0)  # of the same samples
+    terms = fastvae.kl_decomposition_dataset((mu, logvar), n_samples=n_samples, seed=0)  # the samples are the same
     return Run(beta, *(float(t) for t in (nell, terms.mi, terms.tc, terms.dim_kl.sum())))
 
 
 def tc_at(nell: float, runs: list[Run]) -> float:
-    """A curve's TC at that reconstruction, log TC interpolated; NaN where the curve does not get there."""
+    """A curve's TC where its reconstruction is `nell`, log TC interpolated; NaN where it does not get there."""
     runs = sorted(runs, key=lambda run: run.nell)
     for left, right in itertools.pairwise(runs):
         if left.nell <= nell <= right.nell:
@@ -147,7 +147,7 @@ def main() -> None:
 
     torch.set_num_threads(1)  # layers this small gain nothing from a second
     x = torch.cat(demo.load()[:2]) >= demo.COUNT / 2
-    x = x.float()  # binary: the Bernoulli likelihood is one of these data
+    x = x.float()  # binary, as data of the Bernoulli likelihood have to be
     curves: dict[Family, list[Run]] = {family: [] for family in FAMILIES}
     print("objective                          Nell     MI      TC   dim KL   -ELBO")
     with tqdm(total=sum(len(family.betas) for family in FAMILIES), desc="training", leave=False, disable=None) as bar:

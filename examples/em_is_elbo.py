@@ -7,7 +7,7 @@ For any distribution q(k) over the component that each point is from,
 
 The E-step sets q to p(k|x) of the present theta: KL = 0, and the bound touches the log-likelihood. The M-step raises
 the bound in theta at that q, and the log-likelihood, never below the bound, rises at least as much. A VAE does the
-same, but for the E-step: its q(z|x) comes from an encoder, and the KL that remains is why the bound stays below.
+same, except for the E-step: its q(z|x) comes from an encoder, and the KL that remains is why the bound stays below.
 """
 
 import argparse

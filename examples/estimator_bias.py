@@ -1,4 +1,4 @@
-"""What each estimator of the aggregate posterior says, beside what is true. Runs in seconds and prints a Markdown
+"""The estimators of the aggregate posterior, compared with the truth. Runs in seconds and prints a Markdown
 table: python examples/estimator_bias.py
 
 The data set is 10,000 posteriors, correlated and of various widths, two of their eight latents switched off. The
@@ -18,7 +18,7 @@ BATCHES = {64: 80, 1024: 5}  # how many batches of each size: 5,120 examples eit
 
 
 def population() -> tuple[Tensor, Tensor]:
-    """mu and logvar `[N, D]`"""
+    """The posteriors' mu and logvar, `[N, D]`."""
     mu = torch.randn(N, D) @ torch.randn(D, D) / math.sqrt(D)
     logvar = -3.5 + 0.6 * torch.randn(N, D)
     mu[:, -2:] = 0.02 * torch.randn(N, 2)
@@ -27,7 +27,7 @@ def population() -> tuple[Tensor, Tensor]:
 
 
 def pairs(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """log q(z_id | x_jd), `[B, B, D]`: what the library never forms"""
+    """log q(z_id | x_jd), `[B, B, D]`, which the library never forms."""
     return -0.5 * ((z[:, None] - mu) ** 2 * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
 
 
@@ -41,8 +41,8 @@ def mss_weights(B: int) -> Tensor:
 
 
 def strided(log_q: Tensor) -> list[Tensor]:
-    """WRONG: the weights filled in with strides of B, not B + 1, through the flattened matrix. That walks down
-    columns 0 and 1, and on the diagonal stays the weight of all others."""
+    """WRONG: the weights filled in with strides of B, not B + 1, through the flattened matrix. They go
+    down columns 0 and 1, and the diagonal keeps the weight of all others."""
     B, M = len(log_q), len(log_q) - 1
     w = torch.full((B, B), 1 / M)
     w.view(-1)[::B] = 1 / N
@@ -61,7 +61,7 @@ def counted_for_each_dimension(log_q: Tensor) -> list[Tensor]:
 
 
 def terms(log_q: Tensor, joint: Tensor, marginals: Tensor) -> list[Tensor]:
-    """(H, I, TC)"""
+    """The entropy, mutual information and total correlation (H, I, TC)."""
     own = log_q.sum(-1).diagonal()
     return [-joint.mean(), (own - joint).mean(), (joint - marginals.sum(-1)).mean()]
 

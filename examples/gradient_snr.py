@@ -18,7 +18,7 @@ from fastvae import plots
 
 D, X = 10, 20  # dimensions of z and x
 NOISE = 0.5  # the standard deviation of x given z
-OFF = 0.3  # how far off q is, in standard deviations of p(z|x), and its log-variance by as much
+OFF = 0.3  # how far off q's mean is, in standard deviations of p(z|x), and q's log-variance
 GRADIENTS = {"dreg": ("DReG", plots.DATA), "stl": ("STL", plots.MUTED), "iwae": ("IWAE", plots.MODEL)}
 
 
@@ -58,13 +58,13 @@ class Measured(NamedTuple):
 
 
 def measure(name: str, m: int, repeats: int) -> Measured:
-    """Of `repeats` gradients, of which some are computed at once."""
+    """Measure `repeats` gradients, some of which are computed at once."""
     problem, at_once = Problem(), max(1, 2**16 // m)
     sizes = [min(at_once, repeats - first) for first in range(0, repeats, at_once)]
     g = torch.cat([problem.gradients(name, m, size) for size in sizes]).double()
     mean, variance = g.mean(0), g.var(0).sum()
-    signal = mean.square().sum() - variance / repeats  # without what the noise of the mean adds to its square
-    along = g @ (mean / mean.norm())  # [repeats], what the norm of the mean is the mean of
+    signal = mean.square().sum() - variance / repeats  # minus what the noise of the mean adds to its square
+    along = g @ (mean / mean.norm())  # [repeats], whose mean is the norm of the mean
     error = along.std() / repeats**0.5
     return Measured(*(float(x) for x in (signal.clamp(min=0).sqrt(), variance.sqrt(), error)))
 
@@ -77,7 +77,7 @@ def draw(figure: Any, counts: list[int], results: dict[str, list[Measured]]) -> 
         errors = [2 * r.error for r in results[name]]
         relative = [2 * r.error / r.deviation for r in results[name]]
         for axes, values, bars in ((ratio, ratios, relative), (signal, means, errors)):
-            dashed = axes is signal and name == "dreg"  # the two that agree: one drawn over the other
+            dashed = axes is signal and name == "dreg"  # over the line of IWAE, which it agrees with
             look: Any = {"ls": (0, (3, 2)), "zorder": 3} if dashed else {"ls": "-", "zorder": 2}
             axes.errorbar(counts, values, bars, color=color, lw=2, elinewidth=1, capsize=2, **look)
         label = "STL (biased)" if name == "stl" else label

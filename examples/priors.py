@@ -1,10 +1,10 @@
-"""What a learned prior is worth, on scikit-learn's digits. Trains three VAEs, prints a Markdown table and draws
+"""The worth of a learned prior, on scikit-learn's digits. Trains three VAEs, prints a Markdown table and draws
 docs/prior_hole.png, in two minutes: python examples/priors.py
 
-The VAEs have N(0, I), a mixture of Gaussians and a VampPrior for a prior, and the same everything else. Of held-out
-digits: the ELBO, and the importance-weighted bound with 512 samples of z. Of the prior: the share of its samples that
-are from holes, where log q(z) is below the 1st percentile of encoded digits, before and after `fit_prior` put a mixture
-fitted to q(z) in its place.
+The VAEs have N(0, I), a mixture of Gaussians and a VampPrior as prior, and are otherwise the same. For held-out digits
+the table has the ELBO, and the importance-weighted bound with 512 samples of z; for the prior, the share of its samples
+that are from holes, where log q(z) is below the 1st percentile of encoded digits, before and after `fit_prior` puts a
+mixture fitted to q(z) in its place.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BATCH, LEARNING_RATE, WARM_UP = 100, 4e-3, 100
 
 
 def train(vae: VAE, x: Tensor, steps: int) -> None:
-    """As the demo does; the prior's parameters do not decay towards 0."""
+    """Train as the demo does, but without weight decay for the prior's parameters."""
     prior = list(vae.prior.parameters(recurse=False)) if isinstance(vae.prior, nn.Module) else []
     others = [p for p in vae.parameters() if all(p is not q for q in prior)]
     groups = [{"params": others, "weight_decay": 0.1}, {"params": prior, "weight_decay": 0.0}]
@@ -43,7 +43,7 @@ def train(vae: VAE, x: Tensor, steps: int) -> None:
 
 @torch.no_grad()
 def bounds(vae: VAE, x: Tensor, n_samples: int) -> tuple[float, float]:
-    """(ELBO, importance-weighted bound) in nats per image"""
+    """The pair (ELBO, importance-weighted bound), in nats per image."""
     torch.manual_seed(0)
     elbo = torch.stack([vae(x).terms["elbo"] for _ in range(64)]).mean()
     return float(elbo), float(vae.log_likelihood(x, n_samples).log_px.mean())

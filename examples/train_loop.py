@@ -27,7 +27,7 @@ for epoch in range(1, 11):
         nell = F.binary_cross_entropy_with_logits(decoder(z), x, reduction="sum")
 
         # Line 1. It was: kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
-        # That is a sum over the batch, as this loop's nell is. The default, reduction="batchmean", is that over
+        # Both are sums over the batch, as this loop's nell is. The default, reduction="batchmean", divides the sum by
         # len(x), for losses that are means over the batch.
         kl = fastvae.kl_gauss(mu, logvar, reduction="sum")
 
