@@ -35,7 +35,7 @@ def status(name: str) -> BackendStatus:
 
 
 def _status(name: str) -> BackendStatus:
-    """The same, but for an environment variable that cannot be followed, which is a WrongSetting."""
+    """The same, but raises WrongSetting for an environment variable that cannot be followed."""
     if name == "reference":
         return BackendStatus(name, True, "plain PyTorch, any device")
     return BackendStatus(name, *importlib.import_module(f".{name}", __name__).status())
@@ -79,7 +79,8 @@ def _choose(forced: str | None, device_type: str) -> str:
 
 
 def _warn_of_a_missing_library() -> None:
-    """Unless this is Windows, for which no wheel has it. Ops are opaque to the compiler, so it never sees this."""
+    """Warns where the native library is missing, except on Windows, for which no wheel has it. torch.compile takes ops
+    as they are, so it never sees this."""
     from . import native_library
 
     if native_library.missing() and sys.platform != "win32":
@@ -90,7 +91,7 @@ def _warn_of_a_missing_library() -> None:
 
 
 def wrong_settings() -> list[str]:
-    """What environment variables ask for that cannot be, with the reason."""
+    """The environment variables that ask for what cannot be, each with the reason."""
     forced = settings.current.backend
     asked: list[Callable[[], object]] = [functools.partial(_choose, forced, device) for device in ("cpu", "cuda")]
     asked += [functools.partial(_status, name) for name in NAMES]

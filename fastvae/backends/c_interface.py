@@ -1,4 +1,4 @@
-"""How a plain C interface is called by ctypes: what the backends `native` and `cuda` have in common."""
+"""Calls of a plain C interface by ctypes: what the backends `native` and `cuda` have in common."""
 
 import ctypes
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def load(library: str, variable: str, interface: str, build: Callable[[], str]) 
 
     Raises:
         OSError: there is none, it does not load, or its interface is not the one that this package calls.
-        WrongSetting: so is the one that the environment variable names.
+        WrongSetting: the same holds for the library that the environment variable names.
     """
     named = setting(variable)
     if named:
@@ -88,7 +88,7 @@ def optional_rows(x: Tensor | None, dtype: torch.dtype, n_rows: int) -> tuple[Te
 
 
 def log_weights(weights: LogWeights, dtype: torch.dtype, n_columns: int) -> tuple[list[Tensor | None], list[Any]]:
-    """(tensors to keep alive, the arguments of FASTVAE_WEIGHTS)"""
+    """Returns the tensors to keep alive during the call, and the arguments of FASTVAE_WEIGHTS."""
     log_w, own = dense(weights.log_w, dtype), dense(weights.own, torch.int64)
     nan = float("nan")
     arguments = [

@@ -46,14 +46,14 @@ def kl_shape(reduction: str, B: int, D: int) -> tuple[int, ...]:
 
 
 def kl_scale(reduction: str, B: int, D: int) -> float:
-    """What the sum over the reduced axes is multiplied by; the mean of nothing is NaN, as in torch."""
+    """The factor of the sum over the reduced axes; the mean of nothing is NaN, as in torch."""
     count = {"dim": B, "batchmean": B, "mean": B * D}.get(reduction, 1)
     return 1.0 / count if count else math.nan
 
 
 class Backend(Protocol):
-    """Who computes. `priors` are [1, D] or [B, D], None for 0; `mu` and `logvar` of the KL and of sampling are
-    [B, D], those of the cross-evaluated ops [N, D]; `seed` is a 0-dim int64 tensor."""
+    """The functions of a backend. Priors are [1, D] or [B, D], None for 0; `mu` and `logvar` of the KL and of sampling
+    are [B, D], those of the cross-evaluated ops [N, D]; `seed` is a 0-dim int64 tensor."""
 
     def kl_gauss(
         self, mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
@@ -73,7 +73,7 @@ class Backend(Protocol):
     def sample_gauss(
         self, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]
     ) -> list[Tensor]:
-        """Those of z [L, B, D], log_q [L, B], log_p [L, B] and kl [B] that `outputs` asks for."""
+        """Returns z [L, B, D], log_q [L, B], log_p [L, B] and kl [B], those that `outputs` asks for."""
 
     def sample_gauss_backward(
         self,
@@ -89,14 +89,14 @@ class Backend(Protocol):
     ) -> list[Tensor]: ...
 
     def cross_log_prob(self, z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        """[S, N]"""
+        """Returns log q(z_i | x_j) [S, N]."""
 
     def cross_log_prob_backward(
         self, grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]
     ) -> list[Tensor]: ...
 
     def agg_log_prob(self, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
-        """[S]"""
+        """Returns the joint [S]."""
 
     def agg_log_prob_backward(
         self,
@@ -108,12 +108,12 @@ class Backend(Protocol):
         weights: LogWeights,
         wanted: Sequence[bool],
     ) -> list[Tensor]:
-        """Where `joint` is None it comes first in the result, as if it were wanted."""
+        """Returns the gradients; where `joint` is None, that comes before them, as if it were wanted."""
 
     def agg_log_prob_marginals(
         self, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights
     ) -> tuple[Tensor, Tensor]:
-        """The joint [S] and the marginals [S, D]."""
+        """Returns the joint [S] and the marginals [S, D]."""
 
     def agg_log_prob_marginals_backward(
         self,

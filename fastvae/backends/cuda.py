@@ -87,7 +87,7 @@ def status() -> tuple[bool, str]:
 
 
 def _why_not_built() -> str:
-    """What the build left to say, or that there was none; nothing where there is a library."""
+    """The reason that a failed build has left, or that there was no build; empty where there is a library."""
     if installed.find(LIBRARY):
         return ""
     reason = installed.find(WHY_NOT)
@@ -105,12 +105,16 @@ def _function(name: str) -> Callable[..., int]:
 
 @functools.lru_cache(maxsize=1024)
 def _workspace_size(name: str, dtype: torch.dtype, *sizes: int) -> int:
-    """In bytes; remembered, as a training loop asks for the same again and again."""
+    """The bytes of a workspace; remembered, as a training loop asks for the same again and again."""
     return library().fastvae_cuda_workspace(_WITH_WORKSPACE.index(name), _DTYPES[dtype], *sizes)
 
 
 def _run(name: str, dtype: torch.dtype, device: torch.device, sizes: Sequence[int], *arguments: Any) -> None:
-    """Calls a function of the library on the current stream of the device; `sizes` of its workspace, or none."""
+    """Calls a function of the library on the current stream of the device.
+
+    Args:
+        sizes: those that the size of its workspace depends on; none for no workspace.
+    """
     workspace: tuple[Any, ...] = ()
     if name in _WITH_WORKSPACE:
         size = _workspace_size(name, dtype, *sizes) if sizes else 0
@@ -256,7 +260,7 @@ def _cross(
     outputs: Sequence[Tensor | None],
     last: Sequence[int] = (),
 ) -> None:
-    """`first`: the upstream gradients; `last`: what comes after the outputs."""
+    """Calls a cross-evaluated function. `first`: the upstream gradients; `last`: the arguments after the outputs."""
     sizes = (z.shape[0], *mu.shape)
     sums = accumulation_dtype(mu.dtype)
     dense = [c.dense(x, sums) for x in first]
@@ -314,7 +318,7 @@ def _aggregate_backward(
     first: Sequence[Tensor | None] = (),
     last: Sequence[int] = (),
 ) -> list[Tensor]:
-    """`first`: outputs that come before the gradients; `last`: what comes after them."""
+    """Returns the gradients. `first`: outputs that come before them; `last`: the arguments after them."""
     outputs = _outputs((z, mu, logvar, weights.log_w), wanted)
     d_log_w = outputs[3]
     if d_log_w is not None:

@@ -1,4 +1,4 @@
-"""Where the package's files are that are not Python: the shared libraries, and how they are built where they are
+"""The package's files that are not Python: where the shared libraries are, and what builds them where they are
 missing."""
 
 import json
@@ -15,7 +15,7 @@ def find(name: str) -> Path | None:
     """A file of the package, or of an installed distribution of it.
 
     In the root of a checkout Python imports the tree, which has no library, even where `pip install .` has put one
-    among the installed packages. Whether what is found is of this tree's interface is for the caller to see.
+    among the installed packages. The caller checks that its interface is this tree's.
     """
     beside = Path(str(files("fastvae") / name))  # an editable installation has it elsewhere than its Python
     elsewhere = (Path(str(d.locate_file("fastvae"))) / name for d in distributions(name="fastvae"))
@@ -23,7 +23,7 @@ def find(name: str) -> Path | None:
 
 
 def why_not(build: str) -> str:
-    """Why there is no library, and what builds it."""
+    """The reason why there is no library, and what builds it."""
     if any("Root-Is-Purelib: true" in (d.read_text("WHEEL") or "") for d in distributions(name="fastvae")):
         return (
             f"the installed package is the pure one, which no compiler has built; `{build}`, with g++ 11, Clang 14 or a"
@@ -33,7 +33,7 @@ def why_not(build: str) -> str:
 
 
 def build_command(option: str = "", in_a_checkout: str = "") -> str:
-    """What builds the libraries of this package and installs it anew, without a way out where nothing compiles them.
+    """The command that builds the package's libraries and installs it anew, and fails where nothing compiles them.
 
     Args:
         option: of scikit-build-core, for example "cmake.define.FASTVAE_CUDA=ON".
@@ -50,7 +50,7 @@ def build_command(option: str = "", in_a_checkout: str = "") -> str:
 
 
 def _origin() -> str:
-    """What pip was told to install: a folder, a repository, or the name, without the wheels that there are of it."""
+    """The source that pip was told to install: a folder, a repository, or the name, without the wheels of it."""
     for distribution in distributions(name="fastvae"):
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
         if "dir_info" in origin:

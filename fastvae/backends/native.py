@@ -217,8 +217,13 @@ def _aggregate_backward(
     again: Sequence[Tensor | None] = (),
     options: Sequence[int] = (),
 ) -> list[Tensor]:
-    """`results`: the upstream gradients and the forward's results, in the kernel's order; `again`: those of the results
-    that the kernel writes before the gradients; `options`: what it takes after them."""
+    """Returns the gradients, by the kernel of that name.
+
+    Args:
+        results: the upstream gradients and the forward's results, in the kernel's order.
+        again: results of the forward that the kernel writes before the gradients.
+        options: the kernel's arguments after them.
+    """
     dtype, inputs, sizes = _cross(z, mu, logvar)
     _alive, log_weights = c.log_weights(weights, dtype, mu.shape[0])
     likes = (z, mu, logvar, weights.log_w)

@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL:
 
 
 def instruction_sets() -> list[str]:
-    """Those compiled in that this CPU can run, best first."""
+    """The instruction sets compiled in that this CPU can run, best first."""
     return library().fastvae_instruction_sets().decode().split()
 
 
@@ -78,7 +78,7 @@ def use_instruction_set(name: str | None) -> None:
 
 
 def instruction_set() -> str:
-    """The one in use."""
+    """The instruction set in use."""
     if _instruction_set is None:
         asked = setting("FASTVAE_CPU_ISA")
         if asked is not None and asked not in instruction_sets():
@@ -95,7 +95,7 @@ def kernels(dtype: torch.dtype) -> Any:
 
 @functools.cache
 def missing() -> str:
-    """Why there is no library to call; nothing where there is one."""
+    """The reason why there is no library to call; empty where there is one."""
     try:
         library()
     except (OSError, AttributeError) as error:
@@ -117,8 +117,9 @@ def status() -> tuple[bool, str]:
 
 
 def take_visits() -> tuple[int, int]:
-    """How many dimensions of pairs `agg_log_prob` visited since this was last called, its backward too, and how many
-    there were: S·N·D for each pass over all pairs. A backward makes two, of which the first adds the rows up again."""
+    """The number of dimensions of pairs that `agg_log_prob` and its backward visited since this was last called, and
+    the number that there were: S·N·D for each pass over all pairs. A backward makes two passes, the first of which adds
+    the rows up again."""
     visited, everything = c_int64(), c_int64()
     library().fastvae_take_visits(visited, everything)
     return visited.value, everything.value

@@ -23,7 +23,7 @@ def _accumulate(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _held_finite(x: Tensor) -> Tensor:
-    """So that 0 · x is 0 for finite inputs."""
+    """Clips x to finite numbers, so that 0 · x is 0 for finite inputs."""
     finite = torch.finfo(x.dtype).max
     return x.clamp(-finite, finite)
 
@@ -45,7 +45,7 @@ def _times(g: Tensor, x: Tensor) -> Tensor:
 def _gradients(
     candidates: Sequence[Callable[[], Tensor]], inputs: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor]:
-    """Those of the candidates that are wanted, each in its input's dtype; the others are not computed."""
+    """The candidates that are wanted, each in its input's dtype; the others are not computed."""
     return [
         gradient().to(x.dtype)
         for gradient, x, want in zip(candidates, inputs, wanted, strict=True)
@@ -105,7 +105,7 @@ def kl_gauss_backward(
 
 
 def _noise(mu: Tensor, seed: Tensor, n_samples: int) -> Tensor:
-    """eps [L, B, D]"""
+    """The noise eps [L, B, D]."""
     shape = (n_samples, *mu.shape)
     return philox.standard_normal(seed, 0, math.prod(shape)).reshape(shape).to(mu.dtype)
 
@@ -185,7 +185,7 @@ class _Pairs:
 
 
 def _pairs(z: Tensor, mu: Tensor, logvar: Tensor) -> Iterator[_Pairs]:
-    """All rows, in chunks whose handful of [R, N, D] temporaries stay within the budget."""
+    """Goes through all rows in chunks whose handful of [R, N, D] temporaries stay within the budget."""
     row_bytes = 8 * max(1, mu.numel()) * z.element_size()
     step = max(1, CHUNK_BYTES // row_bytes)
     for start in range(0, z.shape[0], step):
@@ -199,8 +199,9 @@ def _responsibility(log_terms: Tensor, log_sum: Tensor) -> Tensor:
 
 
 class _PairGradients:
-    """Sums of c_ijd · ∂ log q(z_id | x_jd) into those of d_z, d_mu and d_logvar that are wanted: of e = t / up with
-    up = max(1, 1 / sigma), as a sum of t² may overflow where one of (z − mu)², times 1 / sigma² later, does not."""
+    """Sums c_ijd · ∂ log q(z_id | x_jd) into d_z, d_mu and d_logvar, those that are wanted. The sums are of e = t / up
+    with up = max(1, 1 / sigma), as a sum of t² may overflow where one of (z − mu)², times 1 / sigma² later, does
+    not."""
 
     def __init__(self, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]):
         self.z, self.mu, self.wanted = z, mu, wanted
@@ -209,7 +210,7 @@ class _PairGradients:
         self.d_z, self.c, self.ce, self.cee = (torch.zeros_like(x) for x in (z, mu, mu, mu))
 
     def add(self, pairs: _Pairs, c: Tensor) -> None:
-        """c: [R, N, D], or [R, N, 1] where it is the same for every dimension."""
+        """Adds a chunk's pairs with weights c [R, N, D], or [R, N, 1] where they are the same for every dimension."""
         want_z, want_mu, want_logvar, *_ = self.wanted
         e = _held_finite((self.z[pairs.rows, None] - self.mu) * self.inv_sigma.clamp(max=1))  # [R, N, D]
         ce = c * e

@@ -1,4 +1,4 @@
-"""How to compute: what `fastvae.use` was last told, and the environment variables that say so from outside.
+"""The settings that say how to compute: those of `fastvae.use`, and the environment variables that say so from outside.
 
 A variable that is empty is as if it were not set; one that cannot be followed is an error that names it, since who sets
 it wants no other way.
@@ -27,6 +27,8 @@ def switch(name: str) -> bool | None:
 
 
 class Settings(NamedTuple):
+    """The three that `fastvae.use` sets."""
+
     backend: str | None  # its name; None: the best available
     exact_skip: bool | None  # None: nobody has said, but perhaps FASTVAE_EXACT_SKIP
     precision: str  # "exact" or "tf32x3"

@@ -61,7 +61,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
 
 def on_current_device(name: str) -> Callable[..., Any]:
-    """The contract's function of that name by its launcher, for tensors of the current device, or meta tensors."""
+    """The contract's function of that name, for tensors of the current device or, to compile its kernels, meta ones."""
     _interpreting()
     launch = getattr(importlib.import_module(f"fastvae.kernels.triton.{name.removesuffix('_backward')}"), name)
     further = _FURTHER.get(name)
@@ -106,7 +106,7 @@ _FURTHER: dict[str, Callable[..., tuple[Any, ...]]] = {
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device: make that the tensors' own."""
+    """The function with its tensors' device made the current one, on which Triton launches."""
 
     @functools.wraps(launch)
     def on_device(*arguments: Any) -> Any:

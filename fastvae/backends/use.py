@@ -1,4 +1,4 @@
-"""What chooses how to compute: `fastvae.use`, and its short forms `use_backend` and `precision`."""
+"""The choice of how to compute: `fastvae.use`, and its short forms `use_backend` and `precision`."""
 
 import enum
 from types import TracebackType
@@ -12,7 +12,7 @@ PRECISIONS = ("exact", "tf32x3")
 
 
 class _AsItIs(enum.Enum):
-    """What a setting is that was not given, as None means something of its own; torch's compiler knows enums."""
+    """The value of a setting that was not given, as None means something of its own; torch's compiler knows enums."""
 
     AS_IT_IS = "as it is"
 

@@ -1,5 +1,5 @@
-"""What the launchers share: the launch itself, rows and dtypes as kernels want them, tiles for elementwise work, the
-choice of a configuration, and the kernel that adds up what several programs left.
+"""The parts that launchers share: the launch itself, rows and dtypes as kernels want them, tiles for elementwise work,
+the choice of a configuration, and the kernel that adds up what several programs left.
 
 A kernel is compiled for each combination of its constants, the dtypes and alignments of its pointers, and which of them
 are None. None is compiled for a number of rows or of dimensions, nor for a stride: those are `do_not_specialize`, and
@@ -70,13 +70,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 def _specialized(kernel: Any) -> list[tuple[bool, bool]]:
-    """Of each parameter, whether there are binaries for an integer that is 1, and for a pointer that is aligned."""
+    """Whether Triton compiles anew, for each parameter: for an integer that is 1, and for a pointer that is aligned."""
     ones = [not p.do_not_specialize for p in kernel.params]
     return [(one, one and not p.do_not_specialize_on_alignment) for one, p in zip(ones, kernel.params, strict=True)]
 
 
 def _kinds(arguments: tuple[Any, ...], specialized: list[tuple[bool, bool]]) -> list[object]:
-    """Of a launch's arguments, what its binary depends on"""
+    """The properties of a launch's arguments that its binary depends on."""
     kinds: list[object] = []
     for a, (ones, aligned) in zip(arguments, specialized, strict=False):  # which has the constants too
         if a is None:
@@ -144,8 +144,10 @@ def rows(x: Tensor | None, n_rows: int) -> tuple[Tensor | None, int]:
 
 
 def same_layout(n_rows: int, *tensors: Tensor | None) -> bool:
-    """Whether all are contiguous [n_rows, D], so that they may be taken for one long row. A single row of a batch that
-    is none, as part of a wider one, is none either: the last batch of a training run may have one."""
+    """Whether all are contiguous [n_rows, D], so that they may be taken for one long row.
+
+    torch calls a single row contiguous whatever its row stride is. Here it must have the stride D too, so that the last
+    batch of a training run, which may be one row of wider ones, needs no other kernel than the batches before it."""
     return all(
         x is None or (x.shape[0] == n_rows and x.is_contiguous() and (n_rows > 1 or x.stride(0) == x.shape[1]))
         for x in tensors
@@ -153,33 +155,33 @@ def same_layout(n_rows: int, *tensors: Tensor | None) -> bool:
 
 
 def unit_of(dtype: torch.dtype, *sizes: int) -> int:
-    """How many elements every row length and stride is a multiple of, as a kernel may be told: as many as 16 bytes
-    hold, at least 4, or 1. A kernel gets the sizes divided by it, and multiplies them again."""
+    """The number of elements that all these row lengths and strides are multiples of: as many as 16 bytes hold, at
+    least 4, or else 1. A kernel has it as a constant, gets the sizes divided by it, and multiplies them again."""
     unit = max(4, 16 // dtype.itemsize)
     return unit if all(size % unit == 0 for size in sizes) else 1
 
 
 def in_units(inputs: Sequence[tuple[Tensor | None, int]], unit: int) -> list[Tensor | int | None]:
-    """Tensors and their row strides, as a kernel takes them"""
+    """Tensors and their row strides as a kernel takes them, each stride after its tensor and counted in units."""
     return [part for x, stride in inputs for part in (x, stride // unit)]
 
 
 def one_row(B: int, D: int, unit: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """[B, D] taken for one long row, and its unit: that of D, so that a batch with an odd number of rows needs no other
-    kernel, and in large problems that of the row."""
+    """Rows, D and unit where [B, D] is taken for one long row. The unit is that of D, so that a batch with an odd
+    number of rows needs no other kernel, and in large problems that of the long row."""
     n = B * D
     return 1, n, unit_of(dtype, n) if n >= LARGE else unit
 
 
 @triton.jit
 def load_rows(x, stride, row, column, inside, ACC: tl.constexpr, UNIT: tl.constexpr):
-    """[BB, BD]; the stride is counted in units."""
+    """A tile [BB, BD] of x; the stride is counted in units."""
     return tl.load(x + row[:, None] * (tl.cast(stride, tl.int64) * UNIT) + column[None, :], inside, other=0.0).to(ACC)
 
 
 @functools.cache
 def nowhere(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Where a launch writes nothing, for a kernel that may: None would make it another kernel."""
+    """An empty tensor for an output that this launch does not write: None would be another kernel."""
     return torch.empty(0, dtype=dtype, device=device)
 
 
@@ -189,9 +191,12 @@ def empty_like(x: Tensor) -> Tensor:
 
 @functools.lru_cache
 def tile(n_rows: int, n_columns: int, elements: int = 0, num_warps: int = 4, flat: bool = False) -> Config:
-    """Tiles for elementwise work on [n_rows, n_columns]: unless `elements` says how many, 16 for each thread where
-    that leaves enough programs, else 4; and columns that waste less than a quarter of a block. `flat`: of what is taken
-    for one long row, whose length depends on the batch, as the tile does not."""
+    """A tile for elementwise work on [n_rows, n_columns], of as many columns as waste less than a quarter of a block.
+
+    Args:
+        elements: of the tile; 0 for 16 for each thread where that leaves enough programs, else 4.
+        flat: whether the columns are one long row, whose length depends on the batch: the tile then does not.
+    """
     elements = elements or (2048 if n_rows * n_columns >= LARGE else 512)
     columns = elements if flat else min(elements, max(4, next_power_of_2(n_columns)))
     while not flat and columns > 16 and cdiv(n_columns, columns) * columns > 1.25 * n_columns:
@@ -200,8 +205,8 @@ def tile(n_rows: int, n_columns: int, elements: int = 0, num_warps: int = 4, fla
 
 
 def blocks_of(n_rows: int, n_columns: int, config: Config) -> tuple[int, int]:
-    """How many tiles below each other, and, at least one, beside each other. Where one is as wide as rows are, kernels
-    are told (ALONE), but not of one long row, whose length is a batch's."""
+    """The number of tiles below each other, and beside each other, at least one. Where one tile is as wide as the rows,
+    kernels are told so (ALONE), but not for one long row, whose length depends on the batch."""
     return cdiv(n_rows, config["BLOCK_B"]), max(1, cdiv(n_columns, config["BLOCK_D"]))
 
 
@@ -228,7 +233,7 @@ _tuned: dict[str, int] = {}
 
 
 def _read(path: Path) -> dict[str, int]:
-    """What was tuned before; nothing where there is no such file, or one that cannot be understood."""
+    """The choices made before; none where there is no such file, or one that cannot be understood."""
     try:
         found = json.loads(path.read_text())
         return {str(key): int(choice) for key, choice in found.items()}
@@ -237,8 +242,8 @@ def _read(path: Path) -> dict[str, int]:
 
 
 def _write(path: Path, tuned: dict[str, int]) -> None:
-    """Beside its place and then there, so that nobody reads half of it. A folder that cannot be written is no reason
-    to fail: it is measured again next time."""
+    """Writes a file beside the path and moves it there, so that nobody reads half of it. A folder that cannot be
+    written is no reason to fail: it is measured again next time."""
     beside = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

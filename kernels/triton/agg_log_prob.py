@@ -42,7 +42,8 @@ def _combine_rows_backward(
     ms, totals, parts, d_joint, grad_stride, order, m_out, factors, d_z, S, D, splits,
     BLOCK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """Shares are factor 2^(s - m), with those [S]; d_z [S, D] from its parts, each relative to its range's m."""
+    """Puts the ranges of columns together: m and factor [S], the shares of a row being factor 2^(s - m); and d_z [S, D]
+    from its parts [splits, S, D], each relative to its range's m."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < S
     m, total = combine_ranges(ms + i, totals + i, splits, S.to(tl.int64), inside)
@@ -71,8 +72,8 @@ def _joint_columns(
     TWO_LEVELS: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, EARLY: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """sums [splits, 2, N, D] of r e and r e^2, shares [splits, N] of r, and of those r that pull on log_w; of ranges of
-    samples. Sums and the last may be None."""
+    """Writes, for each range of samples, sums [splits, 2, N, D] of r e and of r e^2; shares [splits, N], the sums of r;
+    and common_shares [splits, N], of those r that pull on log_w. The first and the last may be None."""
     COLUMNS: tl.constexpr = RO * TO
     ROWS: tl.constexpr = RP * TP
     block = tl.program_id(0) % blocks
@@ -162,8 +163,8 @@ def _operands(packed: Packed) -> tuple[Tensor | float | None, ...]:
 
 
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, early_exit: bool, tf32x3: bool) -> Tensor:
-    """[S]. `early_exit`: tiles whose pairs are all too far to show may be left out; `tf32x3`: tensor cores may be used,
-    less exactly."""
+    """The joint [S]. With `early_exit` tiles whose pairs are all too far to show may be left out; with `tf32x3` tensor
+    cores may be used, less exactly."""
     if tf32x3 and z.dtype != torch.float64 and has_tensor_cores():
         return tensor_cores.agg_log_prob(z, mu, logvar, weights)
     packed = pack(z, mu, logvar, weights, order=early_order(mu, logvar, early_exit))
@@ -189,7 +190,7 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, ear
 
 
 def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """m and factor [S], the shares of row i being factor 2^(s_ij - m); writes d_z [S, D] where it is wanted."""
+    """Returns m and factor [S], the shares of row i being factor 2^(s_ij - m); writes d_z [S, D] where it is wanted."""
     S, N, D = packed.S, packed.N, packed.D
     m, factors = new(packed, S), new(packed, S)
     if S == 0:
@@ -215,7 +216,7 @@ def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor |
 def pull_on_columns(
     packed: Packed, g: Grid, m: Tensor, factors: Tensor, sums: Tensor | None, shares: Tensor, common: Tensor | None
 ) -> None:
-    """Writes sums [splits, 2, N, D], shares [splits, N], and those that pull on log_w."""
+    """Launches `_joint_columns`, which writes sums [splits, 2, N, D], shares and common shares [splits, N]."""
     own_apart = common is not None and any(packed.overridden)  # own pairs then are no part of what a column has
     early = packed.order is not None and not own_apart
     launch(
@@ -236,7 +237,7 @@ def agg_log_prob_backward(
     early_exit: bool,
     tf32x3: bool,
 ) -> list[Tensor]:
-    """The gradients, after the joint where that is None and so computed first; that alone may be of `tf32x3`."""
+    """The gradients; where `joint` is None, after the joint, which is computed first. `tf32x3` is for that alone."""
     if joint is None:
         joint = agg_log_prob(z, mu, logvar, weights, early_exit, tf32x3)
         return [joint, *agg_log_prob_backward(d_joint, joint, z, mu, logvar, weights, wanted, early_exit, tf32x3)]

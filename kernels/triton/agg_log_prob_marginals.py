@@ -54,7 +54,7 @@ def _joint_and_marginals(
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
     EACH_RO: tl.constexpr, EACH_RP: tl.constexpr, EACH_TO: tl.constexpr, EACH_TP: tl.constexpr,
 ):  # fmt: skip
-    """Programs for the joint come first, because they take longest."""
+    """Runs programs for the joint first, because they take longest, then those for the marginals."""
     program = tl.program_id(0)
     if program < joint_programs:
         joint_program(
@@ -79,8 +79,8 @@ def _marginal_columns(
     ms, factors, sums, common_shares, S, N, D, blocks, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """sums [splits, 2, N, D] of r t and of r (t^2 - kappa^2), and [splits, D, N] of the r that pull on log_w, which may
-    be None; of ranges of samples."""
+    """Writes, for each range of samples, sums [splits, 2, N, D] of r t and of r (t^2 - kappa^2), and common_shares
+    [splits, D, N], of the r that pull on log_w. Each may be None."""
     block = tl.program_id(0) % blocks
     d = tl.program_id(0) // blocks % D
     split = (tl.program_id(0) // blocks // D).to(tl.int64)

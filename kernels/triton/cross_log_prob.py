@@ -1,4 +1,4 @@
-"""The matrix log q(z_i | x_j) [S, N], and its gradients: the weights on the pairs are then given."""
+"""The matrix log q(z_i | x_j) [S, N], and its gradients, where the upstream gradient [S, N] is the pairs' weights."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ from .tiles import FOLD, INV_KAPPA2, is_far, minus_squares, offset, owned, passi
 
 @triton.jit
 def _again(stride, tile):
-    """The stride in int64, as if it depended on the tile: else its products with a tile's rows, which do not, would
-    take registers while d runs."""
+    """The stride in int64, made to look as if it depended on the tile. Else the compiler would compute its products
+    with a tile's rows once for all tiles, and they would take registers while d runs."""
     return stride.to(tl.int64) + tl.where(tile < 0, 1, 0)
 
 
@@ -54,7 +54,7 @@ def _cross_rows(
     samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, S, N, D, blocks, tiles, one,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """sums [splits, S, D] of r t a over ranges of columns"""
+    """Writes sums [splits, S, D] of r t a over ranges of columns."""
     block = tl.program_id(0) % blocks
     split = (tl.program_id(0) // blocks).to(tl.int64)
     first_row = block.to(tl.int64) * RO * TO
@@ -86,7 +86,7 @@ def _cross_columns(
     samples, far_samples, planes, far_columns, grad, grad_row, grad_column, sums, shares, S, N, D, blocks, tiles, one,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """sums [splits, 2, N, D] of r e and r e^2, and shares [splits, N] of r, of ranges of samples"""
+    """Writes sums [splits, 2, N, D] of r e and r e^2, and shares [splits, N] of r, over ranges of samples."""
     block = tl.program_id(0) % blocks
     split = (tl.program_id(0) // blocks).to(tl.int64)
     first_column = block.to(tl.int64) * RO * TO

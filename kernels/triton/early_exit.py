@@ -27,7 +27,7 @@ MIN_COLUMNS = 1024  # fewer are not worth a look
 
 @triton.jit
 def steep(bits):
-    """How large squares are whose pull on a gradient is below 2^-bits: 2^-Q max(1, Q) <= 2^(3.1 - 15 / 16 Q)"""
+    """The squares Q above which a pair pulls on a gradient by less than 2^-bits: 2^-Q max(1, Q) <= 2^(3.1 - 15/16 Q)"""
     return (bits + 3.1) * (16 / 15)
 
 
@@ -38,8 +38,8 @@ def wants_look(balance, tile):
 
 @triton.jit
 def balanced(balance, looked, near, d, D, TWO_LEVELS: tl.constexpr):
-    """After a tile that stopped, or did not (`near`), at dimension d: its exponentials take as long as 7 dimensions, a
-    look as long as 2."""
+    """The balance of what looks saved and cost, in dimensions, after a tile that stopped at dimension d, or did not
+    (`near`): its exponentials take as long as 7 dimensions, a look as long as 2."""
     between: tl.constexpr = FOLD if TWO_LEVELS else LOOK
     change = tl.where(near, 0, D - d + 7) - 2 * tl.cdiv(d, between)
     return tl.where(looked, tl.clamp((balance + change).to(tl.float32), D * -4.0, D * 16.0).to(tl.int32), balance)
@@ -50,8 +50,8 @@ def squares_unless_far(
     z, rows, planes, columns, far, looks, limit, D, TWO_LEVELS: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """`tiles.square_sums`, to the same bits; whether any pair's are up to `limit`; and the dimension by which none's
-    were, where `looks`."""
+    """The sums of squares, as `tiles.square_sums` has them to the same bits; whether any pair's is up to `limit`; and
+    the dimension that was come to. Where `looks`, it stops as soon as none is."""
     squares = tl.zeros([RO, RP, TO, TP], z.dtype.element_ty)
     d = tl.full([], 0, tl.int32)
     near = d == 0
@@ -74,8 +74,8 @@ def squares_unless_far(
 
 @triton.jit
 def _reach(panel, planes, far_columns, c, log_w, reach, steepest, least, N, D):
-    """Of a panel, infinite where it has to be seen: the largest c + log_w; the same + log2 of the column's largest a;
-    and log2 of the least a of all columns."""
+    """Writes the bounds of a panel of columns: `reach`, its largest c + log_w, and `steepest`, its largest c + log_w +
+    log2 of the column's largest a, both infinite where the panel may not be left out; and log2 of its `least` a."""
     j = panel * PANEL + tl.arange(0, PANEL)
     cw = tl.load(c + j)
     if log_w is not None:
@@ -96,8 +96,8 @@ def _reach(panel, planes, far_columns, c, log_w, reach, steepest, least, N, D):
 
 @triton.jit
 def _likely(panel, samples, planes, far_columns, c, log_w, own, log_w_own, terms, S, N, D, OWN: tl.constexpr):
-    """log2 of w_ij q(z_i | x_j) at the column that a sample was drawn from, or where that is not said at column i mod
-    N: any column's bounds the sum from below. The most negative number where it is not finite."""
+    """Writes log2 of w_ij q(z_i | x_j) for the column that each sample was drawn from, or column i mod N where that is
+    not said: any column's term bounds the sum from below. The most negative number where it is not finite."""
     i = panel * PANEL + tl.arange(0, PANEL)
     j = i % N
     if own is not None:
@@ -128,7 +128,7 @@ def _bounds(
     samples, planes, far_columns, c, log_w, own, log_w_own: tl.float64, reach, steepest, least, terms,
     S, N, D, column_panels, OWN: tl.constexpr,
 ):  # fmt: skip
-    """Panels of columns, then panels of samples, where their likely terms are wanted."""
+    """Runs over panels of columns, then over panels of samples, where their likely terms are wanted."""
     panel = tl.program_id(0).to(tl.int64)
     if panel < column_panels:
         _reach(panel, planes, far_columns, c, log_w, reach, steepest, least, N, D)
@@ -140,7 +140,7 @@ def _bounds(
 
 @triton.jit
 def _spread(mu, mu_row, mu_col, logvar, lv_row, lv_col, d, N, D):
-    """[DK]: var(mu) / sigma^2 of 64 columns spread evenly, sigma^2 a geometric mean"""
+    """The spread of columns in dimensions d, [DK]: var(mu) / sigma^2 of 64 spread evenly, sigma^2 a geometric mean."""
     j = (tl.arange(0, 64).to(tl.int64) * N // 64)[:, None]
     d = d.to(tl.int64)
     inside = (d < D)[None, :]
@@ -156,7 +156,7 @@ def _spread(mu, mu_row, mu_col, logvar, lv_row, lv_col, d, N, D):
     do_not_specialize_on_alignment=["mu", "logvar"],
 )
 def _order(mu, mu_row, mu_col, logvar, lv_row, lv_col, order, N, D, DK: tl.constexpr):
-    """order [D]: dimensions that tell columns apart come first. A program finds the places of DK of them."""
+    """Writes order [D]: dimensions that tell columns apart come first. A program finds the places of DK of them."""
     d = tl.program_id(0) * DK + tl.arange(0, DK)
     mine = _spread(mu, mu_row, mu_col, logvar, lv_row, lv_col, d, N, D)[:, None]
     place = tl.zeros([DK], tl.int32)
@@ -169,8 +169,8 @@ def _order(mu, mu_row, mu_col, logvar, lv_row, lv_col, order, N, D, DK: tl.const
 
 
 def early_order(mu: Tensor, logvar: Tensor, early_exit: bool) -> Tensor | None:
-    """[D] int32, the order in which dimensions are taken; None where all tiles are gone through, because early exit is
-    not asked for or would not pay."""
+    """The order in which dimensions are taken, [D] int32; None where no tile may stop, because early exit is not asked
+    for or would not pay."""
     N, D = mu.shape
     if not early_exit or N < MIN_COLUMNS or 2 * LOOK.value > D:
         return None
@@ -197,11 +197,12 @@ def _launch_bounds(packed: Packed, own: Tensor | None, samples: bool) -> tuple[T
 
 
 def margin(packed: Packed, n: int) -> float:
-    """Of n terms, each left out: all of them come to e^-18 of a sum, or e^-40."""
+    """The bits by which a term must be below a sum to be left out, so that n of them come to e^-18 of it, or e^-40."""
     return (40 if packed.dtype == torch.float64 else 18) * LOG2E.value + math.log2(max(n, 1))
 
 
 def of_rows(packed: Packed, own: Tensor | None) -> Exits:
+    """The exits of the forward; none where `packed` has no order."""
     if packed.order is None:
         return None, None, 0.0
     reach, _, _, terms = _launch_bounds(packed, None if own is None else own.contiguous(), True)
@@ -209,8 +210,8 @@ def of_rows(packed: Packed, own: Tensor | None) -> Exits:
 
 
 def of_rows_backward(packed: Packed) -> Exits:
-    """Rows then know their sums. A column pulls on z by its largest 1 / sigma at most, and what is left out is less
-    than the least of all would pull."""
+    """The exits of the backward, where rows know their sums. A column pulls on z by its largest 1 / sigma at most, and
+    what is left out pulls less than the widest column could."""
     if packed.order is None:
         return None, None, 0.0
     _, steepest, least, _ = _launch_bounds(packed, None, False)

@@ -26,7 +26,7 @@ class Grid(NamedTuple):
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many to fill; an H200's where there is no GPU to ask, and few for the interpreter."""
+    """The number of multiprocessors to fill: an H200's where there is no GPU to ask, and one for the interpreter."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 1 if INTERPRETED and device.type == "cpu" else 132
@@ -34,8 +34,9 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.lru_cache(4096)
 def _grid(tile: Tile, small: Tile, owned: int, passing: int, copies: int, steps: int, sms: int, on: Target) -> Grid:
-    """Sizes decide between two tiles alone, the same way for all kernels of a problem, so that another batch size
-    seldom compiles another kernel: below 132 multiprocessors' 128 x 128 pairs each, batches of some 1,450, never."""
+    """The grid, with the small tile where there are few pairs. Sizes decide between these two tiles alone, the same way
+    for all kernels of a problem, so that another batch size seldom compiles another kernel: below 128 x 128 pairs for
+    each of 132 multiprocessors, batches of some 1,450, it never does."""
     per_sm = 2
     few = owned * passing < sms * 128**2 or 2 * owned <= tile[0] * tile[2]
     RO, RP, TO, TP, unroll = small if few else tile
@@ -48,7 +49,7 @@ def _grid(tile: Tile, small: Tile, owned: int, passing: int, copies: int, steps:
 
 
 class Kind(NamedTuple):
-    """What a kernel does with pairs, which decides how many of them a thread has room for."""
+    """The work that a kernel does with pairs, which decides how many of them a thread has room for."""
 
     reduce: bool = False  # each dimension is summed over what passes by
     overridden: bool = False  # own columns have weights of their own
@@ -57,12 +58,14 @@ class Kind(NamedTuple):
 
 
 def _tile(D: int, dtype: torch.dtype, kind: Kind) -> Tile:
-    """A program has 256 threads of at most 128 registers, so that two share a multiprocessor, and none may spill. In
-    the register tile of 8 x 8 pairs a step in d loads 16 words for 128 FMAs, where a pair keeps one sum. Half of that
-    where squares are summed in two levels, where pairs are compared with own columns, where a tile may stop early, and
-    where a compiler makes FMAs in pairs, whose registers have to be neighbours. Gradients keep a tile's shares while
-    they sum each dimension over what passes by, across lanes, which should then be few: 2 x 16 pairs and 4 lanes.
-    Numbers in float64 take two."""
+    """The tile for large problems.
+
+    A program has 256 threads of at most 128 registers, so that two share a multiprocessor, and none may spill. Where a
+    pair keeps one sum, a thread has 8 x 8 pairs: a step in d loads 16 words for 128 FMAs. It has half of them where
+    squares are summed in two levels, where pairs are compared with own columns, where a tile may stop early, and where
+    a compiler makes FMAs in pairs, whose registers have to be neighbours. Gradients keep a tile's shares while they sum
+    each dimension over what passes by, across lanes, which should then be few: 2 x 16 pairs and 4 lanes. A number in
+    float64 takes two registers."""
     folded, in_pairs = FOLD.value < D, target().pairs_fmas
     half = folded or kind.overridden or kind.early
     if dtype == torch.float64:
@@ -80,17 +83,18 @@ def _tile(D: int, dtype: torch.dtype, kind: Kind) -> Tile:
 def grid(
     owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, kind: Kind, tile: Tile | None = None
 ) -> Grid:
-    """For `owned` samples against `passing` columns, or the other way round."""
+    """The grid for `owned` samples against `passing` columns, or the other way round."""
     tile = tile or _tile(D, dtype, kind)
     return _grid(tile, SMALL, owned, passing, 1, D + 8, multiprocessors(device), target())
 
 
 def kind_of(packed: Packed, reduce: bool) -> Kind:
+    """The kind of a kernel of a weighted sum over pairs."""
     return Kind(reduce, any(packed.overridden), packed.order is not None)
 
 
 def constants(packed: Packed, g: Grid, **others: bool) -> Config:
-    """Of a kernel that goes through all dimensions of a pair"""
+    """The constants of a kernel that goes through all dimensions of a pair."""
     OWN, NEXT = packed.overridden
     return {"TWO_LEVELS": FOLD.value < packed.D, "OWN": OWN, "NEXT": NEXT, **others, **g.config}
 
@@ -103,8 +107,9 @@ def configs(owned: int, passing: int, dtype: torch.dtype) -> list[Config]:
 
 
 def grid_per_dimension(owned: int, passing: int, D: int, dtype: torch.dtype, device: torch.device, kind: Kind) -> Grid:
-    """The same with programs for each dimension alone. An exponential takes as long as eight FMAs: what is left to save
-    is what is done once for a row and a tile, so many columns pass at a time, and fewer where there is more to keep."""
+    """The grid with programs for each dimension alone. There each pair has an exponential, which takes as long as eight
+    FMAs: what is left to save is the work done once for a row and a tile, so many columns pass at a time, and fewer
+    where there is more to keep in registers."""
     small = (4, 4, 8, 32, 1) if kind.overridden else (4, 8, 16, 16, 1)  # not as small, as each dimension has programs
     if dtype == torch.float64:
         tile, small = (2, 4, 64, 4, 1) if kind.reduce or kind.overridden else (4, 4, 32, 8, 1), SMALL
@@ -117,8 +122,8 @@ def grid_per_dimension(owned: int, passing: int, D: int, dtype: torch.dtype, dev
 
 @functools.cache
 def _splits(blocks: int, tiles: int, steps: int, slots: int) -> int:
-    """Into how many ranges to split `tiles`, so that the last wave of programs on `slots` is a full one as nearly as
-    may be. None shorter than 256 steps in d, so that little problems need no second kernel to put ranges together."""
+    """The number of ranges to split `tiles` into, so that the last wave of programs on `slots` is as full as may be. No
+    range is shorter than 256 steps in d, so that little problems need no second kernel to put ranges together."""
     most = min(tiles, tiles * steps // 256, cdiv(4 * slots, max(blocks, 1)))
 
     def time(splits: int) -> float:
@@ -128,8 +133,8 @@ def _splits(blocks: int, tiles: int, steps: int, slots: int) -> int:
 
 
 def matrix_grid(owned: int, passing: int, D: int, device: torch.device) -> Grid:
-    """For tensor cores: 64 x 64 pairs for 128 threads, 16 dimensions at a time, which no target's registers spill at;
-    two such programs have room on a multiprocessor."""
+    """The grid for tensor cores: 64 x 64 pairs for 128 threads, 16 dimensions at a time, which spills no registers on
+    any target; two such programs have room on a multiprocessor."""
     config = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}
     blocks, tiles = cdiv(owned, config["ROWS"]), cdiv(passing, config["COLUMNS"])
     splits = _splits(blocks, tiles, D + 8, 2 * multiprocessors(device))
@@ -137,5 +142,5 @@ def matrix_grid(owned: int, passing: int, D: int, device: torch.device) -> Grid:
 
 
 def has_tensor_cores() -> bool:
-    """Whether Triton compiles for those; its interpreter emulates them."""
+    """Whether Triton compiles for tensor cores; its interpreter emulates them."""
     return INTERPRETED or target().backend == "cuda"

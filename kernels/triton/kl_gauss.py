@@ -74,8 +74,8 @@ def _kl_gauss(
     OVER: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr, ALONE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Out: [B, D], [B], [D] or a number, by OVER. Where several programs share a sum, that of each, before it is
-    scaled, is in partials, [programs / column_blocks, D] or [programs]."""
+    """Writes out, [B, D], [B], [D] or a number, by OVER. Where several programs share a sum, each writes its own part,
+    before it is scaled, to partials, [programs / column_blocks, D] or [programs]."""
     D = tl.cast(D, tl.int64) * UNIT
     if ALONE:
         column_blocks = 1
@@ -129,8 +129,8 @@ def _kl_gauss_backward(
     OVER: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr, ALONE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients [B, D], those not wanted None; partials [programs / column_blocks, D] of priors that are one row.
-    Where OVER is nothing, grad has contiguous rows."""
+    """Writes gradients [B, D], those not wanted None; partials [programs / column_blocks, D] of priors that are one
+    row. Where OVER is nothing, grad has contiguous rows."""
     D = tl.cast(D, tl.int64) * UNIT
     if ALONE:
         column_blocks = 1
@@ -193,7 +193,7 @@ def _configs(B: int, D: int, over: str, flat: bool) -> list[Config]:
 
 
 def _programs(B: int, D: int, over: str, config: Config) -> tuple[int, int]:
-    """How many programs, of which a multiple of the columns' blocks where they keep to their columns; and those."""
+    """The number of programs, and of blocks of columns, which divides it where programs keep to their columns."""
     down, across = blocks_of(B, D, config)
     if over == "rows":
         programs = down
@@ -222,7 +222,7 @@ def kl_gauss(
     shape: tuple[int, ...],
     scale: float,
 ) -> Tensor:
-    """The KL of that shape, sums multiplied by `scale`."""
+    """The reduced KL of that shape; `scale` multiplies its sums."""
     B, D = mu.shape
     over = _SUMS_OVER.get(reduction, "all")
     out = torch.empty(shape, dtype=accumulation_dtype(mu.dtype), device=mu.device)

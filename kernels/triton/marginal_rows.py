@@ -33,7 +33,7 @@ def marginal_sums(
     S, N, D, tiles, OWN: tl.constexpr, NEXT: tl.constexpr, PULL: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
-    """m and total [RO, 1, TO, 1] of a block of samples in dimension d over a range of columns; with PULL also
+    """The m and total [RO, 1, TO, 1] of a block of samples in dimension d over a range of columns; with PULL also
     sum_j 2^(s - m) t a."""
     first_row = block.to(tl.int64) * (RO * TO)
     row_lane, rows = owned(RO, TO)
@@ -74,7 +74,7 @@ def marginal_program(
     marginals, ms, totals, pulls, S, N, D, blocks, splits, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
-    """marginals [S, D]; or where that is None, or there are several ranges, m, total and the pull on z of each,
+    """Writes marginals [S, D]; or where that is None, or there are several ranges, m, total and the pull on z of each,
     [splits, D, S]; the last may be None."""
     block = program % blocks
     d = program // blocks % D
@@ -113,7 +113,7 @@ def _combine_rows_backward(
     ms, totals, pulls, d_marginals, grad_row, grad_column, m_out, factors, joint_d_z, d_z, S, D, splits,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """m and factors [D, S] of the shares, and d_z [S, D] with the joint's added, which may be None, as d_z may."""
+    """Writes m and factors [D, S] of the shares, and d_z [S, D] with the joint's added; each of the two may be None."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = S.to(tl.int64) * D
     inside = at < size
@@ -143,7 +143,7 @@ def marginal_operands(packed: Packed) -> tuple[Tensor | float | None, ...]:
 def marginal_shares_of_rows(
     packed: Packed, d_marginals: Tensor, joint_d_z: Tensor | None, d_z: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """m and factor [D, S] of the marginals' shares; writes d_z [S, D], with the joint's added, where it is wanted."""
+    """Returns m and factor [D, S] of the marginals' shares; writes d_z [S, D], with the joint's added, where wanted."""
     S, N, D = packed.S, packed.N, packed.D
     m, factors = new(packed, D, S), new(packed, D, S)
     if S == 0:

@@ -37,21 +37,21 @@ KAPPA = tl.constexpr(0.84932180028801904272)  # sqrt(log2(e) / 2), in float32
 
 @triton.jit
 def _clip(x, low, high):
-    """NaN stays NaN"""
+    """Clips x to [low, high]; NaN stays NaN."""
     return tl.where(x > high, high, tl.where(x < low, low, x))
 
 
 @triton.jit
 def _to_finite(x, ACC: tl.constexpr):
-    """float64 to ACC; what is finite stays so."""
+    """Converts float64 to ACC; finite numbers stay finite."""
     highest = largest(ACC).to(tl.float64)
     return tl.where(tl.abs(x) == INF, x, _clip(x, -highest, highest)).to(ACC)
 
 
 @triton.jit
 def _centre(mu, row_stride, column_stride, d, N, D, ACC: tl.constexpr, MODERATE: tl.constexpr):
-    """[DK]: the mean of up to 64 columns spread evenly, the largest and the smallest left out. Any centre will do that
-    makes most offsets small; every program computes the same."""
+    """The centre of the columns in dimensions d, [DK]: the mean of up to 64 of them spread evenly, without the largest
+    and the smallest. Any centre will do that makes most offsets small; every program computes the same one."""
     k = tl.arange(0, 64)
     n = tl.minimum(N, 64)
     j = k.to(tl.int64) * tl.maximum(N, 64) // 64
@@ -67,7 +67,7 @@ def _centre(mu, row_stride, column_stride, d, N, D, ACC: tl.constexpr, MODERATE:
 
 @triton.jit
 def in_order(order, d, D):
-    """Which dimension of the tensors packed dimension d is"""
+    """The dimension of the tensors that packed dimension d is."""
     if order is not None:
         d = tl.load(order + d, d < D, other=0)
     return d.to(tl.int64)  # times a stride
@@ -75,7 +75,7 @@ def in_order(order, d, D):
 
 @triton.jit
 def _inverse_sigma(logvar, ACC: tl.constexpr):
-    """a, rounded once; finite for finite inputs, so that 0 a is 0 and infinity a is infinity."""
+    """The a of columns, rounded once; finite for finite inputs, so that 0 a is 0 and infinity a is infinity."""
     smallest: tl.constexpr = 2.2250738585072014e-308 if tl.float64 == ACC else 1.1754943508222875e-38
     a = tl.exp(logvar.to(tl.float64) * -0.5)
     if tl.float32 == ACC:
@@ -178,7 +178,7 @@ def _pack(
     S, N, D, folded, column_panels,
     ACC: tl.constexpr, MAX_OFFSET: tl.constexpr, MODERATE: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """Panels of columns, then panels of samples. Weights are `folded` into c, or else log2_w and own columns are
+    """Packs panels of columns, then panels of samples. Weights are `folded` into c, or else log2_w and own columns are
     written."""
     panel = tl.program_id(0).to(tl.int64)
     if panel < column_panels:
@@ -194,7 +194,7 @@ def _pack(
 
 
 class Limits(NamedTuple):
-    """What is far."""
+    """The limits beyond which a panel is far."""
 
     MAX_OFFSET: float  # |mu - centre| / sigma, but for kappa
     MODERATE: float  # of a, and twice |z - centre|: t^2 cannot overflow within it
@@ -211,7 +211,8 @@ UNWEIGHTED: LogWeights = (None, 0.0, None, None, None)
 
 
 class Packed(NamedTuple):
-    """Everything in the accumulation dtype and in bits; S and N rounded up to panels, where the weights are 0."""
+    """Samples and columns as kernels take them, in the accumulation dtype; logarithms in bits. S and N are rounded up
+    to whole panels, and the columns past N have weight 0."""
 
     S: int
     N: int
@@ -236,7 +237,7 @@ class Packed(NamedTuple):
 
     @property
     def weights(self) -> tuple[Tensor | float | None, ...]:
-        """As kernels take them."""
+        """The arguments of kernels that say how pairs are weighted."""
         return self.c, self.log_w, self.own, self.own_low, self.own_high, self.log_w_own, self.log_w_next
 
     @property
@@ -258,7 +259,7 @@ def pack(
     limits: Limits = DIRECT,
     order: Tensor | None = None,
 ) -> Packed:
-    """One launch. z [S, D], mu and logvar [N, D], strided as they like."""
+    """Packs z [S, D], mu and logvar [N, D], of any strides, in one launch."""
     (S, D), N = z.shape, mu.shape[0]
     dtype = accumulation_dtype(z.dtype)
     row_panels, column_panels = cdiv(S, PANEL.value), cdiv(N, PANEL.value)
@@ -292,7 +293,7 @@ def pack(
         log_w_own,
         log_w_next,
     )
-    # Where it writes or reads nothing, it gets a pointer all the same: one kernel serves both.
+    # A tensor that it neither writes nor reads is an empty one and not None: one kernel serves both.
     no_number, no_index = nowhere(dtype, z.device), nowhere(torch.int64, z.device)
     arguments = (
         *(z, *z.stride(), mu, *mu.stride(), logvar, *logvar.stride()),

@@ -1,4 +1,4 @@
-"""What weights r_ij on the pairs' log-densities pull on z, mu and logvar. With t and a in units of kappa
+"""The gradients of z, mu and logvar from weights r_ij on the pairs' log-densities. With t and a in units of kappa
 (packing.py):
 
     d z_id      = -sum_j r_ij t a / kappa^2
@@ -28,8 +28,8 @@ MODERATE = tl.constexpr(DIRECT.MODERATE)
 
 @triton.jit
 def held_finite(t):
-    """So that 0 t is 0 for finite inputs, where something is far; elsewhere t is finite anyway. NaN need not survive: r
-    is NaN then."""
+    """Clips t to finite numbers, so that 0 t is 0 for finite inputs. Only needed where something is far; elsewhere t is
+    finite anyway. NaN need not survive: r is NaN then."""
     return tl.maximum(tl.minimum(t, largest(t.dtype)), -largest(t.dtype))
 
 
@@ -45,20 +45,20 @@ def any_far(far_samples, S):
 
 @triton.jit
 def scale_up(a, far_columns):
-    """up where something is far: of columns that are not, the most that a can be there, to divide exactly"""
+    """The factor up where something is far; for columns that are not, the most that a can be there, a power of 2."""
     return tl.where(far_columns, tl.maximum(a, 1.0), MODERATE)
 
 
 @triton.jit
 def far_e(z, a, b, far_columns):
-    """e where something is far"""
+    """The e of a pair where something is far."""
     a = tl.where(far_columns, tl.minimum(a, 1.0), a * (1 / MODERATE))
     return held_finite(far_t(z, a, tl.where(far_columns, b, b * (1 / MODERATE)), far_columns))
 
 
 @triton.jit
 def clear(to, owned, inside, D, one, RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr):
-    """The owned sums [D] to 0, from a pointer to the thread's first and the constants that make the others."""
+    """Sets the owned sums [D] to 0, from a pointer to the thread's first and the constants that make the others."""
     lane = tl.arange(0, TP)[None, None, None, :]
     for first in range(0, D, TP):
         zero = tl.zeros([RO, 1, TO, TP], to.dtype.element_ty)
@@ -86,7 +86,7 @@ def pull_samples(
     r, rescale, z, rows, planes, columns, far_columns, far_rows, to, owned, inside, one, D,
     RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
-    """sum_j r t a, added to `rescale` times the owned samples' sums [D]."""
+    """Adds sum_j r t a to `rescale` times the owned samples' sums [D]."""
     lane = tl.arange(0, TP)[None, None, None, :]
     for first in range(0, D, TP):
         x = tl.zeros([RO, 1, TO, TP], r.dtype)
@@ -122,8 +122,8 @@ def pull_columns(
     r, z, rows, planes, columns, far_columns, far, to_e, apart, owned, inside, one, D,
     RO: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr,
 ):  # fmt: skip
-    """sum_i r e and sum_i r e^2, added to the owned columns' sums [D], which are `apart`; where nothing is `far`, e is
-    t."""
+    """Adds sum_i r e and sum_i r e^2 to the owned columns' two sums [D], the second `apart` from the first; where
+    nothing is `far`, e is t."""
     lane = tl.arange(0, TP)[None, None, None, :]
     for first in range(0, D, TP):
         x = tl.zeros([RO, 1, TO, TP], r.dtype)
@@ -163,8 +163,8 @@ def _combine_columns(
     sums, shares, common_shares, far_samples, planes, far_columns, order, d_mu, d_logvar, d_log_w,
     S, N, D, n_sums, n_shares, n_common, BLOCK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients from the sums [n_sums, 2, N, D], the first n_shares of r e and r e^2, the others of r t and r t^2;
-    the shares [n_shares, N] of r; and those that pull on log_w, [n_common, N]. Each gradient may be None."""
+    """Writes the gradients from the sums [n_sums, 2, N, D], the first n_shares of r e and r e^2, the others of r t and
+    r t^2; the shares [n_shares, N] of r; and those that pull on log_w, [n_common, N]. Each gradient may be None."""
     first_column = tl.program_id(0).to(tl.int64) * BLOCK
     j = first_column + tl.arange(0, BLOCK)
     inside = j < N

@@ -20,9 +20,11 @@ def joint_sums(
     TWO_LEVELS: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """m and total [RO, 1, TO, 1] of a block of samples over a range of columns. `known`: the result, in the backward;
-    d_z: where the pull on z is to be gathered, [splits, S, D], or None. `likely`
-    [S], `reach` [N / 128] and `margin` are early_exit.py's, or None; the backward needs no likely terms."""
+    """The m and total [RO, 1, TO, 1] of a block of samples over a range of columns.
+
+    `known` [S] is the forward's result, in the backward. The pull on z is added to d_z [splits, S, D], unless that is
+    None. `likely` [S], `reach` [N / 128] and `margin` are early_exit.py's, or None; the backward needs no likely terms.
+    """
     ROWS: tl.constexpr = RO * TO
     COLUMNS: tl.constexpr = RP * TP
     first_row = block.to(tl.int64) * ROWS
@@ -93,7 +95,7 @@ def joint_program(
     TWO_LEVELS: tl.constexpr, OWN: tl.constexpr, NEXT: tl.constexpr, BACKWARD: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """joint [S]; or where that is None, or there are several ranges, m and total of each, [splits, S]."""
+    """Writes joint [S]; or where that is None, or there are several ranges, m and total of each, [splits, S]."""
     block = program % blocks
     split = program // blocks
     m, total = joint_sums(

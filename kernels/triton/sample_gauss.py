@@ -59,7 +59,7 @@ def _sample_gauss(
     WRAPS: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr, ALONE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z [L B, D], log_q and log_p [L B], kl [B], those not wanted None. With sums, a program has whole rows."""
+    """Writes z [L B, D], log_q and log_p [L B], kl [B], those not wanted None. With sums, a program has whole rows."""
     D = tl.cast(D, tl.int64) * UNIT
     if ALONE:
         column_blocks = 1
@@ -112,8 +112,8 @@ def _sample_gauss_backward(
     PART: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr, ALONE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """d_mu and d_logvar [B, D]; or as a PART partial sums [programs of a tile, B, D] of d/dz and d/dz eps, over
-    `samples` samples each."""
+    """Writes d_mu and d_logvar [B, D]; or with PART, where the samples are split over programs of `samples` each,
+    partial sums [parts, B, D] of d/dz and of d/dz eps."""
     D = tl.cast(D, tl.int64) * UNIT
     if ALONE:
         column_blocks = 1
@@ -172,7 +172,7 @@ def _add_parts(
     by_z, by_sigma, d_log_q, d_kl, mu, mu_stride, logvar, logvar_stride, d_mu, d_logvar, P, L, B, D,
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradients [B, D] from partial sums [P, B, D], null where not wanted or not there; d_log_q; d_kl."""
+    """Writes the gradients [B, D] from partial sums [P, B, D], d_log_q and d_kl, of all of which some may be None."""
     n = tl.cast(B, tl.int64) * D
     element = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     inside = element < n
@@ -195,8 +195,8 @@ def _add_parts(
 
 
 def _aligned(D: int, L: int, flat: bool) -> bool:
-    """Whether all rows start at multiples of 4; of one long row for each sample that is not asked, unless there is a
-    single one, as its length depends on the batch."""
+    """Whether all rows start at multiples of 4. Where samples are one long row each, whose length depends on the batch,
+    D must be a multiple of 4 all the same, unless there is a single sample."""
     return D % 4 == 0 or (flat and L == 1)
 
 

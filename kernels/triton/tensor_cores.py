@@ -28,7 +28,7 @@ LIMITS = Limits(32.0, 2.0**30)
 
 @triton.jit
 def _direct(z, planes, far_columns, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """sum_d t^2 [ROWS, COLUMNS] of a tile that is far, from pointers to dimension 0 of its samples and its columns"""
+    """Sums t^2 over d, [ROWS, COLUMNS], in a far tile, from pointers to dimension 0 of its samples and columns."""
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
     for _ in range(0, D):
         a, b = load_pair(planes, 0)
@@ -41,7 +41,7 @@ def _direct(z, planes, far_columns, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def _multiplied_out(z, planes, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
-    """The same of any other, by matrix products"""
+    """Sums t^2 over d in any other tile, by matrix products."""
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
     b2 = tl.zeros([COLUMNS], tl.float32)
     d = tl.arange(0, DEPTH)
@@ -66,7 +66,7 @@ def _joint_rows_tf32x3(
     joint, ms, totals, S, N, D, blocks, splits, tiles, OWN: tl.constexpr, NEXT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """joint [S], or where there are several ranges of columns m and total of each, [splits, S]."""
+    """Writes joint [S], or where there are several ranges of columns m and total of each, [splits, S]."""
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
     first_row = block.to(tl.int64) * ROWS

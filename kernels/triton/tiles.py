@@ -17,37 +17,39 @@ INV_KAPPA2 = tl.constexpr(1.38629436111989061883)  # 1 / kappa^2 = 2 ln 2, in fl
 
 @triton.jit
 def owned(RO: tl.constexpr, TO: tl.constexpr):
-    """Which of its RO * TO samples (or columns) a pair has: that of its thread [1, 1, TO, 1], which an address has in a
-    register, plus a constant [RO, 1, 1, 1], which it has as an offset."""
+    """The index of a pair's sample (or column) among the program's own RO * TO, as a sum: that of its thread
+    [1, 1, TO, 1], which addresses keep in a register, and a constant [RO, 1, 1, 1], which is part of the
+    instruction."""
     return tl.arange(0, TO)[None, None, :, None], (tl.arange(0, RO) * TO)[:, None, None, None]
 
 
 @triton.jit
 def passing(RP: tl.constexpr, TP: tl.constexpr):
-    """[1, 1, 1, TP] and [1, RP, 1, 1]"""
+    """The index of a pair's passing one among RP * TP, likewise: [1, 1, 1, TP] and [1, RP, 1, 1]."""
     return tl.arange(0, TP)[None, None, None, :], (tl.arange(0, RP) * TP)[None, :, None, None]
 
 
 @triton.jit
 def offset(first, D):
-    """Of element `first` of dimension 0 in packed samples or columns; `first` is int64."""
+    """The place of element `first` (int64) of dimension 0 in packed samples or columns."""
     return first // PANEL * PANEL * D + first % PANEL
 
 
 @triton.jit
 def step(planes):
-    """The elements of a column in `planes`: one, or two where a pair does not fit into one."""
+    """The elements in `planes` of a column and a dimension: one, or two where a and b do not fit into one."""
     return 1 if planes.dtype.element_ty == tl.int64 else 2
 
 
 @triton.jit
 def is_far(far, first):
+    """Whether the panel of element `first` is far."""
     return tl.load(far + first // PANEL) != 0
 
 
 @triton.jit
 def minus_squares(c, squares):
-    """c - log2(e) / (2 kappa^2) squares"""
+    """The log-density in bits, c - log2(e) / (2 kappa^2) squares."""
     if squares.dtype == tl.float64:
         s = tl.fma(squares, tl.full([], -0.5 * LOG2E, tl.float64), c)
     else:
@@ -57,7 +59,7 @@ def minus_squares(c, squares):
 
 @triton.jit
 def minus_square(c, t):
-    """The same of one t, to the last bit in every kernel."""
+    """The same from the t of one dimension, to the last bit in every kernel."""
     if t.dtype == tl.float64:
         s = minus_squares(c, t * t)
     else:
@@ -67,12 +69,13 @@ def minus_square(c, t):
 
 @triton.jit
 def inverse_kappa2(dtype: tl.constexpr):
+    """1 / kappa^2"""
     return tl.full([], 1.0 if dtype == tl.float64 else INV_KAPPA2, dtype)
 
 
 @triton.jit
 def load_pair(planes, columns):
-    """a and b"""
+    """The a and b of columns."""
     if planes.dtype.element_ty == tl.int64:
         both = tl.load(planes + columns)
         a = (both & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
@@ -85,13 +88,13 @@ def load_pair(planes, columns):
 
 @triton.jit
 def far_t(z, a, b, far_columns):
-    """t where something is far: fma(z, a, b), or (z + b) a where the columns are"""
+    """The t of a pair where something is far: fma(z, a, b), or (z + b) a where the columns are."""
     return tl.fma(z + tl.where(far_columns, b, 0.0), a, tl.where(far_columns, 0.0, b))
 
 
 @triton.jit
 def squares_of(acc, z, rows, planes, columns, far, n, UNROLL: tl.constexpr):
-    """`acc` with the squares of n more dimensions"""
+    """Adds the squares of n more dimensions to `acc`."""
     if far:
         for _ in range(0, n):
             a, b = load_pair(planes, columns)
@@ -119,8 +122,8 @@ def square_sums(
     z, rows, planes, columns, far, D, TWO_LEVELS: tl.constexpr,
     RO: tl.constexpr, RP: tl.constexpr, TO: tl.constexpr, TP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """sum_d t^2 of a tile, from pointers to dimension 0 of its thread's first sample and column, and the constants that
-    make the others of these (`owned`, `passing`). The same bits for a pair in every tile that it may be in."""
+    """Sums t^2 over d for a tile, from pointers to dimension 0 of the thread's first sample and column, and the
+    constants that lead to its others (`owned`, `passing`). A pair has the same bits in every tile that it may be in."""
     zeros = tl.zeros([RO, RP, TO, TP], z.dtype.element_ty)
     if not TWO_LEVELS:
         total = squares_of(zeros, z, rows, planes, columns, far, D, UNROLL)
@@ -137,8 +140,8 @@ def square_sums(
 def meets_own(
     own_low, own_high, first_row, first_column, N, OWN: tl.constexpr, NEXT: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Whether an own column of a tile's samples, or the next one, may be among its columns: by the range of the own
-    columns of the panel, which is narrow where neighbours were drawn from neighbours."""
+    """Whether an own column of a tile's samples, or the one after it, may be among the tile's columns. It goes by the
+    range of the panel's own columns, which is narrow where neighbours were drawn from neighbours."""
     if OWN or NEXT:
         low = tl.load(own_low + first_row // PANEL)
         high = tl.load(own_high + first_row // PANEL)
@@ -151,7 +154,7 @@ def meets_own(
 
 @triton.jit
 def _place(j, first_column, lane, COLUMNS: tl.constexpr):
-    """Where in a tile column j is, as an int32 from the thread's own first column `lane` on; negative for elsewhere."""
+    """The place of column j in a tile, int32, counted from the thread's first column `lane`; negative for elsewhere."""
     there = j - first_column
     return tl.where((there >= 0) & (there < COLUMNS), there, -1).to(tl.int32) - lane
 
@@ -161,9 +164,12 @@ def override(
     common, own_one, next_one, own, row, lane, columns, first_column, N,
     OWN: tl.constexpr, NEXT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`common`, but what belongs at own columns and those after them there. `row` is counted from the first of all;
-    `lane` and `columns` are a thread's first column in the tile and the constants that make the others of it: a
-    comparison has those as they are, and no register holds the indices of a tile's columns."""
+    """Values of a tile's pairs: own_one where the column is the sample's own, next_one where it is the one after that,
+    and `common` elsewhere.
+
+    `row` [S] are the samples' indices in all. The thread's columns in the tile are `lane`, its first, plus the
+    constants `columns`: comparisons are with these constants, so that no register holds the indices of a tile's
+    columns."""
     drawn_from = tl.load(own + row)
     if NEXT:
         following = tl.where(drawn_from == N - 1, 0, drawn_from + 1)
@@ -178,7 +184,7 @@ def add_log_weights(
     s, log_w, own, log_w_own, log_w_next, meets, row, lane, columns, first_column, N,
     OWN: tl.constexpr, NEXT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """To a tile's log densities, where they are not in them yet."""
+    """Adds the log-weights to a tile's log-densities s, unless they are in c already."""
     if OWN or NEXT:
         w = tl.load(log_w + (first_column + columns) + lane)
         if meets:

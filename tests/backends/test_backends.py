@@ -1,4 +1,4 @@
-"""Who computes: the choice of a backend, and the reference's own promise about memory."""
+"""The choice of a backend and of the other settings, and the reference's own promise about memory."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_exact_skip_alone_keeps_the_backend() -> None:
 
 
 def test_settings_nest_and_are_restored() -> None:
-    """Also where a plain statement within a block has set something else."""
+    """They are restored also where a plain statement within a block has set something else."""
     before = settings.current
     with fastvae.use(backend="reference", exact_skip=True):
         with fastvae.use(backend=None, precision="tf32x3"):
@@ -211,7 +211,7 @@ KL = "fastvae.kl_gauss(torch.zeros(1, 1), torch.zeros(1, 1))"
     ],
 )
 def test_a_variable_that_cannot_be_followed_is_an_error_that_names_it(variable: str, value: str, reason: str) -> None:
-    """At the first call, which no other backend computes in silence."""
+    """The first call fails, and no other backend computes it in silence."""
     unset = dict.fromkeys(("FASTVAE_BACKEND", "FASTVAE_LIBRARY", "FASTVAE_CUDA_LIBRARY", "FASTVAE_CPU_ISA"), "")
     ran = run(KL, **unset | {variable: value})
     assert ran.returncode == 1
@@ -241,7 +241,7 @@ def test_a_wrong_switch_of_the_kernels_is_named_too() -> None:
 @pytest.mark.parametrize("name", ["cross_log_prob", "agg_log_prob", "agg_log_prob_marginals"])
 @pytest.mark.parametrize("budget", [1, 20_000])
 def test_reference_computes_in_chunks(name: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row at a time, or a few with a remainder."""
+    """Chunks are a row each, or a few rows with a remainder."""
     with fastvae.use_backend("reference"):
         op = op_named(name, S=19, N=23, D=11)
         monkeypatch.setattr(reference, "CHUNK_BYTES", budget)
@@ -249,7 +249,7 @@ def test_reference_computes_in_chunks(name: str, budget: int, monkeypatch: pytes
 
 
 def test_reference_stays_within_its_budget() -> None:
-    """Whatever S and N, in a process of its own: here a single [S, N, D] tensor would be 288 MB."""
+    """It does so whatever S and N; in a process of its own, where a single [S, N, D] tensor would be 288 MB."""
     code = """
 import resource
 fastvae.use_backend("reference")
@@ -264,7 +264,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def test_triton_says_why_it_is_not_available() -> None:
-    """Without Triton, or with no GPU for it; and nothing of it is imported before it is asked for."""
+    """Triton is missing, or has no GPU; and nothing of it is imported before it is asked for."""
     status = "print(*backends.status('triton')[1:])"
     nothing = "import sys; sys.modules['triton'] = None; " + status
     assert run(nothing, TRITON_INTERPRET="").stdout.startswith("False Triton cannot be imported")

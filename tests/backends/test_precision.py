@@ -24,7 +24,7 @@ def tensor_cores(request: pytest.FixtureRequest) -> Iterator[Target]:
 
 
 def error_bound(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """[S, N], as the docstring states it; the centre is the mean of up to 64 columns without the two extremes."""
+    """The bound [S, N] of the docstring; the centre is the mean of up to 64 columns without the two extremes."""
     N, D = mu.shape
     columns = mu[torch.arange(min(N, 64)) * N // min(N, 64)].sort(0).values
     centre = (columns[1:-1] if N > 2 else columns).mean(0)
@@ -42,8 +42,8 @@ def with_sigma(D: int, width: float, dtype: torch.dtype, S: int = 70, N: int = 1
 
 
 def errors(inputs: Named, weights: ColumnWeights | None = None) -> tuple[Tensor, Tensor]:
-    """(the error of each row in the mode, what it may be): the log-sum-exp of log-densities moved by their bounds, one
-    way and the other, and what float32 takes anyway, by the rule in helpers.py."""
+    """Returns the error of each row in the mode, and what it may be: the log-sum-exp of log-densities moved by their
+    bounds, one way and the other, and what float32 errs anyway, by the rule in helpers.py."""
     with fastvae.precision("tf32x3"):
         got = fastvae.agg_log_prob(**inputs, weights=weights).double()
     wide = {key: x.double() for key, x in inputs.items()}
@@ -64,7 +64,7 @@ def test_error_is_within_its_bound(tensor_cores: Target, D: int, width: float, d
 
 
 def test_it_is_not_the_exact_form(tensor_cores: Target) -> None:
-    """So that the bound above is held by products of rounded numbers."""
+    """Products of rounded numbers hold the bound above, and not the exact form."""
     inputs = with_sigma(64, -4.0, torch.float32)
     exact = fastvae.agg_log_prob(**inputs)
     assert not (errors(inputs)[0] == 0).all()
@@ -94,7 +94,7 @@ def test_ranges_of_columns(tensor_cores: Target, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("far", [1e3, 1e12, 3e38, math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("key", ["z", "mu"])
 def test_what_is_far_or_not_finite_is_exact(tensor_cores: Target, key: str, far: float) -> None:
-    """Its panel is computed by the direct form: what it changes is what it changes there."""
+    """A panel with such a number is computed by the direct form, and so gives what the exact mode does."""
     inputs = with_sigma(5, -2.0, torch.float32)
     inputs[key][3, 1] = far
     exact = fastvae.agg_log_prob(**inputs)
@@ -114,7 +114,7 @@ def test_gradients_are_exact(tensor_cores: Target) -> None:
 
 
 def test_no_effect_elsewhere(backend: Target) -> None:
-    """In float64, in other functions, and on other backends."""
+    """Results are the same in float64, of other functions, and on other backends."""
     names = ["agg_log_prob_marginals", "cross_log_prob", "kl_gauss"]
     cases = [op_named("agg_log_prob", torch.float64), *(op_named(name, torch.float32) for name in names)]
     if backend.backend != "triton":

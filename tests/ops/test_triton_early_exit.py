@@ -27,7 +27,7 @@ D = 36  # two looks, and some more
 
 @pytest.fixture(params=TRITON)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
-    """Looks at fewer columns than are worth it."""
+    """Makes kernels look at fewer columns than are worth it."""
     monkeypatch.setattr(early_exit, "MIN_COLUMNS", 1)
     with computing_on(TRITON[request.param]) as target, fastvae.use(exact_skip=True):
         yield target
@@ -66,7 +66,7 @@ def overrides(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
 
 
 def no_weight(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
-    """A third of the columns, and a whole panel."""
+    """A third of the columns has no weight, and a whole panel."""
     left = (torch.arange(N) % 3 > 0) & (torch.arange(N) // 128 != 2)
     return population(S), ColumnWeights(draw(N, seed=3).where(left, -INF), own)
 
@@ -136,18 +136,18 @@ def check_apart(S: int, N: int, near_rows: int, near_columns: int, nats: float, 
 
 @pytest.mark.parametrize(("dtype", "nats"), [(torch.float32, 12.5), (torch.float32, 15.5), (torch.float64, 27.5)])
 def test_rows_go_to_the_margin(backend: Target, dtype: torch.dtype, nats: float) -> None:
-    """Just beyond half of it, in the sum and, which has a wider one, in what pulls on z."""
+    """Columns lie just beyond half of the margin, that of the sum and the wider one of what pulls on z."""
     check_apart(128, N, 128, 1, nats, dtype)
 
 
 def test_columns_go_to_the_margin(backend: Target) -> None:
-    """The same for a panel of columns that share one sample, and have a little of many others; in float64, as in
-    float32 the rule allows for as much."""
+    """Samples lie just beyond it for a panel of columns that share one sample and have a little of many others; in
+    float64, as in float32 the rule allows an error of that size."""
     check_apart(256, 129, 1, 128, 32.5, torch.float64)
 
 
 def poison(x: Tensor) -> None:
-    """Packed numbers of dimensions that only those see who pass the first look."""
+    """Makes packed numbers NaN in the dimensions after the first look, so that whoever goes past it shows."""
     x[:, early_exit.LOOK.value :] = -1 if x.dtype == torch.int64 else math.nan  # the bits of two NaN
 
 
@@ -158,7 +158,7 @@ def gradients(S: int, dtype: torch.dtype, logvar: float = -5.0) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_skip_far_tiles(backend: Target, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, unless it is turned off or everything is near."""
+    """They do so forward and backward, unless it is turned off or everything is near."""
 
     def poisoning(bounds: Callable[..., early_exit.Exits]) -> Callable[..., early_exit.Exits]:
         def of(packed: Packed, *own: Tensor | None) -> early_exit.Exits:
@@ -182,7 +182,7 @@ def test_rows_skip_far_tiles(backend: Target, dtype: torch.dtype, monkeypatch: p
 
 
 def test_columns_skip_far_tiles(backend: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose own samples come first. In float64 these are so many tiles that it then looks at one in 16."""
+    """A column's own samples come first. In float64 these are so many tiles that it then looks at one in 16."""
     pull = agg_log_prob.pull_on_columns
 
     def poisoning(packed: Packed, *rest: Any) -> None:
@@ -204,7 +204,7 @@ def test_columns_skip_far_tiles(backend: Target, monkeypatch: pytest.MonkeyPatch
     + [("log_w", math.nan), ("log_w", -INF)],
 )
 def test_what_is_not_finite_is_not_skipped(backend: Target, name: str, value: float) -> None:
-    """Not even in a dimension that no tile gets to."""
+    """It is seen even in a dimension that no tile gets to."""
     inputs, weights = population(40, -6), ColumnWeights(torch.zeros(N, dtype=torch.float64))
     fast, formula = functions(weights)
     everything = {n: x.detach() for n, x in with_weights(inputs, weights, torch.float32).items()}
@@ -217,8 +217,7 @@ def test_what_is_not_finite_is_not_skipped(backend: Target, name: str, value: fl
 
 
 def test_columns_keep_their_gradients(backend: Target) -> None:
-    """With as many samples as columns, so that tiles of a column's sums are left out too; in any order of the
-    dimensions, to the same bits each time."""
+    """With so many samples tiles of a column's sums are left out too; the gradients' bits are the same each time."""
     fast, inputs, expected = problem("weak_columns", 200, torch.float32)
     got = evaluate(fast, inputs)
     expected.check(got)

@@ -35,7 +35,7 @@ READ = "sm_90"  # the target whose machine code is read
 
 
 class Case(NamedTuple):
-    """What is launched, and what its compiled kernels are held to; the machine code is that of `kernel`."""
+    """A launch, and what its compiled kernels are held to; the machine code is that of `kernel`."""
 
     launch: Callable[[], object]
     kernel: str
@@ -49,8 +49,8 @@ class Case(NamedTuple):
 
 
 class Report(NamedTuple):
-    """One kernel on one target; what is from machine code only of the case's own kernel on `READ`, or where tensor
-    cores are looked for."""
+    """One kernel on one target. The machine code is read only for the case's own kernel on `READ`, or where tensor
+    cores are looked for; elsewhere the fields made from it are empty."""
 
     case: str
     target: str
@@ -68,7 +68,7 @@ class Report(NamedTuple):
 
 
 def op(name: str, *arguments: Any) -> object:
-    """Launch what the backend does, whatever device its tensors are on."""
+    """Launches what the backend launches, whatever device the tensors are on."""
     return triton_backend.on_current_device(name)(*arguments)
 
 
@@ -280,7 +280,7 @@ CASES = {
 
 
 class Absent:
-    """A driver for a GPU that is not there: what a launch asks of it before it has a binary."""
+    """A driver for a GPU that is not there, with what a launch asks of it before it has a binary."""
 
     def __init__(self, number: int, target: Any):
         self.number, self.target = number, target
@@ -296,15 +296,15 @@ class Absent:
 
 
 def compiled(case: Case) -> list[tuple[str, int, list[str], Any]]:
-    """(name, elements of its tile for each thread, specialized integers, binary) of the kernels that a case launches on
-    the active driver."""
+    """The kernels that a case launches on the active driver: each one's name, the elements of its tile for each thread,
+    its specialized integers and its binary."""
     from triton.runtime.jit import JITFunction
 
     found: list[tuple[str, int, list[str], Any]] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        """And nothing to launch another time"""
+        """Compiles and launches nothing; returns nothing that `launch` could use another time."""
         binary = run(self, *arguments, grid=grid, warmup=True, **options)
         blocks = [v for k, v in options.items() if k in ("BLOCK_B", "BLOCK_D")]
         threads = 32 * binary.metadata.num_warps
@@ -332,7 +332,7 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def opcodes(lines: list[str]) -> list[str]:
-    """FFMA, LDG.E.128 and so on, with their modifiers."""
+    """The opcodes with their modifiers: FFMA, LDG.E.128 and so on."""
     found = (re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", line) for line in lines)
     return [f[1] for f in found if f and f[1] != "NOP"]
 

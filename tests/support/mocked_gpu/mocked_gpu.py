@@ -74,7 +74,7 @@ def on_gpu(x: Tensor) -> Tensor:
 
 
 def done(func: Any, args: Any, kwargs: Any) -> Any:
-    """The results on the GPU, and a capture's record of how they came about."""
+    """Computes and gives the results on the GPU; records how they came about where a graph is captured."""
     with no_dispatch():
         results = tree_map_only(Tensor, on_gpu, func(*args, **kwargs))
     if _tape is not None:
@@ -116,7 +116,7 @@ class Moved(torch.autograd.Function):
 
 
 def to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Tensor.to, for moves between the CPU and the GPU."""
+    """Does what Tensor.to does, for moves between the CPU and the GPU."""
     said = [*args, kwargs.pop("device", None), kwargs.pop("dtype", None)]
     places = [a.device if isinstance(a, Tensor) else torch.device(a) for a in said if isinstance(a, PLACES)]
     dtypes = [a.dtype if isinstance(a, Tensor) else a for a in said if isinstance(a, (Tensor, torch.dtype))]
@@ -126,7 +126,7 @@ def to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def from_data(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.tensor or torch.as_tensor"""
+    """A stand-in for torch.tensor or torch.as_tensor, by that function."""
 
     def make(data: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Tensor:
         device = device or (data.device if isinstance(data, Tensor) else torch.empty(0).device)
@@ -324,7 +324,7 @@ def adapt_backend_triton(triton: Any) -> None:
 
 
 def launched(triton: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, after its kernels were launched for nothing."""
+    """The function, which first launches Triton's kernels, to have them compiled; they write nothing."""
 
     def launch(*args: Any) -> Any:
         from support.ahead_of_time import Absent

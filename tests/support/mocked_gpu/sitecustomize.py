@@ -1,4 +1,4 @@
-"""With this folder on PYTHONPATH every Python process sees a GPU, which is mocked; see mocked_gpu.py."""
+"""Makes every Python process that has this folder on PYTHONPATH see a GPU, which is mocked; see mocked_gpu.py."""
 
 import importlib.abc
 import importlib.util
