@@ -79,7 +79,8 @@ def on_current_device(name: str) -> Callable[..., Any]:
 
 
 def _of_kl_gauss(mu: Tensor, logvar: Any, prior_mu: Any, prior_logvar: Any, reduction: str) -> tuple[Any, ...]:
-    return kl_shape(reduction, *mu.shape), kl_scale(reduction, *mu.shape)
+    B, D = mu.shape
+    return kl_shape(reduction, B, D), kl_scale(reduction, B, D)
 
 
 def _of_kl_gauss_backward(
