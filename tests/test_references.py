@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "references.md"
 FOLDERS = ("fastvae", "kernels", "bench", "examples", "tests", "docs")
-FILES = ("README.md", "CHANGELOG.md", "CMakeLists.txt")
+FILES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CMakeLists.txt")
 SUFFIXES = (".py", ".h", ".cpp", ".cu", ".cmake", ".sh", ".md")
 
 # A paper is cited by author and year, as in "Chen et al. 2018", "Kingma & Welling (2014)" or "Kong 1992.", and now and
