@@ -75,6 +75,7 @@ class Draws:
         self._likelihood = log_px_z
         self._log_px_z: Tensor | None = None
         self._log_pz: Tensor | None = None
+        self._kl: Tensor | None = None
         self._log_qz_x = None if log_qz_x is None else _of_samples("log_qz_x", log_qz_x, z)
 
     @property
@@ -96,16 +97,24 @@ class Draws:
         """log q(z|x), `[k, m, B]`, from z before it was rounded to half precision; its gradient is total, at fixed
         noise. It is computed when z is drawn, and so only for an objective that has it in `needs`."""
         if self._log_qz_x is None:
-            raise RuntimeError("objective: asks for log_qz_x, so expected 'log_qz_x' among what it needs, got none")
+            raise RuntimeError(_NOT_NEEDED.format("log_qz_x"))
         return self._log_qz_x
 
     @property
     def kl(self) -> Tensor:
         """mean KL(q(z|x) ‖ p(z)), a scalar: the closed form where the prior has one, otherwise mean log q(z|x) − log
         p(z). An objective that uses the KL has `"kl"` in `needs`."""
-        if has_closed_form(self.prior):
-            return self.prior.kl(self.mu, self.logvar)  # type: ignore[attr-defined]
-        return (self.log_qz_x - self.log_pz).mean()
+        if self._kl is None:
+            if has_closed_form(self.prior):
+                self._kl = self.prior.kl(self.mu, self.logvar)  # type: ignore[attr-defined]
+            elif self._log_qz_x is None:
+                raise RuntimeError(_NOT_NEEDED.format("kl"))
+            else:
+                self._kl = (self._log_qz_x - self.log_pz).mean()
+        return self._kl
+
+
+_NOT_NEEDED = "objective: asks for {0}, and so expected {0!r} among what it needs"
 
 
 def _of_samples(name: str, log_density: Any, z: Tensor) -> Tensor:
@@ -135,6 +144,16 @@ class Objective(Protocol):
 
     def __call__(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar, and its terms by name, `"nell"` and `"kl"` among them."""
+
+
+NEEDS = ("log_qz_x", "kl")
+
+
+def check_needs(objective: Any) -> None:
+    """Raise an error if an objective says that it needs something else than there is."""
+    needs = getattr(objective, "needs", ())
+    if not isinstance(needs, tuple | list | set | frozenset) or not all(name in NEEDS for name in needs):
+        raise ValueError(f"objective: expected needs to be a tuple of {' and '.join(map(repr, NEEDS))}, got {needs!r}")
 
 
 def needs_log_q(objective: Objective, prior: Prior) -> bool:

@@ -24,6 +24,7 @@ SMALL = [  # of which what is around the kernel is a large part
     Call("reparameterize", 128, 32, True),
     Call("agg_log_prob", 256, 10),
     Call("agg_log_prob", 256, 10, True),
+    Call("agg_log_prob_marginals", 64, 10),
 ]
 LARGE = [
     Call("kl_gauss", 8192, 64, True),

@@ -57,7 +57,8 @@ class InMemory:
         return self.mu[index], self.logvar[index]
 
     def of_samples(self, rows: Tensor) -> "InMemory":
-        return InMemory(self.mu, self.logvar, _of_samples(self.weights, rows))
+        own = None if self.weights.own is None else self.weights.own[rows]
+        return InMemory(self.mu, self.logvar, self.weights._replace(own=own))
 
     def interpolate(self, interpolant: Interpolant, z: Tensor) -> Tensor:
         weights = self.weights
@@ -96,9 +97,8 @@ class Streamed:
         return self.posteriors.read(index.numpy(force=True))
 
     def of_samples(self, rows: Tensor) -> "Streamed":
-        columns = Streamed(self.posteriors, chunk_size=self.chunk_size)
-        columns.weights = _of_samples(self.weights, rows)
-        return columns
+        own = None if self.weights.own is None else self.weights.own[rows]
+        return Streamed(self.posteriors, own=own, chunk_size=self.chunk_size)
 
     def interpolate(self, interpolant: Interpolant, z: Tensor) -> Tensor:
         return interpolate(interpolant, z)
@@ -113,7 +113,3 @@ class Streamed:
         if own is not None:
             own = (own - first).where((own >= first) & (own < first + n), -1)
         return self.weights._replace(log_w_all=-math.log(self.N), own=own)
-
-
-def _of_samples(weights: LogWeights, rows: Tensor) -> LogWeights:
-    return weights._replace(own=None if weights.own is None else weights.own[rows])

@@ -101,7 +101,6 @@ def kl_decomposition_dataset(
         Streamed(stream, chunk_size=chunk_size, progress=progress),
         method=method,
         tol=check_method(method, tol, z.dtype),
-        floor=None if analytic_conditional else conditional - math.log(N),  # a sample's own posterior is a column
     )
     assert joint is not None
     result = decompose(z, conditional, joint, marginals.double(), prior, "uniform", N)

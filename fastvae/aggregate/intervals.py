@@ -126,8 +126,9 @@ def too_wide(tree: Tree, chunks: Iterable[Chunk], width: float, reach: float) ->
     result = torch.zeros(len(tree.low), 2 ** (LEVELS + 1), dtype=torch.bool, device=tree.low.device)
     inside = result[:, : 2**deepest]  # whether each of the level's intervals has a reached one inside
     for level in range(deepest, 0, -1):
-        before = marks[level].cumsum(1, dtype=torch.int32)  # number of marks up to a place, [D, pad + 2^level + pad]
-        reached = before[:, 2 * away + 1 : -1] > before[:, : 2**level]
+        # Interval i is at place pad + i, and pad is away + 1: those near it are at places i + 1 to i + 2 away + 1.
+        upto = marks[level].cumsum(1, dtype=torch.int32)  # number of marks up to a place, [D, pad + 2^level + pad]
+        reached = upto[:, 2 * away + 1 : -1] > upto[:, : 2**level]
         inside = (reached | inside).unflatten(1, (-1, 2)).any(2)
         result[:, 2 ** (level - 1) : 2**level] = inside
     return result

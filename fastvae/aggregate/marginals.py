@@ -64,7 +64,9 @@ def agg_log_prob_marginals(
         if method == "table":
             raise ValueError("method: expected 'auto' or 'direct' where values cannot be looked at, got 'table'")
         method = "direct"
-    if method == "direct" or (method == "auto" and z.device.type != "cpu"):
+    if method == "auto" and (z.device.type != "cpu" or affordable(z.shape[-2], mu.shape[-2], z.dtype) <= 0):
+        method = "direct"
+    if method == "direct":
         return over_batches(agg_log_prob_marginals_op, z, mu, logvar, *log_weights)
 
     def of_a_batch(z: Tensor, mu: Tensor, logvar: Tensor, *fields: Any) -> tuple[Tensor | None, Tensor]:
@@ -91,7 +93,7 @@ def log_densities(
 
     Args:
         method, tol: as in `agg_log_prob_marginals`, except that `"auto"` may tabulate on any device.
-        joint: whether to compute log q(z_i); None is returned for it otherwise.
+        joint: whether log q(z_i) is wanted; None is returned for it otherwise. A table saves its computation.
         floor: `[S]`, a known lower bound of each log q(z_i), such as its term at its own column. A result that
             rounding has put below it becomes the floor.
 
@@ -120,7 +122,7 @@ def _tabulated(z: Tensor, columns: Columns, method: str, tol: float) -> Tensor |
     if interpolant is None:
         return None
     common = columns.interpolate(interpolant, z)
-    return override(common, z, columns, lambda rows: log_densities(z[rows], columns.of_samples(rows))[1])
+    return override(common, z, columns, lambda rows: log_densities(z[rows], columns.of_samples(rows), joint=False)[1])
 
 
 def affordable(S: int, N: int, dtype: torch.dtype) -> float:

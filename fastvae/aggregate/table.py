@@ -57,7 +57,10 @@ def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Interpolan
     cells = tree.cells(z)
     counts = tree.counts(cells)
     nodes = widest(counts, unresolved & (counts > 2 * NODES))
-    spent, fits, singles, single_values = 0, [], [], []
+    spent = 0
+    fits: list[Fit] = []  # of the intervals that are accepted
+    singles: list[Tensor] = []  # the samples that are points, and f there
+    single_values: list[Tensor] = []
     while len(nodes.dim):
         # Where interpolation is not accurate enough, or saves nothing, the samples are points themselves.
         alone = unresolved[nodes] | (counts[nodes] <= NODES)
@@ -74,7 +77,7 @@ def tabulate(z: Tensor, columns: Columns, tol: float, most: float) -> Interpolan
         given_up = nodes.where(~(good | halve))  # their samples become points in the next round
         unresolved[given_up] = True
         nodes = joined((nodes.where(halve).halves(), given_up))
-    fit = Fit(joined(fit.nodes for fit in fits), *map(torch.cat, zip(*(fit[1:] for fit in fits), strict=True)))
+    fit = Fit.joined(fits)
     if len(fit.left) == 0:
         return None
     return _interpolant(z, cells, fit, torch.cat(singles), torch.cat(single_values))
@@ -92,6 +95,11 @@ class Fit(NamedTuple):
 
     def where(self, chosen: Tensor) -> "Fit":
         return Fit(self.nodes.where(chosen), *(x[chosen] for x in self[1:]))
+
+    @classmethod
+    def joined(cls, fits: "list[Fit]") -> "Fit":
+        nodes, *others = zip(*fits, strict=True)
+        return cls(joined(nodes), *map(torch.cat, others))
 
     def accepted(self, tree: Tree, tol: float) -> tuple[Tensor, Tensor]:
         """Which polynomials are f to within `tol`; and which have values all high enough for that to be known, so that

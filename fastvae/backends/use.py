@@ -103,7 +103,7 @@ def use_backend(name: str | None, *, exact_skip: bool | None = None) -> use:
         >>> with fastvae.use_backend("reference"):
         ...     kl = fastvae.kl_gauss(mu, logvar)
     """
-    return use(backend=name, exact_skip=settings.current.exact_skip if exact_skip is None else exact_skip)
+    return use(backend=name, exact_skip=_AS_IT_IS if exact_skip is None else exact_skip)
 
 
 def precision(name: str) -> use:

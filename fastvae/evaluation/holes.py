@@ -146,8 +146,10 @@ def prior_hole(
     without = [[e for e in range(D) if e != d] for d in dims] if D > 1 else []
     subsets = _log_q_of_subsets(both, columns, [*map(list, pairs), *without])
 
-    def holes(log_q: Tensor) -> tuple[Tensor, Tensor]:  # [k, S + n_samples]; of the data, of N − 1 columns' mean
-        return _thresholds_and_shares(log_q[:, :S] + math.log(N / (N - 1)), log_q[:, S:], quantile)
+    without_own = math.log(N / (N - 1))  # makes of the data's log q a mean over the N − 1 columns that are not its own
+
+    def holes(log_q: Tensor) -> tuple[Tensor, Tensor]:  # [k, S + n_samples]
+        return _thresholds_and_shares(log_q[:, :S] + without_own, log_q[:, S:], quantile)
 
     threshold, share = holes(joint[None])
     _, dim_share = holes(marginals.T)
@@ -158,7 +160,7 @@ def prior_hole(
         terms=terms,
         share=share[0],
         threshold=threshold[0],
-        log_q_data=joint[:S] + math.log(N / (N - 1)),
+        log_q_data=joint[:S] + without_own,
         log_q_prior=joint[S:],
         z_prior=z_prior,
         dim_share=dim_share,

@@ -23,9 +23,8 @@ class StandardNormal(nn.Module):
     """The prior p(z) = N(0, I).
 
     Args:
-        dim: D, the number of latent dimensions, which only `sample` needs. None takes it from the arguments of
-            `log_prob` or `kl` in training mode, as in a forward pass of the VAE. The state dict has it, or 0 where it
-            is not known.
+        dim: D, the number of latent dimensions, which only `sample` needs. None takes it from a forward pass of the VAE
+            in training mode, or from the z that `log_prob` is given then. It is in the state dict, 0 where not known.
         device, dtype: of the samples; `to` changes them, as for any module.
 
     Example:
@@ -56,17 +55,13 @@ class StandardNormal(nn.Module):
     def marginal_log_prob(self, z: Tensor) -> Tensor:
         """log p_d(z_d) in nats, `[..., D]` to `[..., D]`, in float32 (float64 for float64 inputs)."""
         check_tensor("z", z)
-        if self.training:
-            self._learn(z)
+        self.meet(z)
         z = z.to(accumulation_dtype(z.dtype))
         return -0.5 * (z * z + math.log(2 * math.pi))
 
     def kl(self, mu: Tensor, logvar: Tensor, *, reduction: str = "batchmean", free_bits: float = 0.0) -> Tensor:
         """KL(q(z|x) ‖ p(z)) in nats, by `kl_gauss`."""
-        kl = kl_gauss(mu, logvar, reduction=reduction, free_bits=free_bits)
-        if self.training:
-            self._learn(mu)
-        return kl
+        return kl_gauss(mu, logvar, reduction=reduction, free_bits=free_bits)
 
     def sample(self, n: int) -> Tensor:
         """Draw `[n, D]` with torch's generator.
@@ -84,12 +79,17 @@ class StandardNormal(nn.Module):
         return str(self._known() or "")
 
     def _known(self) -> int:
-        """The dimension, 0 where it is not known; a buffer on the meta device has no value."""
-        return self._seen if self.dim.is_meta else int(self.dim) or self._seen
+        """The dimension, 0 where it is not known. A buffer has no value on the meta device, and to look at one the
+        compiler would break the graph."""
+        if self.dim.is_meta or (self._seen and torch.compiler.is_compiling()):
+            return self._seen
+        return int(self.dim) or self._seen
 
-    def _learn(self, z: Tensor) -> None:
-        """Take the dimension from z `[..., D]`, unless it is known. The buffer is not changed under the compiler or
-        function transforms, nor, if it was made under inference_mode, outside of that mode."""
+    def meet(self, z: Tensor) -> None:
+        """In training mode, take the dimension from z `[..., D]`, unless it is known. The buffer is not changed under
+        the compiler or function transforms, nor, if it was made under inference_mode, outside of that mode."""
+        if not self.training:
+            return
         eager = has_values(z) and not self.dim.is_meta
         if not eager or (self.dim.is_inference() and not torch.is_inference_mode_enabled()):
             self._seen = z.shape[-1]  # not read before, or the compiler would make another graph for each value

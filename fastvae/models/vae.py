@@ -12,7 +12,7 @@ from ..mixtures.gaussian_mixture import GaussianMixture
 from ..ops.checks import as_rows, check_choice, check_count, check_flag, check_seed, check_tensor
 from ..ops.declare import has_values
 from ..ops.sample_gauss import reparameterize, sample_gauss
-from ..protocols import Draws, Likelihood, Objective, Prior, check_posteriors, log_prior, needs_log_q
+from ..protocols import Draws, Likelihood, Objective, Prior, check_needs, check_posteriors, log_prior, needs_log_q
 from .likelihoods import make_likelihood
 from .mixture_priors import MixturePrior, how_to_load
 from .objectives import ELBO
@@ -122,6 +122,7 @@ class VAE(CountsSteps):
             part = getattr(self, name)
             if isinstance(part, type) or not all(hasattr(part, method) for method in needed):
                 raise TypeError(f"{name}: expected an object with {', '.join(needed)}, got {part!r}")
+        check_needs(self.objective)
         self._checked = False
 
     def forward(self, x: Tensor, *, step: int | Tensor | None = None) -> VAEOutput:
@@ -130,6 +131,8 @@ class VAE(CountsSteps):
             raise ValueError(f"x: expected at least one example, got shape {tuple(x.shape)}")
         k, m = self.objective.k, self.objective.m
         mu, logvar = self.encode(x)
+        if isinstance(self.prior, StandardNormal):
+            self.prior.meet(mu)  # whatever the objective asks of it
         log_q_too = needs_log_q(self.objective, self.prior)
         samples, log_q, _, _ = sample_gauss(mu, logvar, k * m, outputs=("z", "log_q") if log_q_too else ("z",))
         assert samples is not None

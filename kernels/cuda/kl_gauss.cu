@@ -47,13 +47,13 @@ FASTVAE_DEVICE void terms_of(const KlInputs<In> &in, int64_t b, int64_t d, Terms
     }
 }
 
-// How rows and columns, `each` of a thread, are spread over a block's threads and over blocks: those of the same rows
+// How rows and columns, `each` of a thread, are divided among a block's threads and among blocks: those of the same rows
 // follow each other, in x alone, as a grid's y is too short for a row of 2^26 columns.
-struct Spread {
+struct Division {
     static constexpr int64_t kOfOneBlock = 16384, kOfManyBlocks = 2048, kMaxPartials = 1024;
     int64_t width, column_blocks;
     Parts rows;
-    Spread(int64_t B, int64_t D, int each, bool sums)
+    Division(int64_t B, int64_t D, int each, bool sums)
         : width(clamp_width(D, each)), column_blocks(D < 1 ? 1 : ceil_div(D, width * each)),
           rows(B, wanted(B, D, sums)) {}
     int64_t blocks() const { return rows.count * column_blocks; }
@@ -73,12 +73,12 @@ private:
 
 struct Place {  // which part of the rows; a thread's first column, and its first and last row and the step between
     int64_t part, d, first, last, step;
-    FASTVAE_DEVICE Place(const Spread &spread, int each, int64_t B) : step(kThreads / spread.width) {
-        const unsigned columns = unsigned(spread.column_blocks), of_rows = blockIdx.x / columns;
+    FASTVAE_DEVICE Place(const Division &division, int each, int64_t B) : step(kThreads / division.width) {
+        const unsigned columns = unsigned(division.column_blocks), of_rows = blockIdx.x / columns;
         part = of_rows;
-        d = ((blockIdx.x - of_rows * columns) * spread.width + threadIdx.x % spread.width) * each;
-        first = part * spread.rows.size + threadIdx.x / spread.width;
-        last = (part + 1) * spread.rows.size < B ? (part + 1) * spread.rows.size : B;
+        d = ((blockIdx.x - of_rows * columns) * division.width + threadIdx.x % division.width) * each;
+        first = part * division.rows.size + threadIdx.x / division.width;
+        last = (part + 1) * division.rows.size < B ? (part + 1) * division.rows.size : B;
     }
 };
 
@@ -102,11 +102,11 @@ template <int n> FASTVAE_DEVICE void sum_of_block(double (&x)[n], int count, int
 
 // out [B, D], or for DIM partials [parts, D], for SUM [parts * column blocks]; where there is one, the result itself
 template <class In, bool kWide>
-__global__ void kl_of_block(KlInputs<In> in, Spread spread, int reduction, double scale, Accumulator<In> *out,
+__global__ void kl_of_block(KlInputs<In> in, Division division, int reduction, double scale, Accumulator<In> *out,
                             double *partials) {
     using T = Accumulator<In>;
     constexpr int n = kColumns<In>;
-    const Place at(spread, n, in.B);
+    const Place at(division, n, in.B);
     const int there = there_are<kWide, n>(at.d, in.D);
     double sums[n] = {};
     for (int64_t b = at.first; b < at.last && at.d < in.D; b += at.step) {
@@ -118,11 +118,11 @@ __global__ void kl_of_block(KlInputs<In> in, Spread spread, int reduction, doubl
         if (reduction == FASTVAE_NONE) store<kWide>(out + b * in.D + at.d, there, kl);
     }
     if (reduction == FASTVAE_NONE) return;
-    const bool dim = reduction == FASTVAE_DIM, alone = dim ? spread.rows.count == 1 : gridDim.x == 1;
+    const bool dim = reduction == FASTVAE_DIM, alone = dim ? division.rows.count == 1 : gridDim.x == 1;
     FASTVAE_UNROLL
     for (int e = 1; e < n; ++e) sums[0] += dim ? 0.0 : sums[e];
-    sum_of_block(sums, dim ? n : 1, dim ? spread.width : 1);
-    if (threadIdx.x >= (dim ? spread.width : 1)) return;
+    sum_of_block(sums, dim ? n : 1, dim ? division.width : 1);
+    if (threadIdx.x >= (dim ? division.width : 1)) return;
     const int64_t k = dim ? at.d : 0, first = dim ? at.part * in.D : blockIdx.x;
     FASTVAE_UNROLL
     for (int e = 0; e < n; ++e) {
@@ -166,11 +166,11 @@ template <class In> struct KlGradients {  // [B, D] each, or null
 };
 
 template <class In, bool kWide>
-__global__ void kl_backward(KlInputs<In> in, Spread spread, const Accumulator<In> *grad, int64_t grad_row, int64_t grad_col,
+__global__ void kl_backward(KlInputs<In> in, Division division, const Accumulator<In> *grad, int64_t grad_row, int64_t grad_col,
                             double scale, KlGradients<In> out) {
     using T = Accumulator<In>;
     constexpr int n = kColumns<In>;
-    const Place at(spread, n, in.B);
+    const Place at(division, n, in.B);
     const int there = there_are<kWide, n>(at.d, in.D);
     double of_prior_mu[n] = {}, of_prior_logvar[n] = {};
     for (int64_t b = at.first; b < at.last && at.d < in.D; b += at.step) {
@@ -205,10 +205,10 @@ __global__ void kl_backward(KlInputs<In> in, Spread spread, const Accumulator<In
         double *const partials = k ? out.prior_logvar_partials : out.prior_mu_partials;
         if (!partials) continue;
         double(&sums)[n] = k ? of_prior_logvar : of_prior_mu;
-        sum_of_block(sums, n, spread.width);
+        sum_of_block(sums, n, division.width);
         FASTVAE_UNROLL
         for (int e = 0; e < n; ++e)
-            if (threadIdx.x < spread.width && e < there) partials[at.part * in.D + at.d + e] = sums[e];
+            if (threadIdx.x < division.width && e < there) partials[at.part * in.D + at.d + e] = sums[e];
     }
 }
 
@@ -230,12 +230,12 @@ template <class In> bool is_wide(const KlInputs<In> &in) {
 int64_t kl_gauss_workspace(int dtype, int64_t B, bool sums_columns, int64_t D, bool backward) {
     int64_t size = 0;
     with_dtype(dtype, [&](auto one) {
-        const Spread spread(B, D, kColumns<decltype(one)>, true);
+        const Division division(B, D, kColumns<decltype(one)>, true);
         Arena counting(nullptr);
         if (backward)
-            counting.take<double>(spread.rows.count * D), counting.take<double>(spread.rows.count * D);
-        else if (spread.blocks() > 1)
-            counting.take<double>(sums_columns ? spread.blocks() : spread.rows.count * D);
+            counting.take<double>(division.rows.count * D), counting.take<double>(division.rows.count * D);
+        else if (division.blocks() > 1)
+            counting.take<double>(sums_columns ? division.blocks() : division.rows.count * D);
         size = counting.used();
         return 0;
     });
@@ -267,11 +267,11 @@ int fastvae_cuda_kl_gauss(int dtype, const void *mu, int64_t mu_stride, const vo
         const bool dim = reduction == FASTVAE_DIM;
         if (reduction != FASTVAE_NONE && workspace_size < kl_gauss_workspace(dtype, B, !dim, D, false))
             return FASTVAE_CUDA_WORKSPACE_TOO_SMALL;
-        const Spread spread(B, D, kColumns<In>, reduction != FASTVAE_NONE);
+        const Division division(B, D, kColumns<In>, reduction != FASTVAE_NONE);
         double *const partials = static_cast<double *>(workspace);
-        FASTVAE_TRY(launch(wide ? kl_of_block<In, true> : kl_of_block<In, false>, spread.blocks(), 1, kThreads, stream, in,
-                           spread, reduction, scale, out, partials));
-        const int64_t parts = dim ? spread.rows.count : spread.blocks(), n = dim ? D : 1;
+        FASTVAE_TRY(launch(wide ? kl_of_block<In, true> : kl_of_block<In, false>, division.blocks(), 1, kThreads, stream, in,
+                           division, reduction, scale, out, partials));
+        const int64_t parts = dim ? division.rows.count : division.blocks(), n = dim ? D : 1;
         if (reduction == FASTVAE_NONE || parts == 1) return FASTVAE_CUDA_OK;
         return launch(add_partials<T>, ceil_div(n * 32, kThreads), 1, kThreads, stream, partials, parts, n, scale, out);
     });
@@ -290,24 +290,24 @@ int fastvae_cuda_kl_gauss_backward(int dtype, const void *grad, int64_t grad_row
         const KlInputs<In> in = inputs<In>(mu, mu_stride, logvar, logvar_stride, prior_mu, prior_mu_stride, prior_logvar,
                                            prior_logvar_stride, B, D);
         const bool sum_mu = d_prior_mu && prior_mu_stride == 0, sum_logvar = d_prior_logvar && prior_logvar_stride == 0;
-        const Spread spread(B, D, kColumns<In>, sum_mu || sum_logvar);
+        const Division division(B, D, kColumns<In>, sum_mu || sum_logvar);
         Arena arena(workspace);
         KlGradients<In> out{static_cast<In *>(d_mu), static_cast<In *>(d_logvar), static_cast<In *>(d_prior_mu),
                             static_cast<In *>(d_prior_logvar), nullptr, nullptr};
-        if (sum_mu) out.d_prior_mu = nullptr, out.prior_mu_partials = arena.take<double>(spread.rows.count * D);
-        if (sum_logvar) out.d_prior_logvar = nullptr, out.prior_logvar_partials = arena.take<double>(spread.rows.count * D);
+        if (sum_mu) out.d_prior_mu = nullptr, out.prior_mu_partials = arena.take<double>(division.rows.count * D);
+        if (sum_logvar) out.d_prior_logvar = nullptr, out.prior_logvar_partials = arena.take<double>(division.rows.count * D);
         if (arena.used() > workspace_size) return FASTVAE_CUDA_WORKSPACE_TOO_SMALL;
         const T *const upstream = static_cast<const T *>(grad);
         const bool wide = is_wide(in) && (grad_col != 1 || aligned(upstream, grad_row)) && aligned(out.d_mu, D) &&
                           aligned(out.d_logvar, D) && aligned(out.d_prior_mu, D) && aligned(out.d_prior_logvar, D);
-        FASTVAE_TRY(launch(wide ? kl_backward<In, true> : kl_backward<In, false>, spread.blocks(), 1, kThreads, stream, in,
-                           spread, upstream, grad_row, grad_col, scale, out));
+        FASTVAE_TRY(launch(wide ? kl_backward<In, true> : kl_backward<In, false>, division.blocks(), 1, kThreads, stream, in,
+                           division, upstream, grad_row, grad_col, scale, out));
         for (int k = 0; k < 2; ++k) {
             const double *const partials = k ? out.prior_logvar_partials : out.prior_mu_partials;
             In *const sum = static_cast<In *>(k ? d_prior_logvar : d_prior_mu);
             if (partials)
                 FASTVAE_TRY(launch(add_partials<In>, ceil_div(D * 32, kThreads), 1, kThreads, stream, partials,
-                                   spread.rows.count, D, 1.0, sum));
+                                   division.rows.count, D, 1.0, sum));
         }
         return FASTVAE_CUDA_OK;
     });

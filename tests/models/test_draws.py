@@ -64,7 +64,7 @@ def test_what_is_drawn_with_z_does_not_change_it():
 
 def test_terms_of_the_draws_are_computed_once():
     z, mu, logvar = torch.randn(2, 3, 5, D), torch.randn(5, D), torch.randn(5, D)
-    prior, calls = Counting(), []
+    prior, calls = CountingWithKL(), []
 
     def log_px_z(z):
         calls.append(z)
@@ -75,8 +75,9 @@ def test_terms_of_the_draws_are_computed_once():
     assert not prior.asked
     assert draws.log_px_z is draws.log_px_z
     assert draws.log_pz is draws.log_pz
+    assert draws.kl is draws.kl
     assert len(calls) == 1
-    assert prior.asked == ["log_prob"]
+    assert prior.asked == ["log_prob", "kl"]
 
 
 def test_the_draws_log_q_is_that_of_z_before_it_was_rounded():
@@ -100,3 +101,45 @@ def test_the_draws_log_q_is_that_of_z_before_it_was_rounded():
     d_mu, d_logvar = torch.autograd.grad(log_q.sum(), (mu, logvar))
     assert (d_mu == 0).all()
     assert (d_logvar == -0.5 * 6).all()
+
+
+class Alone:
+    """An objective of z and log p(x|z) alone, but for what `asks` does with the draws first."""
+
+    k = m = 1
+    needs: tuple[str, ...] = ()
+
+    def __init__(self, asks=lambda draws: None):
+        self.asks = asks
+
+    def __call__(self, draws):
+        self.asks(draws)
+        nell = -draws.log_px_z.mean()
+        return nell, {"nell": nell, "kl": torch.zeros_like(nell)}
+
+
+@pytest.mark.parametrize("asks", [lambda draws: None, lambda draws: draws.prior.sample(7)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_prior_learns_its_dimension_whatever_the_objective_asks_for(fresh_compiler, asks, compiled):
+    vae = make_vae(objective=Alone(asks))
+    run = torch.compile(vae, backend="eager", fullgraph=True) if compiled else vae
+    run(binary(7, 4, 5)).loss.backward()
+    assert vae.sample(3).shape == (3, 4, 5)
+    assert vae.state_dict()["prior.dim"] == D
+
+
+@pytest.mark.parametrize("name", ["log_qz_x", "kl"])
+def test_a_term_that_was_not_said_to_be_needed_is_named(name):
+    vae = make_vae(objective=Alone(lambda draws: getattr(draws, name)), prior=Counting())
+    with pytest.raises(
+        RuntimeError, match=f"^objective: asks for {name}, and so expected '{name}' among what it needs"
+    ):
+        vae(binary(7, 4, 5))
+
+
+@pytest.mark.parametrize("needs", [("klx",), "kl", ["log_px_z"], None])
+def test_needs_that_there_are_not(needs):
+    objective = Alone()
+    objective.needs = needs
+    with pytest.raises(ValueError, match=r"^objective: expected needs to be a tuple of 'log_qz_x' and 'kl', got"):
+        make_vae(objective=objective)
