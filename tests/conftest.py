@@ -62,7 +62,7 @@ class Target(NamedTuple):
     slow: bool = False  # so that a test does less of the same there
 
     def leaves_out(self, seed: int) -> bool:
-        """Whether an example of a random search is left out: most are, where the backend is slow."""
+        """Tells whether an example of a random search is left out: most are, where the backend is slow."""
         return self.slow and seed % 4 != 0
 
 

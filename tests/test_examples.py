@@ -31,7 +31,7 @@ def test_train_loop():
 
 
 def test_estimator_bias_prints_the_readmes_table():
-    """But for the last digit, which other compilers may round otherwise."""
+    """The README's table is printed, but for the last digit, which other compilers may round otherwise."""
 
     def cells(text: str) -> dict[str, list[float]]:
         rows = re.findall(r"^\| (all 10,000 posteriors|`\w+`|wrong: .*?) \| (-?\d.*) \|$", text, re.MULTILINE)
@@ -62,7 +62,7 @@ def test_gradient_snr(tmp_path):
 
 
 def test_beta_tcvae(tmp_path):
-    """More weight, less TC; and less of it by BetaTCVAE than by the ELBO at equal reconstruction."""
+    """A larger weight gives less TC; and BetaTCVAE less of it than the ELBO at equal reconstruction."""
     pytest.importorskip("matplotlib")
     picture = tmp_path / "beta_tcvae.png"
     printed = printed_by("beta_tcvae.py", "--steps", 200, "--out", picture)

@@ -66,7 +66,7 @@ def test_info_gives_the_reason_where_native_cannot_be_used(capsys, monkeypatch):
     ],
 )
 def test_info_says_which_variable_is_wrong(wrong, monkeypatch, capsys):
-    """And ends with 1; what a process has found out once is forgotten for it."""
+    """A wrong variable is named, and `info` ends with 1; what a process has found out once is forgotten for it."""
     name, value = wrong.split("=")
     for variable in ("FASTVAE_BACKEND", "FASTVAE_LIBRARY", "FASTVAE_CUDA_LIBRARY", "FASTVAE_CPU_ISA"):
         monkeypatch.delenv(variable, raising=False)

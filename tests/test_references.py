@@ -49,7 +49,7 @@ def prose(text: str) -> str:
 
 
 def key(match: re.Match[str]) -> str:
-    """How the page lists a paper."""
+    """The name that the page lists a paper by."""
     groups = [group for group in match.groups() if group not in (None, *NOTES)]
     return f"{groups[0]} {groups[1]}".replace(" and ", " & ")
 
@@ -90,7 +90,7 @@ def cited() -> Cited:
 
 
 def listed() -> Cited:
-    """What the page lists, with the files that it says cite it: entries "- **Chen et al. 2018.** ...", and in the
+    """All that the page lists, with the files that it says cite it: entries "- **Chen et al. 2018.** ...", and in the
     sections named after notes the rows of a table, "| eq. 17 to 19 | formula | files |"."""
     found: Cited = {}
     notes = ""
@@ -113,7 +113,7 @@ def test_every_citation_is_listed() -> None:
 
 
 def test_what_is_listed_is_cited() -> None:
-    """By the files that the page names, which may be some of those that do."""
+    """Sources that the page lists are cited by the files that it names, which may be some of those that do."""
     found = cited()
     wrong = {what: sorted(paths - found.get(what, set())) for what, paths in listed().items()}
     wrong = {what: paths for what, paths in wrong.items() if paths}
@@ -122,7 +122,7 @@ def test_what_is_listed_is_cited() -> None:
 
 
 def test_citations_are_found() -> None:
-    """So that these tests cannot pass by finding nothing."""
+    """Citations are found, so that these tests cannot pass by finding nothing."""
     found = cited()
     assert sum(bool(re.fullmatch(r".* \d{4}", what)) for what in found) >= 20, "papers"
     assert sum(what.startswith(NOTES) and "eq." in what for what in found) >= 30

@@ -49,7 +49,7 @@ def both(posteriors: tuple[Tensor, Tensor], own: Tensor | None) -> list[Columns]
 def test_streamed_columns_are_those_in_memory(
     posteriors: tuple[Tensor, Tensor], z: Tensor, own: Tensor, method: str, leaving_out: bool
 ) -> None:
-    """With samples that leave a column out, whose marginals are then in part direct."""
+    """Streamed columns give what those in memory do, also where samples leave one out: marginals are in part direct."""
     got, expected = (
         log_densities(z, columns, method=method, tol=1e-12)
         for columns in both(posteriors, own if leaving_out else None)

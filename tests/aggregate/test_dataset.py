@@ -140,7 +140,7 @@ def test_batches_of_an_encoder(posteriors: tuple[Tensor, Tensor]) -> None:
 
 
 def test_an_array_of_inputs_is_sliced(posteriors: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    """One mapped from a file that cannot be written to, too: the encoder gets tensors, `chunk_size` rows at a time."""
+    """An array, also one mapped from a read-only file: the encoder gets tensors, `chunk_size` rows at a time."""
     x = torch.cat(posteriors, 1)
     np.save(tmp_path / "x.npy", x.numpy(force=True))
     mapped, sizes = np.load(tmp_path / "x.npy", mmap_mode="r"), []
@@ -185,7 +185,7 @@ def test_anchors(backend: Target) -> None:
 
 
 def test_memory_is_bounded(backend: Target) -> None:
-    """By chunk and samples, not by the number of posteriors or of pairs."""
+    """Memory is bounded by chunk and samples, not by the number of posteriors or of pairs."""
     if backend.backend == "reference":
         pytest.skip("it computes in chunks of up to 64 MiB")
     n = 20_000

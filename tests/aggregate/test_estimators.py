@@ -200,7 +200,7 @@ def test_order_does_not_matter(
 def test_shifting_everything_changes_nothing(
     backend: Target, batch: tuple[int, int, float, int], estimator: str, shift: int
 ) -> None:
-    """On a grid on which the shift is exact in float32."""
+    """A shift of z and mu changes no term; on a grid on which it is exact in float32."""
     B, D, _, seed = batch
     inputs = {n: (x.detach() * 64).round() / 64 for n, x in samples(B, B, D, torch.float32, 1.0, seed).items()}
     expected = expected_terms(inputs, estimator, 60)

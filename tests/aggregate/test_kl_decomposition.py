@@ -229,7 +229,7 @@ def test_a_prior_that_does_not_factorize(backend: Target, estimator: str) -> Non
 
 
 def test_a_prior_that_is_the_aggregate_posterior(backend: Target, arrays: Named) -> None:
-    """Then agg_kl and dim_kl are 0, and the prior's factorization is the total correlation."""
+    """A prior that is the aggregate posterior: agg_kl and dim_kl are 0, its factorization is the total correlation."""
     z, mu, logvar = (arrays[name] for name in ("z", "mu", "logvar"))
 
     class Aggregate:
@@ -284,7 +284,7 @@ def test_the_terms_add_up(
 
 
 def test_batches_are_a_sandwich_of_the_mi(backend: Target, arrays: Named) -> None:
-    """In expectation the MI lies between the uniform estimate and the one that leaves the own column out."""
+    """The MI lies, in expectation, between the uniform estimate and the one that leaves the own column out."""
     inputs = {n: arrays[n].reshape(16, 96, 8) for n in ("z", "mu", "logvar")}
     below, above = (kl_decomposition(**inputs, estimator=e).mi.item() for e in ("uniform", "loo"))
     assert below < ANCHORS["full"]["mi"] - 0.5
@@ -292,7 +292,7 @@ def test_batches_are_a_sandwich_of_the_mi(backend: Target, arrays: Named) -> Non
 
 
 def test_full_data_mi_is_between_zero_and_its_bounds(backend: Target, arrays: Named) -> None:
-    """In [0, min(log N, Div)], up to the Monte Carlo error of its mean."""
+    """The MI of the full data is in [0, min(log N, Div)], up to the Monte Carlo error of its mean."""
     inputs = {n: arrays[n] for n in ("z", "mu", "logvar")}
     mi = fastvae.log_prob_gauss(**inputs) - fastvae.agg_log_prob(**inputs)
     error = 4 * (mi.std() / math.sqrt(len(mi))).item()

@@ -118,7 +118,8 @@ def test_a_smooth_population_takes_few_points(tol: float) -> None:
 
 
 def test_the_last_coefficients_tell() -> None:
-    """On intervals no wider than they may be, 16 points, one after the other through every kind of detail and kink."""
+    """The last coefficients of 16 points tell the error, on intervals no wider than they may be, for every kind of
+    detail and kink."""
     g = torch.Generator().manual_seed(1)
     u, matrix = chebyshev(torch.zeros(()))
     x = torch.linspace(-1, 1, 101, dtype=torch.float64)
@@ -203,7 +204,8 @@ def test_gradients_by_way_of_a_table_are_rounded_once(native: Target, dtype: tor
 
 
 def test_gradients_are_those_of_the_interpolant() -> None:
-    """Made here once more: values at the table's points by the formula, and the polynomials through them by numpy."""
+    """The interpolant is made here once more: values at the table's points by the formula, and the polynomials through
+    them by numpy."""
     inputs = samples(700, 61, 2, torch.float64)
     z, mu, logvar = (x.detach().requires_grad_() for x in inputs.values())
     log_w = draw(61, seed=9).requires_grad_()
@@ -256,7 +258,7 @@ def test_one_gradient_of_four() -> None:
 
 
 def test_a_sample_that_is_its_own_density() -> None:
-    """Without its own column nothing is left: the subtraction would cancel, and is not made."""
+    """A sample without its own column has nothing left: the subtraction would cancel, and is not made."""
     mu = torch.arange(300.0)[:, None].double() * 20
     z = mu + draw(300, 1, seed=1)
     weights = ColumnWeights(-math.log(300), torch.arange(300), -math.inf, 30.0)
@@ -268,7 +270,7 @@ def test_a_sample_that_is_its_own_density() -> None:
 
 
 def test_too_many_points_are_not_taken() -> None:
-    """Then the results are the direct ones, bit for bit."""
+    """Results are the direct ones, bit for bit, where a table would need too many points."""
     z, mu, logvar = (x.detach() for x in samples(600, 600, 2, torch.float32).values())
     for few in ((z[:40], mu, logvar), (mu, mu, logvar - 20)):
         results = [fastvae.agg_log_prob_marginals(*few, method=m) for m in ("table", "direct")]

@@ -108,7 +108,7 @@ def test_exact_skip_alone_keeps_the_backend() -> None:
 
 
 def test_settings_nest_and_are_restored() -> None:
-    """They are restored also where a plain statement within a block has set something else."""
+    """Settings are restored also where a plain statement within a block has set something else."""
     before = settings.current
     with fastvae.use(backend="reference", exact_skip=True):
         with fastvae.use(backend=None, precision="tf32x3"):
@@ -149,7 +149,7 @@ def test_a_backend_that_is_not_available_changes_nothing(monkeypatch: pytest.Mon
 
 
 def test_settings_within_compiled_code() -> None:
-    """They break no graph, and what is within computes by those around it."""
+    """Settings in compiled code break no graph, and what is within a block computes by them."""
 
     def kl(x: Tensor) -> Tensor:
         with fastvae.use(backend=None), fastvae.precision("tf32x3"):
@@ -249,7 +249,8 @@ def test_reference_computes_in_chunks(name: str, budget: int, monkeypatch: pytes
 
 
 def test_reference_stays_within_its_budget() -> None:
-    """It does so whatever S and N; in a process of its own, where a single [S, N, D] tensor would be 288 MB."""
+    """The reference stays within its budget whatever S and N; in a process of its own, where a single [S, N, D] tensor
+    would be 288 MB."""
     code = """
 import resource
 fastvae.use_backend("reference")
@@ -292,7 +293,7 @@ def test_triton_has_the_functions_of_the_contract_and_no_others() -> None:
 
 
 def test_kernels_import_nothing_above_them() -> None:
-    """They are told what they need."""
+    """Kernels import nothing above them: they are told what they need."""
     modules = list((Path(__file__).parents[2] / "kernels" / "triton").glob("*.py"))
     assert modules
     for module in modules:
@@ -342,7 +343,7 @@ def test_autotuning_measures_once(tuning: tuple[Callable[..., int], list[int]]) 
 def test_a_captured_graph_takes_what_was_tuned(
     tuning: tuple[Callable[..., int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has been compiled; nothing is measured within a capture, where nothing may wait."""
+    """A capture takes what was tuned, which has been compiled; nothing is measured within, where nothing may wait."""
     fastest, timed = tuning
     fastest("op", 1000)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -17,7 +17,7 @@ DECLARED = (3, "8d5f795be552bb54")  # the interface's number, and the digest of 
 
 
 def declarations() -> str:
-    """What both headers declare: no comments, and whitespace all alike."""
+    """The declarations of both headers: no comments, and whitespace all alike."""
     return " ".join(" ".join(re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S).split()) for path in HEADERS)
 
 
@@ -39,8 +39,8 @@ def test_the_number_rises_with_the_declarations() -> None:
 def test_another_revision_is_refused(
     backend: str, variable: str, function: str, number: int | None, tmp_path: Path
 ) -> None:
-    """With a reason, before anything else of it is called. What would compute with it is an error, and not computed by
-    something else."""
+    """A library of another revision is refused with a reason, before anything else of it is called. What would compute
+    with it is an error, and not computed by something else."""
     source = "" if number is None else f"int {function}(void) {{ return {number}; }}"
     library = tmp_path / "library.so"
     subprocess.run([needed("cc"), "-xc", "-shared", "-fPIC", "-", "-o", library], input=source, text=True, check=True)

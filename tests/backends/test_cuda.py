@@ -1,4 +1,4 @@
-"""What only a GPU shows: streams, CUDA graphs, no synchronization, memory, several devices. Skipped without one."""
+"""Tests that need a GPU: streams, CUDA graphs, no synchronization, memory, several devices. Skipped without one."""
 
 import functools
 import itertools
@@ -91,7 +91,7 @@ def test_a_first_call_within_a_capture(name: str, backend: str, monkeypatch: pyt
 
 
 def test_a_graph_draws_anew_at_each_replay() -> None:
-    """And its backward draws what its forward drew."""
+    """A graph draws anew at each replay, and its backward draws what its forward drew."""
     mu, logvar = torch.zeros(97, 33), torch.zeros(97, 33, requires_grad=True)
 
     def step() -> list[Tensor]:
@@ -189,7 +189,7 @@ def test_more_elements_than_32_bits_count() -> None:
 
 
 def test_more_elements_of_columns_than_32_bits_count() -> None:
-    """Only the last columns have weights, past 2^31 elements, against those columns alone."""
+    """The last columns, past 2^31 elements, which alone have weights, against those columns alone."""
     if torch.cuda.mem_get_info()[0] < 60 * 2**30:
         pytest.skip("there is no room for it")
     N, D, last = 2**25 + 3, 66, 5

@@ -63,14 +63,14 @@ def test_a_workspace_that_is_too_small_is_an_error(library: None, monkeypatch: p
 
 
 def test_a_grid_that_no_gpu_takes_is_an_error(library: None) -> None:
-    """Of 2^32 blocks, which would be none in 32 bits."""
+    """A grid of 2^32 blocks, which would be none in 32 bits, is an error."""
     rows = (None, 0) * 4
     status = cuda.library().fastvae_cuda_kl_gauss(0, *rows, 2**40, 0, 1, 1.0, None, None, 0, None)
     assert b"more blocks" in cuda.library().fastvae_cuda_status_string(status)
 
 
 def test_a_row_is_as_long_as_memory_allows(library: None) -> None:
-    """Of more columns than a block for 1024 each could have in a grid's y."""
+    """A row of more columns than a block for 1024 each could have in a grid's y."""
     x = torch.linspace(-3, 3, 2**26 + 1)[None]
     kl = cuda.kl_gauss(x, x, None, None, "none")
     torch.testing.assert_close(kl, (x * x + x.expm1() - x) / 2, atol=1e-6, rtol=1e-6)
@@ -90,7 +90,7 @@ def test_a_capture_that_refuses_is_an_error_that_helps(library: None, monkeypatc
 
 @pytest.mark.parametrize("current", [0, 1])
 def test_the_stream_is_that_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch, current: int) -> None:
-    """Which is made the current one where it is not, as a launch is on that."""
+    """The tensors' device is made the current one where it is not, as a launch is on that."""
     said: list[object] = []
 
     def entered(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -106,7 +106,7 @@ def test_the_stream_is_that_of_the_tensors_device(monkeypatch: pytest.MonkeyPatc
 
 
 def test_partial_sums_take_little_memory() -> None:
-    """None where there is one block; one for each block, or in each column."""
+    """No partial sums where there is one block; one for each block, or in each column."""
     if not cuda.status()[0]:
         pytest.skip(cuda.status()[1])
     for dtype in DTYPES:
@@ -140,12 +140,12 @@ def elementwise(D: int, dtype: torch.dtype, lay: Callable[[torch.Tensor], torch.
 @pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=str)
 @pytest.mark.parametrize("D", [8, 36, 40, 33])
 def test_same_bits_wherever_rows_begin(library: None, D: int, dtype: torch.dtype, layout: str) -> None:
-    """At multiples of 16 bytes or not, in memory of its own or between other numbers."""
+    """Rows give the same bits at multiples of 16 bytes or not, in memory of their own or between other numbers."""
     assert_same(elementwise(D, dtype, LAYOUTS[layout]), elementwise(D, dtype, LAYOUTS["contiguous"]))
 
 
 def test_loads_are_of_16_bytes_where_they_can_be(tmp_path: Path) -> None:
-    """Each vector of mu [5, D] and logvar [5, D] once, but where a row does not begin at a multiple of 16 bytes."""
+    """Vectors of mu [5, D] and logvar [5, D] are loaded once, unless a row does not begin at a multiple of 16 bytes."""
     call = "Vector<In> vectors[n / size];"
     library = library_with(tmp_path, True, "kl_gauss", "vectors.h", call, f"fputc(35, stderr); {call}")
     code = f"""
@@ -174,8 +174,8 @@ OTHER_DTYPES = """
 
 
 def library_with(tmp_path: Path, bulk: bool, source_name: str, file: str, before: str, after: str) -> Path:
-    """One source's kernels, a piece of a file of it replaced; their copies in bulk or by each thread. In float32 alone,
-    as the compiler takes its time."""
+    """A library of one source's kernels, a piece of a file of it replaced; their copies in bulk or by each thread. In
+    float32 alone, as the compiler takes its time."""
     shutil.copytree(KERNELS, tmp_path / "kernels")
     for name, old, new in ((file, before, after), ("numbers.h", OTHER_DTYPES, "")):
         path = tmp_path / "kernels" / "cuda" / name
@@ -249,7 +249,8 @@ def test_mistakes_are_seen(tmp_path: Path, bulk: bool, mistake: Mistake) -> None
 
 
 def test_tiles_stop_early(tmp_path: Path) -> None:
-    """All but those of the samples' own columns, after one chunk of dimensions of three; none when told not to."""
+    """Tiles stop early, all but those of the samples' own columns, after one chunk of dimensions of three; none when
+    told not to."""
     call = "far = f(stage, chunk,"
     visited = {}
     for skip in (0, 1):
@@ -262,7 +263,7 @@ def test_tiles_stop_early(tmp_path: Path) -> None:
 
 
 def test_the_polynomial_of_an_exponential(tmp_path: Path) -> None:
-    """Within 2 ulp down to 2^-126, then 0; NaN stays NaN."""
+    """The polynomial of an exponential is within 2 ulp of it down to 2^-126, then 0; NaN stays NaN."""
     (tmp_path / "exponential.cpp").write_text(
         '#include "exponentials.h"\nextern "C" void powers(float *x, int n)'
         "{ for (; n--; ++x) *x = fastvae::cuda::exp2_by_polynomial(*x); }"
@@ -287,8 +288,8 @@ def test_the_polynomial_of_an_exponential(tmp_path: Path) -> None:
 
 @functools.cache
 def machine_code(source_name: str) -> tuple[str, str]:
-    """What ptxas says of a source's kernels for sm_90, and their machine code; skips without nvcc. Of the marginals',
-    that is of the joint's too."""
+    """The report of ptxas on a source's kernels for sm_90, and their machine code; skips without nvcc. Of the
+    marginals', that is of the joint's too."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
@@ -324,7 +325,7 @@ def hottest(loops: list[dict[str, int]], opcode: str) -> dict[str, int]:
 
 
 def usage(said: str) -> list[tuple[str, int, int, int]]:
-    """Of each kernel that ptxas tells of: its mangled name, bytes spilled, registers and bytes of shared memory."""
+    """The usage of each kernel that ptxas tells of: mangled name, bytes spilled, registers, bytes of shared memory."""
     found = re.findall(
         r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
         r"(?:.*?(\d+) bytes smem)?",
@@ -337,7 +338,7 @@ def usage(said: str) -> list[tuple[str, int, int, int]]:
 
 @pytest.mark.parametrize(("source_name", "count"), [("agg_log_prob_marginals", 20), ("cross_log_prob", 12)])
 def test_registers_and_shared_memory(source_name: str, count: int) -> None:
-    """All fit twice on a multiprocessor in float32, but for many dimensions; nothing spills."""
+    """All kernels fit twice on a multiprocessor in float32, except for many dimensions; nothing spills."""
     kernels = usage(machine_code(source_name)[0])
     assert len(kernels) > count
     for symbol, spilled, registers, shared in kernels:
@@ -351,7 +352,8 @@ def test_registers_and_shared_memory(source_name: str, count: int) -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_kernels_that_stop_early_do_not_spill(tmp_path: Path, target: str) -> None:
-    """Nor the joint's sums at all, in float32, where half of the registers have to do."""
+    """Kernels that stop early do not spill, nor the joint's sums at all, in float32, where half of the registers have
+    to do."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
@@ -393,7 +395,7 @@ def test_inner_loops_are_arithmetic(name: str, arithmetic: tuple[str, ...], floo
 
 
 def test_copies_are_in_bulk() -> None:
-    """From sm_90 on: by one thread, to an mbarrier that others try to wait at."""
+    """Copies are in bulk from sm_90 on: by one thread, to an mbarrier that others try to wait at."""
     code = machine_code("agg_log_prob_marginals")[1]
     assert "UBLKCP" in code
     assert "SYNCS.PHASECHK" in code
@@ -402,7 +404,7 @@ def test_copies_are_in_bulk() -> None:
 
 @pytest.mark.parametrize(("pulls", "slots"), [(False, 6.8), (True, 7.9)])
 def test_marginals_share_exponentials_between_two_units(pulls: bool, slots: float) -> None:
-    """Of 64 pairs: the instructions to issue, and those of the special-function unit, which take no longer."""
+    """The instructions of 64 pairs: those to issue, and those of the special-function unit, which take no longer."""
     for symbol, loops in kernels("marginal_sums").items():
         if f"marginal_sumsIfLb{int(pulls)}E" not in symbol:
             continue
@@ -422,7 +424,7 @@ def test_marginals_share_exponentials_between_two_units(pulls: bool, slots: floa
     ],
 )
 def test_elementwise_kernels_read_and_write_16_bytes(source_name: str, name: str) -> None:
-    """Where rows allow for it: nothing of a half's size, and all of mu, logvar and what has their shape in 16 bytes."""
+    """Accesses to mu, logvar and what has their shape are of 16 bytes where rows allow, none of a half's size."""
     assert all(int(n) == 0 for n in re.findall(r"(\d+) bytes spill", machine_code(source_name)[0]))
     codes = code_of(name, source_name)
     assert len(codes) == 8  # four dtypes, and rows that do not allow for it
@@ -587,7 +589,7 @@ def test_a_compiler_that_does_not_run_leaves_its_reason(tmp_path: Path) -> None:
     ],
 )
 def test_architectures(tmp_path: Path, architectures: str, built: list[str]) -> None:
-    """All that the compiler knows, or those asked for, each of which it has to know; PTX of the last."""
+    """Architectures: all that the compiler knows, or those asked for, each of which it has to know; PTX of the last."""
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\n[ $1 = --list-gpu-code ] && printf 'sm_80\\nsm_90\\n' && exit\necho \"$@\"\n")
     nvcc.chmod(0o755)
@@ -604,5 +606,5 @@ def test_architectures(tmp_path: Path, architectures: str, built: list[str]) -> 
 
 
 def test_only_by_name() -> None:
-    """Until a measurement is committed that shows it faster."""
+    """CUDA kernels are chosen only by name until a measurement is committed that shows them faster."""
     assert all(names.index("cuda") > names.index("reference") for names in fastvae.backends.CANDIDATES.values())

@@ -19,7 +19,7 @@ ANOTHER = f"extern int fastvae_interface(void) {{ return {c_interface.INTERFACE 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """What a fresh clone has of the package and the benchmarks."""
+    """The files that a fresh clone has of the package and the benchmarks."""
     root = tmp_path / "tree"
     root.mkdir()
     for name in ("fastvae", "kernels", "bench", "pyproject.toml", "CMakeLists.txt"):
@@ -29,7 +29,7 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """Where packages are installed: with the metadata of one, and its folder, which is empty."""
+    """A folder where packages are installed: with the metadata of one, and its folder, which is empty."""
     folder = tmp_path / "site"
     (folder / "fastvae").mkdir(parents=True)
     (folder / "fastvae-0.1.0.dist-info").mkdir()
@@ -40,7 +40,8 @@ def site(tmp_path: Path) -> Path:
 
 
 def run(tree: Path, site: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """In the root of the tree, without site-packages' start-up files, which an editable installation adds itself by."""
+    """Runs code in the root of the tree, without site-packages' start-up files, which an editable installation adds
+    itself by."""
     others = [path for path in sys.path if path and Path(path).resolve() not in (ROOT, ROOT / "tests")]
     path = os.pathsep.join(map(str, (tree, site, *others)))
     unset = dict.fromkeys(("FASTVAE_BACKEND", "FASTVAE_LIBRARY", "FASTVAE_CUDA_LIBRARY", "FASTVAE_CPU_ISA"), "")
@@ -101,8 +102,8 @@ raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "bench/suites/benc
 
 @pytest.mark.parametrize("what", ["none", "another interface"])
 def test_a_tree_without_a_library_says_what_to_do(tree: Path, site: Path, what: str) -> None:
-    """In `info`, and by one warning at the first call, which the reference computes; and no benchmark takes that for
-    fastvae."""
+    """A tree without a library says what to do in `info`, and by one warning at the first call, which the reference
+    computes; and no benchmark takes that for fastvae."""
     pytest.importorskip("pytest_benchmark")
     if what == "none":
         code = NONE_INSTALLED + INFO + COMPUTING_TWICE + MEASURING
@@ -146,7 +147,8 @@ ORIGINS = {
 def test_a_wheel_without_a_library_says_what_to_do(
     pure: bool, origin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Why it has none, and a command that builds it from where the package came from, with an error if that fails."""
+    """A wheel without a library says why, and gives a command that builds it from where the package came from, with an
+    error if that fails."""
     recorded, source = ORIGINS[origin]
     files = {"WHEEL": f"Root-Is-Purelib: {str(pure).lower()}\n", "direct_url.json": json.dumps(recorded)}
 

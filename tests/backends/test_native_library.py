@@ -33,14 +33,14 @@ def _threads_restored() -> Iterator[None]:
 
 @pytest.fixture
 def library() -> Iterator[None]:
-    """For what is the same for all instruction sets."""
+    """The native backend, for what is the same for all instruction sets."""
     with computing_on(Target("native")):
         yield
 
 
 @functools.cache
 def problem(name: str, dtype: torch.dtype) -> Op:
-    """Large enough for several threads."""
+    """A problem large enough for several threads."""
     return op_named(name, dtype, S=3 if name in ("reparameterize", "sample_gauss") else 507, N=611, D=33)
 
 
@@ -60,7 +60,7 @@ def test_same_bits_on_any_number_of_threads(native: Target, name: str, dtype: to
 
 
 def test_several_python_threads_at_once(native: Target) -> None:
-    """One gets the thread pool, the others do without; none waits for ever, and all get the same bits."""
+    """One thread gets the thread pool, the others do without; none waits for ever, and all get the same bits."""
     torch.set_num_threads(2)
     expected = {name: results(name) for name in NAMES}
     wrong: list[object] = []
@@ -89,7 +89,7 @@ def _in_child(arguments: tuple[Tensor, ...], expected: Tensor) -> None:
 
 
 def n_threads() -> int | None:
-    """Of this process; None where the system does not say."""
+    """The number of threads of this process; None where the system does not say."""
     return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else None
 
 

@@ -48,7 +48,7 @@ def test_known_answers(word: int, answer: tuple[int, ...]) -> None:
 
 
 def test_known_answers_of_the_triton_kernel() -> None:
-    """And its words for any counter and key, by Python's own integers."""
+    """The Triton kernel's known answers, and its words for any counter and key, by Python's own integers."""
     triton_philox = pytest.importorskip("philox_kernel")
     groups = [0, 1, 2, WORD - 1, WORD, WORD + 1, 2**40 + 5, 2**62 - 1]
     with computing_on(next(iter(TRITON.values()))) as target:
@@ -64,7 +64,7 @@ def test_known_answers_of_the_triton_kernel() -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_any_stretch_of_the_stream(seed: int) -> None:
-    """Also past 2^34 elements, where the counter's high word begins to count."""
+    """Any stretch of the stream, also past 2^34 elements, where the counter's high word begins to count."""
     as_int64 = torch.tensor((seed + 2**63) % 2**64 - 2**63)
     for first in (0, 1, 2, 3, 5, 4 * WORD - 3, 2**40 + 1):
         stretch = philox.standard_normal(as_int64, first, 11).tolist()

@@ -1,4 +1,4 @@
-"""What only the Triton kernels have: tiles of several sizes, ranges of columns put together, panels that are far.
+"""Features of the Triton kernels alone: tiles of several sizes, ranges of columns put together, panels that are far.
 
 That they compute what every backend must is tested with each op; here they are made to choose as they would for larger
 problems, or on a larger GPU, than the interpreter can finish.
@@ -63,7 +63,7 @@ def fresh_grids() -> Iterator[None]:
 
 @pytest.fixture(params=[2, 5])
 def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_grids: None) -> int:
-    """So many ranges of whatever passes by, some of them empty."""
+    """A given number of ranges of whatever passes by, some of them empty."""
     monkeypatch.setattr(grids, "_splits", lambda *_: request.param)
     return request.param
 
@@ -194,7 +194,7 @@ def test_grids_cover_everything_and_fill_the_chip(S: int, N: int) -> None:
 
 
 def test_other_tiles_give_the_same(backend: Target) -> None:
-    """Those that FASTVAE_AUTOTUNE=1 would try."""
+    """Tiles that FASTVAE_AUTOTUNE=1 would try give the same."""
     op = op_named("agg_log_prob", torch.float32, S=150, N=140, D=5)
     expected = Expected(op.formula, {key: x.detach() for key, x in op.inputs.items()}, op.centred)
     own = torch.arange(150) % 141 - 1
@@ -252,7 +252,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
 
 
 def test_a_launch_finds_the_binary_again(compiler: Compiler) -> None:
-    """By what Triton compiles for"""
+    """A launch finds the binary again by what Triton compiles for."""
     x, unaligned = torch.zeros(9), torch.zeros(9)[1:]
     launches: list[tuple[tuple[Any, ...], dict[str, int], bool]] = [
         ((x, None, 100, 7, 1.0), {"BLOCK": 16, "WIDE": 0}, True),
@@ -279,7 +279,7 @@ def test_a_launch_finds_the_binary_again(compiler: Compiler) -> None:
 
 
 def test_a_first_launch_while_a_graph_is_captured(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not captured, and says what to do; what has run before is captured."""
+    """A first launch is not captured, and says what to do; what has run before is captured."""
     x = torch.zeros(4)
     _launch.launch(compiler, (1,), x, None, 4, 7, 1.0, BLOCK=16, WIDE=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -24,7 +24,7 @@ NVIDIA = [target for target, (maker, *_) in TARGETS.items() if maker == "cuda"]
 
 @pytest.fixture(scope="module")
 def reports() -> list[Report]:
-    """Of all cases, from processes that are not in Triton's interpreter."""
+    """The reports of all cases, from processes that are not in Triton's interpreter."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTVAE_AUTOTUNE")}
     running = [
         subprocess.Popen(
@@ -54,7 +54,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def test_compiles_for_every_target(reports: list[Report], name: str) -> None:
-    """Into the same kernels, but those of NVIDIA's tensor cores."""
+    """Every case compiles into the same kernels for all targets, except those of NVIDIA's tensor cores."""
     targets = [t for t, (maker, *_) in TARGETS.items() if maker == "cuda" or not CASES[name].tensor_cores]
     kernels = {target: [r.kernel for r in of_case(reports, name) if r.target == target] for target in targets}
     assert CASES[name].kernel in kernels[READ]
@@ -71,7 +71,8 @@ def test_registers_and_shared_memory(reports: list[Report], name: str) -> None:
 
 
 def test_instructions(reports: list[Report], name: str) -> None:
-    """Of the case's own kernel: how many for each element, what share in the innermost loop, how wide the accesses."""
+    """The instructions of the case's own kernel: how many for each element, what share in the innermost loop, how wide
+    the accesses."""
     case = CASES[name]
     report = next(r for r in of_case(reports, name) if (r.target, r.kernel) == (READ, case.kernel))
     assert sum(report.instructions.values()) > 50
@@ -95,7 +96,7 @@ def test_instructions(reports: list[Report], name: str) -> None:
 
 
 def test_tensor_cores_compute_where_they_are_asked_to(reports: list[Report], name: str) -> None:
-    """And nowhere else: tf32 is never the default."""
+    """Tensor cores compute where they are asked to and nowhere else: tf32 is never the default."""
     for report in of_case(reports, name):
         if report.instructions:
             assert bool(report.tensor_cores) == CASES[name].tensor_cores, report
@@ -106,12 +107,12 @@ def test_tensor_cores_compute_where_they_are_asked_to(reports: list[Report], nam
 
 
 def test_no_integer_is_specialized(reports: list[Report], name: str) -> None:
-    """But for 1: `launch` finds a binary by nothing else of an integer's value."""
+    """No integer but 1 is specialized: `launch` finds a binary by nothing else of an integer's value."""
     assert {r.kernel: r.specialized for r in of_case(reports, name) if r.specialized} == {}
 
 
 def test_sums_in_memory_are_each_one_threads_own(reports: list[Report], name: str) -> None:
-    """They are cleared, read and written without a barrier."""
+    """Sums in memory are cleared, read and written without a barrier."""
     for report in of_case(reports, name):
         assert all(len(layouts) == 1 for layouts in report.layouts.values()), report
         if report.kernel in ("_joint_columns", "_cross_rows", "_cross_columns") and report.target in NVIDIA:
@@ -119,7 +120,7 @@ def test_sums_in_memory_are_each_one_threads_own(reports: list[Report], name: st
 
 
 def test_layouts_that_differ_are_found() -> None:
-    """Of four accesses of sums, one; not of other tensors."""
+    """One layout that differs is found, of four accesses of sums; none of other tensors."""
     wide, narrow = "#ttg.blocked<{order = [3, 2, 1, 0]}>", "#ttg.blocked<{order = [0, 1, 2, 3]}>"
     ttgir = f"""#blocked = {wide}
 #blocked1 = {narrow}

@@ -300,7 +300,8 @@ def test_nobody_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_patience_is_for_the_contestants_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for what float64 takes to say what is right. Nor is fastvae left out for what it took at other sizes."""
+    """Patience does not count the time of the float64 values. Nor is fastvae left out for what it took at other
+    sizes."""
 
     def exact(mu: Tensor, logvar: Tensor) -> Tensor:
         time.sleep(0.2)  # of three

@@ -1,4 +1,4 @@
-"""How many kernels a training run makes Triton compile, counted on a mocked GPU by bench/gpu/cold_start.py."""
+"""A count of the kernels that a training run makes Triton compile, on a mocked GPU by bench/gpu/cold_start.py."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def stages(counted: list[Any], request: pytest.FixtureRequest) -> dict[tuple[str
 
 
 def test_a_training_run_compiles_few_kernels(stages: dict[tuple[str, int], int]) -> None:
-    """With its last batch, which is smaller and odd."""
+    """A training run compiles few kernels, with its last batch, which is smaller and odd."""
     assert 2 <= sum(n for (_, D), n in stages.items() if D == 10) <= 12
 
 
@@ -59,7 +59,7 @@ def test_another_batch_size_compiles_none(stages: dict[tuple[str, int], int]) ->
 
 
 def test_a_last_batch_of_one_compiles_none(counted: list[Any]) -> None:
-    """Of those objectives that can be had from one."""
+    """A last batch of one compiles no kernel, for those objectives that can be had from one."""
     found = [(objective, kernels) for objective, what, _, kernels in counted if what == "an example alone"]
     assert found == [("ELBO", {}), ("IWAE, 5 samples", {})]
 

@@ -1,4 +1,4 @@
-"""What is run on a GPU, rehearsed on a mocked one (mocked_gpu/), in processes of their own."""
+"""Rehearsals, on a mocked GPU (mocked_gpu/), of what is run on a real one, in processes of their own."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def mocked(**more: str) -> dict[str, str]:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """With a library of CUDA kernels."""
+    """The environment of a machine with a GPU and a library of CUDA kernels."""
     library = tmp_path / "libfastvae_cuda.so"
     library.touch()
     return mocked(FASTVAE_CUDA_LIBRARY=str(library))
@@ -49,7 +49,7 @@ def run(program: str, environment: dict[str, str], **more: str) -> None:
 
 
 def test_the_mocked_gpu(environment: dict[str, str]) -> None:
-    """It refuses what a GPU would, replays what was captured, and moves gradients with their tensors."""
+    """The mocked GPU refuses what a real one would, replays what was captured, moves gradients with their tensors."""
     program = """
         import pytest, torch
         x = torch.randn(5, 3, device="cuda")
@@ -154,7 +154,7 @@ def test_a_sleep_that_is_too_short(environment: dict[str, str]) -> None:
 
 
 def test_a_first_call_in_a_graph_that_is_refused(environment: dict[str, str]) -> None:
-    """It is told apart from other errors by what it says."""
+    """A refusal is told apart from other errors by what it says."""
     program = """
         from bench.gpu.sanity import first_in_graph
 
@@ -215,7 +215,7 @@ def kept(folder: Path, part: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """All parts, where nothing goes wrong: where they left their archives, and what was printed."""
+    """A rehearsal of all parts, where nothing goes wrong: where they left their archives, and what was printed."""
     folder = tmp_path_factory.mktemp("gpu")
     status, said = result(started("all", folder))
     assert status == 0, said
@@ -291,7 +291,7 @@ def test_what_fails_is_said_and_the_rest_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", [3, 4])
 def test_a_fault_after_the_first_calls(environment: dict[str, str], tmp_path: Path, call: int) -> None:
-    """While it is timed for the first time, that contestant is left out; later, the job; the next ones are done."""
+    """A fault leaves out the contestant that is timed for the first time; later, the job; the next ones are done."""
     table = [sys.executable, "-m", "bench.gpu.measure", "table", str(tmp_path), "--only", "agg_log_prob, forward"]
     more = {"FASTVAE_TRIAL": "1", "MOCKED_GPU_FAULTS": f"fault{call}:cuda.agg_log_prob"}
     assert subprocess.run(table, env=environment | more, cwd=ROOT, capture_output=True).returncode == 1
@@ -324,7 +324,7 @@ def test_what_hung_before_is_not_tried(environment: dict[str, str], tmp_path: Pa
 
 
 def test_tests_that_hang(tmp_path: Path) -> None:
-    """Those that failed meanwhile are in the summary; what comes next in the part is not started."""
+    """Tests that failed while others hang are in the summary; what comes next in the part is not started."""
     more = {"MOCKED_GPU_FAULTS": "hang:cuda.kl_gauss,raise:triton.kl_gauss", "FASTVAE_BUDGET": "20"}
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "libfastvae_cuda.so").touch()
@@ -336,7 +336,7 @@ def test_tests_that_hang(tmp_path: Path) -> None:
 
 
 def test_no_profiler_and_no_library(tmp_path: Path) -> None:
-    """Neither ends the part; both are said, and the exit status is 1."""
+    """A missing profiler and a missing library do not end the part; both are said, and the exit status is 1."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "cmake").symlink_to(MOCK / "bin" / "cmake")

@@ -32,7 +32,7 @@ def child(first: int) -> subprocess.Popen[str]:
 
 
 def lines_of(stream: IO[str]) -> "queue.SimpleQueue[str | None]":
-    """Its lines as they come, and None at its end."""
+    """The stream's lines as they come, and None at its end."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
@@ -45,7 +45,7 @@ def lines_of(stream: IO[str]) -> "queue.SimpleQueue[str | None]":
 
 
 def failures(first: int, count: int, seconds: float) -> tuple[list[dict[str, Any]], int]:
-    """What went wrong, and the number of calls."""
+    """The failures, with what went wrong, and the number of calls."""
     found: list[dict[str, Any]] = []
     end, seed, last = time.monotonic() + seconds, first, first + count
     while seed < last and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""What a generated call consists of, and the source of chance that all of it is drawn from."""
+"""The parts of a generated call, and the source of chance that all of it is drawn from."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ EXTREMES = (0.0, 1e-30, 300.0, 1e4, 1e10, 1e30)  # float32 holds them and not th
 
 
 def tensors_of(result: Any) -> list[Tensor]:
-    """Those with values of floating point, in the order of the result."""
+    """The tensors with values of floating point, in the order of the result."""
     if isinstance(result, Tensor):
         return [result] if result.is_floating_point() else []
     return [x for part in result for x in tensors_of(part)] if isinstance(result, tuple | list) else []
@@ -78,7 +78,7 @@ class Draw(random.Random):
         return self.rounded(x)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """In one of the call's dtypes, finite there too."""
+        """The numbers of x in one of the call's dtypes, finite there too."""
         dtype = self.choice(self.dtypes)
         return x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
 

@@ -37,7 +37,7 @@ HERE = Path(__file__).parent
 
 
 class Failure(Exception):
-    """What went wrong, in a word or two, and the details."""
+    """A failure: what went wrong, in a word or two, and the details."""
 
 
 def run(first: int) -> None:
@@ -107,7 +107,7 @@ def upstream(output: Tensor) -> Tensor:
 
 
 def gradients(draw: Draw, outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    """Of the leaves, under gradients of the outputs that come in any form."""
+    """The gradients of the leaves, under gradients of the outputs that come in any form."""
     if not leaves:
         return []
     outputs = [o for o in outputs if o.requires_grad]  # the others owe the leaves nothing
@@ -209,7 +209,7 @@ def finite_as_formula(formula: Any, inputs: dict[str, Tensor], results: list[Ten
 
 
 def frozen(value: Any) -> Any:
-    """What can be told of an argument now, to be compared later."""
+    """The state of an argument, as far as it can be told now, to be compared later."""
     if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested:
         bits = None
         if value.device.type == "cpu" and not value.is_quantized and value.numel() < 10**7:

@@ -1,4 +1,4 @@
-"""How a good call varies: the same arguments in unusual forms, one that is wrong, and what a call finds around it."""
+"""Variations of a good call: the same arguments in unusual forms, one that is wrong, and what it finds around it."""
 
 import contextlib
 import decimal
@@ -131,7 +131,7 @@ WRONG_OTHERS += (("z", "z"), ("z", 1), (1.0,), (1.0, 0.0), ("a", "b"), (math.nan
 
 
 def wrong(draw: Draw, value: Any, costly: bool) -> tuple[str, Any]:
-    """Something that does not belong where this value does, and what to call it."""
+    """A thing that does not belong where this value does, and what to call it."""
     if isinstance(value, Tensor):
         name = draw.choice(list(WRONG_TENSORS))
         with contextlib.suppress(RuntimeError, IndexError, TypeError):

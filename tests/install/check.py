@@ -1,4 +1,4 @@
-"""Whether an installed fastvae is what it should be: check.py native|pure
+"""Checks that an installed fastvae is what it should be: check.py native|pure
 
 Prints where it was imported from and what computes. `native`: every instruction set of this CPU agrees with the
 reference, with gradients. `pure`: the reference computes, after one warning that says how to get the library.

@@ -245,7 +245,7 @@ def test_kmeans_plus_plus_finds_clusters_that_are_far_apart():
 @pytest.mark.parametrize("scale", [1.0, 1e-25, 1e30])
 @pytest.mark.parametrize("seeds", [em.seeds_far_apart, em.seeds_anywhere])
 def test_no_seed_comes_twice_as_long_as_there_are_other_points(seeds, scale):
-    """At scales too whose squares are no float32."""
+    """No seed comes twice while there are other points, at scales too whose squares are no float32."""
     values = scale * torch.arange(1.0, 6.0)[:, None]
     x = values[[0] * 40 + [1, 2, 3, 4] + [0] * 40]
     for K in (5, 7):
@@ -301,7 +301,7 @@ def distinct_values(U, S, D, seed):
 @pytest.mark.parametrize("init", ["kmeans++", "random"])
 @given(st.integers(0, 10_000), st.integers(1, 7), st.integers(1, 3), st.sampled_from((torch.float64, torch.float32)))
 def test_a_component_for_each_distinct_point_fits_best(init, seed, U, D, dtype):
-    """With variances of reg_covar and up, the likelihood has its maximum where each point has a component of that
+    """The likelihood, with variances of reg_covar and up, has its maximum where each point has a component of that
     width, with the share of all that are there as its weight."""
     x = distinct_values(U, U + 8, D, seed).to(dtype)
     shares = x.unique(dim=0, return_counts=True)[1].double() / len(x)
@@ -317,7 +317,8 @@ def test_a_component_for_each_distinct_point_fits_best(init, seed, U, D, dtype):
 @pytest.mark.filterwarnings("ignore:n_components", "ignore:Number of distinct clusters")
 @pytest.mark.parametrize("init", ["kmeans++", "random"])
 def test_more_components_never_fit_worse_than_fewer(init):
-    """Up to as many as there are distinct points and beyond, where scikit-learn is followed."""
+    """Fits are never worse with more components, up to the number of distinct points and beyond, where scikit-learn is
+    followed."""
     x = distinct_values(9, 17, 2, seed=0)
     ours = [GaussianMixture(K, init=init, seed=0, n_init=20).fit(x).lower_bound_ for K in range(1, 13)]
     assert all(more >= fewer - 1e-3 for fewer, more in itertools.pairwise(ours))
@@ -522,7 +523,7 @@ def test_no_points(method):
 
 
 def test_points_that_are_too_far_out():
-    """Where log p(x) overflows its dtype no component can be said to have made them."""
+    """Points where log p(x) overflows its dtype: no component can be said to have made them."""
     x = clusters(S=10).float()
     mixture, far = GaussianMixture(2).fit(x), 1e30 * x
     assert mixture.score_samples(far).tolist() == [-math.inf] * 10
@@ -570,7 +571,7 @@ def test_points_whose_squares_overflow(method, init):
 
 
 def test_partial_fit_mixes_the_sufficient_statistics():
-    """Against sums of r, r x and r x² mixed as Cappé & Moulines write it."""
+    """The sufficient statistics, against sums of r, r x and r x² mixed as Cappé & Moulines write it."""
     batches = clusters(S=300).split(100)
     start = global_start(batches[0], 3)
     mixture = GaussianMixture(3, init=tuple(start), reg_covar=0)

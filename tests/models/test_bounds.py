@@ -33,7 +33,8 @@ def weights(x: Tensor, mu: Tensor, logvar: Tensor, shape: tuple[int, ...], gradi
 
 
 def wrong_posterior(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Off in place, and too wide: with half the variance of p(z|x) the variance of its weights would be infinite."""
+    """A posterior off in place, and too wide: with half the variance of p(z|x) the variance of its weights would be
+    infinite."""
     mu, logvar = MODEL.posterior(x)
     return mu + torch.tensor([0.3, -0.2, 0.1]), logvar + torch.tensor([1.4, 1.0, 0.7])
 
@@ -73,8 +74,8 @@ def test_twice_the_samples_inside_are_never_below_two_bounds_averaged(m):
 
 
 def test_the_ladder_climbs_to_log_px():
-    """In the mean over 20,000 bounds of one example. Each comparison with log p(x) allows 5 standard errors: at most 6
-    in 10^7 seeds would fail one, and the seed is fixed."""
+    """The mean over 20,000 bounds of one example climbs to log p(x). Each comparison with log p(x) allows 5 standard
+    errors: at most 6 in 10^7 seeds would fail one, and the seed is fixed."""
     x = MODEL.draw(1).expand(20_000, -1)
     mu, logvar = wrong_posterior(x)
     log_px = MODEL.log_px(x[:1]).item()
@@ -146,7 +147,8 @@ def test_stl_agrees_for_one_sample_and_is_biased_for_several(estimates):
 
 
 def test_the_signal_to_noise_of_dreg_grows_and_that_of_iwae_falls(estimates):
-    """Like sqrt(m) and 1/sqrt(m), by 2.8 from m = 8 to 64 (Rainforth et al. 2018, Tucker et al. 2019)."""
+    """The ratio of signal to noise goes like sqrt(m) for DReG and 1/sqrt(m) for IWAE, by 2.8 from m = 8 to 64
+    (Rainforth et al. 2018, Tucker et al. 2019)."""
 
     def ratio(name: str, m: int) -> Tensor:
         return estimates[name, m].mean(0).norm() / estimates[name, m].std(0).norm()

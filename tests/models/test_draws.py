@@ -1,4 +1,4 @@
-"""What an objective is handed: terms that are computed when they are asked for, and only then."""
+"""The draws that an objective is handed: terms that are computed when they are asked for, and only then."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_terms_of_the_draws_are_computed_once():
 
 
 def test_the_draws_log_q_is_that_of_z_before_it_was_rounded():
-    """And its gradient is total: d log q / d mu = 0, d log q / d logvar = −½."""
+    """Log q is that of z before rounding, and its gradient is total: d log q / d mu = 0, d log q / d logvar = −½."""
 
     class Keeping(Several):
         def __call__(self, draws):

@@ -38,8 +38,8 @@ def test_binomial_of_one_is_bernoulli():
 
 @pytest.mark.parametrize("n", [1, 16, 255, 1000])
 def test_binomial_coefficients_are_rounded_once(n):
-    """Half an ulp of the largest is 2.4e-7, 7.6e-6 and 3.1e-5 for n = 16, 255 and 1000. The module's dtype is none of
-    theirs."""
+    """Binomial coefficients are rounded once: half an ulp of the largest is 2.4e-7, 7.6e-6 and 3.1e-5 for n = 16, 255
+    and 1000. The module's dtype is none of theirs."""
     x = torch.arange(n + 1.0, dtype=torch.float64)
     exact = torch.tensor([math.log(math.comb(n, k)) for k in range(n + 1)], dtype=torch.float64)
     for likelihood in (Binomial(n), Binomial(n).half()):
@@ -50,7 +50,7 @@ def test_binomial_coefficients_are_rounded_once(n):
 
 
 def test_binomial_is_unbiased_in_float32():
-    """Of 8-bit images of 3,072 pixels, log p(x|z) has the rounding of a sum, and no error that all pixels share."""
+    """The log p(x|z) of 8-bit images of 3,072 pixels has the rounding of a sum, and no error that all pixels share."""
     torch.manual_seed(0)
     x = torch.randint(256, (8, 3072)).double()
     logits = (torch.logit((x + 0.5) / 256) + 0.3 * torch.randn_like(x)).float()
@@ -100,7 +100,7 @@ def test_a_fixed_variance_is_not_rounded():
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_variance_is_saved(learned):
-    """As it always was, as `log_variance`, a float32 buffer in older checkpoints; learned or not."""
+    """A variance is saved as always, as `log_variance`, a float32 buffer in older checkpoints; learned or not."""
     saved = {"log_variance": torch.tensor(math.log(0.3))}
     for other in (False, True):
         ours = Gaussian(learned=other)
@@ -131,7 +131,7 @@ def test_a_learned_variance_finds_the_datas():
 
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Binomial(16), Gaussian(0.3)])
 def test_samples_have_the_mean_and_the_entropy(likelihood):
-    """To five standard errors, by torch's generator."""
+    """Samples have the mean and the entropy to five standard errors, by torch's generator."""
     n = 40_000
     output = torch.tensor([-3.0, 0.2, 1.5]).expand(n, 3)
     torch.manual_seed(0)

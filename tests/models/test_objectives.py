@@ -35,7 +35,7 @@ class WithoutClosedForm:
 
 
 def hand(k: int = 1, m: int = 1, prior: Any = None) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """What VAE hands to an objective, for a made-up log p(x|z); mu and logvar want gradients."""
+    """The arguments that VAE hands to an objective, for a made-up log p(x|z); mu and logvar want gradients."""
     torch.manual_seed(0)
     mu, logvar = (x.requires_grad_() for x in torch.randn(2, B, D, dtype=torch.float64))
     sampled: Any = fastvae.sample_gauss(mu, logvar, k * m)
@@ -210,8 +210,8 @@ def test_iwae_is_the_bound_whatever_its_gradient(gradient):
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_iwae_stops_the_parameters_of_log_q_alone(gradient):
-    """What the objective hands back is what iw_elbo gives for densities that the test has stopped itself; a prior
-    that shares mu keeps its gradient."""
+    """The objective hands back what iw_elbo gives for densities that the test has stopped itself; a prior that shares
+    mu keeps its gradient."""
 
     class Sharing:
         def __init__(self):
@@ -258,7 +258,8 @@ def test_beta_tcvae_weighs_the_terms_of_the_kl(estimator):
 
 @pytest.mark.parametrize("estimator", ["uniform", "stratified", "mss", "mws", "loo"])
 def test_beta_tcvae_of_unit_weights_is_the_elbo(estimator):
-    """For a prior that is no product over dimensions too: the prior factorization is then not 0."""
+    """BetaTCVAE of unit weights is the ELBO, for a prior that is no product over dimensions too: the prior
+    factorization is then not 0."""
 
     class Correlated:
         def __init__(self):
@@ -323,7 +324,7 @@ def test_mmd_is_its_formula(bandwidth):
 
 
 def test_mmd_is_unbiased():
-    """Of N(0, I) and N((a, ..., a), I) it is known: with h² = D, 2 (D / (D + 2))^(D/2) (1 − exp(−D a² / 2(D + 2))). The
+    """The MMD² of N(0, I) and N((a, ..., a), I): with h² = D, 2 (D / (D + 2))^(D/2) (1 − exp(−D a² / 2(D + 2))). The
     mean over 2,000 pairs is within 5 standard errors of it for both a: by chance not so for 12 seeds in 10^7."""
     torch.manual_seed(0)
     n, repeats = 8, 2000
@@ -386,7 +387,7 @@ def make_vae(objective: Any, n: int = 7) -> VAE:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_on_a_vae_compiled_and_not(name):
-    """To one graph, for all sizes of a batch and all steps."""
+    """An objective on a VAE, not compiled and compiled to one graph for all sizes of a batch and all steps."""
     vae = make_vae(OBJECTIVES[name])
     compiled = torch.compile(vae, fullgraph=True, backend="aot_eager", dynamic=True)
     for step, B in ((4, 31), (5, 12)):
@@ -437,7 +438,7 @@ def test_it_learns(name):
 
 @pytest.mark.parametrize("gradient", ["stl", "dreg"])
 def test_a_further_term_on_the_samples_keeps_its_gradient(gradient):
-    """What VAE gives as z is not the tensor that the objective hooks."""
+    """A further term on z keeps its gradient: VAE gives as z another tensor than the objective hooks."""
     vae = make_vae(IWAE(8, gradient=gradient))
     x = torch.randn(B, 7).double()
     gradients = []

@@ -139,7 +139,7 @@ class Encoder(nn.Module):
 
 
 def jittered(prior):
-    """With parameters off their start, in float64."""
+    """The prior with parameters off their start, in float64."""
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -162,7 +162,7 @@ def test_gradients_through_z_pass_the_tensor_the_objective_got():
 
 
 def wrong_posterior(model):
-    """Off in place, and twice as wide."""
+    """An encoder to posteriors off in place, and twice as wide."""
 
     def encoder(x):
         mu, logvar = model.posterior(x)
@@ -204,7 +204,7 @@ def test_log_likelihood_converges_to_log_px(proposal):
 
 
 def test_log_likelihood_streams():
-    """Of given samples it is the formula, whatever the number of rows at once; and that number is kept to."""
+    """The log-likelihood of given samples is the formula, at any number of rows at once; and that number is kept to."""
 
     class Given(StandardNormal):
         given: Tensor
@@ -306,7 +306,7 @@ def warm_up(step):
 
 
 def gradients(vae, loss):
-    """Of the parameters, by a call that draws the samples of seed 3."""
+    """The gradients of the parameters, by a call that draws the samples of seed 3."""
     torch.manual_seed(3)
     return torch.autograd.grad(loss(), list(vae.parameters()))
 
@@ -423,7 +423,7 @@ def test_state_dict_round_trip():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_older_checkpoints_load(training):
-    """When `prior.dim` and a fixed variance were buffers."""
+    """Checkpoints load from when `prior.dim` and a fixed variance were buffers."""
     vae = make_vae(likelihood="gaussian")
     saved = {
         **{name: p.detach() for name, p in vae.named_parameters()},

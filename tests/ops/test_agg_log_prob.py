@@ -118,7 +118,7 @@ def test_sizes(backend: Target, name: str, sizes: tuple[int, int, int], dtype: t
 @pytest.mark.parametrize("sizes", [(31, 37, 5), (7, 1, 3), (9, 2, 3), (19, 0, 4), (0, 5, 4)], ids=str)
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_weights(backend: Target, name: str, kind: str, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Also one column, which is its own next, and two, each the other's next."""
+    """Weights of every kind, also on one column, which is its own next, and two, each the other's next."""
     if sizes[1] == 0:
         kind = kind if kind in ("none", "zero", "columns") else "a number"
     fast, inputs, expected = problem(backend.device, name, sizes, kind, dtype)
@@ -129,7 +129,7 @@ def test_weights(backend: Target, name: str, kind: str, sizes: tuple[int, int, i
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize(("kind", "N"), [*((kind, 61) for kind in WEIGHTS), ("columns", 4500)])
 def test_many_rows_in_one_dimension(native: Target, kind: str, N: int, far: bool, dtype: torch.dtype) -> None:
-    """Whose sums are a marginal's, over several spans of columns, and with a maximum where all columns are far away."""
+    """Rows whose sums are a marginal's, over several spans of columns; with a maximum where all columns are far."""
     inputs, expected = _in_one_dimension(kind, N, far, dtype)
     expected.check(evaluate(functions("agg_log_prob", WEIGHTS[kind](101, N))[0], inputs))
 
@@ -310,7 +310,7 @@ def test_same_bits_every_time(backend: Target, name: str) -> None:
 
 @pytest.mark.parametrize("N", [37, 611])
 def test_backward_gives_the_joint_too(backend: Target, N: int) -> None:
-    """Where it is not told the joint, as EM does not: the forward's, by the tolerance rule, and the same gradients."""
+    """A backward not told the joint, as by EM, gives the forward's, by the tolerance rule, and the same gradients."""
     weights = WEIGHTS["columns and own"](31, N)
     assert weights is not None
     _, formula = functions("agg_log_prob", weights)

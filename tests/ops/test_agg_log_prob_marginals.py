@@ -1,4 +1,4 @@
-"""What only agg_log_prob_marginals has: a joint and marginals that must fit together.
+"""Tests of what only agg_log_prob_marginals has: a joint and marginals that must fit together.
 
 Sizes, weights, layouts and extremes are tested with agg_log_prob in test_agg_log_prob.py.
 """

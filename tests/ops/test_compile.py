@@ -104,7 +104,7 @@ def test_compositions(step: Step, dynamic: bool) -> None:
 
 @pytest.mark.parametrize("step", [*STEPS, *map(entropy_by, ESTIMATORS)])
 def test_ten_batch_sizes_are_compiled_for_at_most_twice(step: Step) -> None:
-    """Once for the first, and once for all others."""
+    """Compilation is once for the first batch size, and once for all others."""
     graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(step, fullgraph=True, backend=graphs)
     for B in range(4, 14):

@@ -43,7 +43,7 @@ def fitted(z: Tensor, init: str, method: str = "fit") -> tuple[Tensor, ...]:
 
 
 def model() -> VAE:
-    """One whose encoder gives the first two inputs for means."""
+    """A VAE whose encoder gives the first two inputs for means."""
     return VAE(
         lambda x: (x[:, :2], x[:, 1:3] - 1), nn.Linear(2, 3), likelihood="gaussian", prior=fastvae.StandardNormal(2)
     ).eval()

@@ -99,7 +99,7 @@ def test_refused_of_a_table(route: Callable[[Loss, Tensor], object]) -> None:
 
 @pytest.mark.parametrize("name", FUSED)
 def test_a_graph_that_is_not_used_changes_nothing(name: str) -> None:
-    """As where the penalty is on another part of the model."""
+    """A graph that is not used changes nothing, as where the penalty is on another part of the model."""
     op = op_named(name)
     inputs = list(op.inputs.values())
     outputs = op.fast(**op.inputs)

@@ -35,7 +35,7 @@ from fastvae.backends import native_library, settings
 
 @pytest.fixture(params=[*NATIVE, *CUDA])
 def backend(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """Those that leave tiles out."""
+    """The backends that leave tiles out."""
     with computing_on((NATIVE | CUDA)[request.param]) as target:
         yield target
 
@@ -53,7 +53,7 @@ def population(S: int, D: int, logvar: float, active: int, seed: int = 0) -> Nam
 
 
 def one_heavy_column(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
-    """It is far from every sample in the dimension that is looked at last, and outweighs that."""
+    """A column that is far from every sample in the dimension that is looked at last, and outweighs that."""
     inputs = population(S, 33, -4, 33)
     inputs["logvar"][:, 16] = 4  # the one that tells columns apart least
     inputs["mu"][777] = inputs["z"][5]
@@ -81,7 +81,7 @@ def without_their_own(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
 
 
 def far_samples(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
-    """Some are far from everything, and drawn from none."""
+    """Samples of which some are far from everything, and drawn from none."""
     inputs = population(S, 12, -3, 12)
     inputs["z"][::7] *= 30
     return inputs, ColumnWeights(-math.log(N), own.where(torch.arange(S) % 7 > 0, -1))
@@ -95,7 +95,7 @@ def weak_columns(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
 
 
 def widths_apart(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
-    """Some columns are so narrow that their gradients weigh more than their shares."""
+    """Columns of which some are so narrow that their gradients weigh more than their shares."""
     inputs = population(S, 12, -3, 12)
     inputs["logvar"][::5] -= 8
     return inputs, ColumnWeights(draw(N, seed=3))
@@ -183,7 +183,7 @@ def large(case: str) -> tuple[Callable[..., Tensor], Named, list[Tensor], list[f
 def test_gradients_of_as_many_samples_as_columns(
     backend: Target, case: str, exact_skip: bool, wanted: tuple[str, ...]
 ) -> None:
-    """Where every column has a sample of its own, so that tiles of its sums are left out too."""
+    """Gradients where every column has a sample of its own, so that tiles of its sums are left out too."""
     if backend.device != "cpu" or (backend.slow and (not exact_skip or len(wanted) == 1)):
         return
     fast, inputs, exact, tolerances = large(case)
@@ -235,7 +235,7 @@ def test_any_population(
     + [("log_w", math.nan), ("log_w", -INF)],
 )
 def test_what_is_not_finite_is_not_skipped(backend: Target, name: str, value: float) -> None:
-    """Not even in a dimension that no tile gets to."""
+    """Numbers that are not finite are not skipped, not even in a dimension that no tile gets to."""
     inputs, weights = population(60, 40, -6, 40), ColumnWeights(torch.zeros(N, dtype=torch.float64))
     fast, formula = functions(weights)
     everything = {n: x.detach() for n, x in with_weights(inputs, weights, torch.float32).items()}
@@ -276,7 +276,7 @@ def visits(inputs: Named, weights: ColumnWeights | None = None) -> tuple[int, in
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_without_early_exit_all_dimensions_are_visited(native: Target, backward: bool) -> None:
-    """By the forward, and twice by the backward."""
+    """All dimensions are visited without early exit: by the forward, and twice by the backward."""
     S, D = 61, 33
     inputs = {name: x.requires_grad_(backward) for name, x in cast(population(S, D, -4, D), torch.float32).items()}
     everything = S * N * D * (3 if backward else 1)
@@ -302,7 +302,7 @@ def test_visits_where_all_columns_are_far_but_those_of_a_panel(native: Target) -
 
 
 def test_few_active_dimensions_are_few_visits(native: Target) -> None:
-    """As many on any number of threads; and the dimensions are taken in the right order."""
+    """Few active dimensions are few visits, as many on any number of threads, and are taken in the right order."""
     inputs = needing_gradients(cast(population(N, 128, -3, 20), torch.float32))
     before = torch.get_num_threads()
     try:
@@ -344,7 +344,7 @@ def test_what_many_little_terms_come_to_is_seen(backend: Target, dtype: torch.dt
 
 
 def test_it_can_be_turned_off(native: Target) -> None:
-    """By an argument, with results that differ in their last bits at most."""
+    """Early exit can be turned off by an argument, with results that differ in their last bits at most."""
     inputs = cast(population(96, 33, -4, 33), torch.float32)
     with fastvae.use_backend("native", exact_skip=False):
         assert not settings.exact_skip()
@@ -358,7 +358,7 @@ def test_it_can_be_turned_off(native: Target) -> None:
 
 @pytest.mark.parametrize(("setting", "cpu", "gpu"), [("0", False, False), ("1", True, True), ("", True, False)])
 def test_the_environment_turns_it_on_or_off(setting: str, cpu: bool, gpu: bool) -> None:
-    """Unset, it is on where it has been measured."""
+    """The environment turns early exit on or off; unset, it is on where it has been measured."""
     code = "from fastvae.backends.settings import exact_skip; print(exact_skip(), exact_skip(otherwise=False))"
     environment = {**os.environ, "FASTVAE_EXACT_SKIP": setting}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What holds for every public function on every backend: gradients, layouts, dtypes, the compiler."""
+"""Properties of every public function on every backend: gradients, layouts, dtypes, the compiler."""
 
 import itertools
 import math
@@ -163,7 +163,8 @@ def test_what_is_not_finite_propagates(backend: Target, name: str, dtype: torch.
 def test_values_of_finite_inputs_are_never_nan(
     backend: Target, name: str, scale: float, width: float, dtype: torch.dtype
 ) -> None:
-    """However large they are, and whatever overflows; gradients are held to |mu| <= 1e6, |logvar| <= 60."""
+    """Values of finite inputs are never NaN, however large, and whatever overflows; gradients are held to |mu| <= 1e6,
+    |logvar| <= 60."""
     op = op_named(name, torch.float64)
     inputs = {key: x.detach() * (width if "logvar" in key else scale) for key, x in op.inputs.items()}
     if "z" in inputs:
@@ -259,7 +260,7 @@ def test_function_transforms(name: str, compiler: str | None) -> None:
 
 
 def test_other_defaults(backend: Target, name: str) -> None:
-    """What torch makes by default is not what comes out: that goes by the inputs."""
+    """Results go by the inputs, not by what torch makes by default."""
     op = op_named(name, torch.float32)
     expected = evaluate(op.fast, op.inputs)
     upstream = [torch.ones_like(x) for x in expected[: -len(op.inputs)]]
@@ -289,7 +290,7 @@ def test_meta_tensors_give_shapes(name: str) -> None:
 
 
 def test_autocast(backend: Target, name: str) -> None:
-    """Under autocast bfloat16 comes in, sums come out in float32, and gradients reach the weights."""
+    """Autocast: bfloat16 comes in, sums come out in float32, and gradients reach the weights."""
     op = op_named(name, torch.float32)
     weight = torch.eye(3, requires_grad=True)
     with torch.autocast(backend.device, dtype=torch.bfloat16):

@@ -194,7 +194,8 @@ def test_never_negative_and_never_nan(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_next_to_the_prior(backend: Target, dtype: torch.dtype) -> None:
-    """Where exp(x) - 1 - x would be all rounding error, expm1(x) - x loses no more than a few ulps of x."""
+    """The KL next to the prior, where exp(x) - 1 - x would be all rounding error: expm1(x) - x loses no more than a few
+    ulps of x."""
     logvar = torch.logspace(-9, 0, 20_000, dtype=torch.float64)
     logvar = torch.cat((logvar, -logvar)).reshape(-1, 100).to(dtype)
     zero = torch.zeros_like(logvar)

@@ -54,7 +54,7 @@ def test_sizes(backend: Target, sizes: tuple[int, int, int], dtype: torch.dtype)
 
 @pytest.mark.parametrize("asked", [c for n in range(1, 5) for c in itertools.combinations(OUTPUTS, n)], ids=str)
 def test_any_outputs(backend: Target, asked: tuple[str, ...]) -> None:
-    """Those asked for are what they are when all are, with their gradients; the others are None."""
+    """Outputs asked for are what they are when all are, with their gradients; the others are None."""
     inputs = gaussians(5, 7, torch.float32)
     eps = normals(3, 5, 7, dtype=torch.float32, seed=3)
     everything = fastvae.sample_gauss(**inputs, n_samples=3, seed=3)

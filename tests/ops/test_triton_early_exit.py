@@ -42,7 +42,7 @@ def population(S: int, logvar: float = -3.0, seed: int = 0) -> Named:
 
 
 def one_heavy_column(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
-    """It is far from all samples but one in the dimension that is looked at last, and outweighs that."""
+    """A column that is far from all samples but one in the dimension that is looked at last, and outweighs that."""
     inputs = population(S, -4)
     inputs["logvar"][:, 16] = 4  # the one that tells columns apart least
     inputs["mu"][277] = inputs["z"][5]
@@ -72,7 +72,7 @@ def no_weight(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
 
 
 def far_samples(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
-    """Some are far from everything, and drawn from none."""
+    """Samples of which some are far from everything, and drawn from none."""
     inputs = population(S)
     inputs["z"][::7] *= 30
     return inputs, ColumnWeights(-math.log(N), own.where(torch.arange(S) % 7 > 0, -1))
@@ -86,7 +86,7 @@ def weak_columns(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
 
 
 def widths_apart(S: int, own: Tensor) -> tuple[Named, ColumnWeights]:
-    """Some columns are so narrow that their gradients weigh more than their shares."""
+    """Columns of which some are so narrow that their gradients weigh more than their shares."""
     inputs = population(S)
     inputs["logvar"][::5] -= 8
     return inputs, ColumnWeights(draw(N, seed=3))
@@ -158,7 +158,7 @@ def gradients(S: int, dtype: torch.dtype, logvar: float = -5.0) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_skip_far_tiles(backend: Target, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They do so forward and backward, unless it is turned off or everything is near."""
+    """Rows skip far tiles, forward and backward, unless it is turned off or everything is near."""
 
     def poisoning(bounds: Callable[..., early_exit.Exits]) -> Callable[..., early_exit.Exits]:
         def of(packed: Packed, *own: Tensor | None) -> early_exit.Exits:
@@ -204,7 +204,7 @@ def test_columns_skip_far_tiles(backend: Target, monkeypatch: pytest.MonkeyPatch
     + [("log_w", math.nan), ("log_w", -INF)],
 )
 def test_what_is_not_finite_is_not_skipped(backend: Target, name: str, value: float) -> None:
-    """It is seen even in a dimension that no tile gets to."""
+    """Numbers that are not finite are seen even in a dimension that no tile gets to."""
     inputs, weights = population(40, -6), ColumnWeights(torch.zeros(N, dtype=torch.float64))
     fast, formula = functions(weights)
     everything = {n: x.detach() for n, x in with_weights(inputs, weights, torch.float32).items()}
@@ -217,7 +217,8 @@ def test_what_is_not_finite_is_not_skipped(backend: Target, name: str, value: fl
 
 
 def test_columns_keep_their_gradients(backend: Target) -> None:
-    """With so many samples tiles of a column's sums are left out too; the gradients' bits are the same each time."""
+    """Columns keep their gradients where, with so many samples, tiles of their sums are left out too; the gradients'
+    bits are the same each time."""
     fast, inputs, expected = problem("weak_columns", 200, torch.float32)
     got = evaluate(fast, inputs)
     expected.check(got)

@@ -93,7 +93,7 @@ def log_weights(log_w: Tensor | None, weights: ColumnWeights | None, S: int, N: 
 
 
 def log_sum_exp(terms: Tensor, axis: int) -> Tensor:
-    """As torch.logsumexp, but with gradient 0 where every term is -inf, which is NaN there. The gradient of
+    """torch.logsumexp, but with gradient 0 where every term is -inf, which is NaN there. The gradient of
     torch.logsumexp takes the shares from the rounded result, off by |result| eps: it is the measure in float32, but not
     exact enough in float64, where the shares come from the maximum instead."""
     dead = (terms == -math.inf).all(axis, keepdim=True)
@@ -318,7 +318,7 @@ def assert_same(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
 
 
 def assert_rounded_once(fast: Callable[..., Results], inputs: Named, dtype: torch.dtype) -> None:
-    """For inputs in half precision: asserts that the results, and the gradients but for one rounding, are those of the
+    """Asserts that for inputs in half precision the results, and the gradients but for one rounding, are those of the
     same numbers in float32."""
     half = cast(inputs, dtype)
     got, single = evaluate(fast, half), evaluate(fast, cast(half, torch.float32))
@@ -396,7 +396,7 @@ OPS = (
 
 
 def op_named(name: str, dtype: torch.dtype = torch.float64, S: int = 5, N: int = 4, D: int = 3) -> Op:
-    """One of OPS in its fullest form: general priors, all outputs, per-column weights with both overrides."""
+    """An op of OPS in its fullest form: general priors, all outputs, per-column weights with both overrides."""
     public = getattr(fastvae, name)
     posteriors, pairs = gaussians(N, D, dtype), samples(S, N, D, dtype)
     if name == "kl_gauss":
