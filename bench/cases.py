@@ -21,7 +21,7 @@ Contestants = dict[str, Callable[..., Any] | str]  # by name, fastvae first; a s
 
 
 class Op(NamedTuple):
-    """Something to measure.
+    """An op to measure.
 
     contestants: the contestants by name, made for a size (B, D). inputs: the tensors, made from B, D and a seed.
     sizes: by mode, smallest first. elements: the number at a size that the cost is in proportion to. work: by mode, how

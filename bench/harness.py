@@ -50,7 +50,7 @@ def forward_backward(
 def backward(
     function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, rows: Tensor | None = None
 ) -> Prepare:
-    """As `forward_backward`, but the forward belongs to the preparation and is not timed."""
+    """The backward of `forward_backward` alone: the forward belongs to the preparation and is not timed."""
     leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
     upstream: list[Tensor] = []
 
@@ -139,7 +139,7 @@ def race(
 
 
 def _due(n: int, repeats: int, rounds: int) -> bool:
-    """Whether a contestant takes part in round n, when its repeats are spread evenly over the rounds."""
+    """Tells whether a contestant takes part in round n, when its repeats are spread evenly over the rounds."""
     return (n + 1) * repeats // rounds > n * repeats // rounds
 
 
@@ -147,7 +147,7 @@ def _due(n: int, repeats: int, rounds: int) -> bool:
 
 
 def peak_extra_bytes(run: Run) -> int:
-    """How far the process's resident memory rises above its start while `run` runs, its results included (Linux; the
+    """The rise of the process's resident memory above its start while `run` runs, its results included (Linux; the
     kernel's counters are right to a few hundred KiB)."""
     give_back()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which no library does or tells

@@ -28,8 +28,8 @@ class Ceilings(NamedTuple):
 
     @property
     def slowness(self) -> float:
-        """How many times slower this machine is than the one for which the limits in seconds were chosen, in what it is
-        worst at; 1 on a faster one."""
+        """The factor by which this machine is slower than the one for which the limits in seconds were chosen, in what
+        it is worst at; 1 on a faster one."""
         return max(1.0, *(theirs / ours for theirs, ours in zip(OF_THE_LIMITS, self, strict=True)))
 
 

@@ -78,8 +78,8 @@ def _rounded(x: Any) -> Any:
 
 
 def ratio(measured: Measured, who: str) -> float | None:
-    """How many times slower than fastvae `who` is; None where either was not timed, fastvae is not accurate, or `who`
-    is wrong. A yardstick has no result to be wrong."""
+    """The factor by which `who` is slower than fastvae; None where either was not timed, fastvae is not accurate, or
+    `who` is wrong. A yardstick has no result to be wrong."""
     ours, other = measured["results"]["fastvae"], measured["results"].get(who, {})
     if "median" not in ours or "median" not in other or ours["verdict"] != "accurate":
         return None

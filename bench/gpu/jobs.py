@@ -30,7 +30,7 @@ class Result(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What passes between a job and the process that runs it: contestants to leave out, and the one that is next."""
+    """The exchange between a job and the process that runs it: contestants to leave out, and the one that is next."""
 
     about_to: Callable[[str], None]  # begin with a contestant of this name
     bad: dict[str, str]  # contestants that ended a process, and how: to be left out
@@ -51,7 +51,7 @@ class Work:
         self.state: dict[str, Any] = {"about": {}, "done": {}, "bad": {}, "mark": "", "error": ""}
 
     def through(self, seconds: float, stall: float) -> bool:
-        """Does all jobs; a process that is at the same thing for `stall` seconds is killed. Whether all went well."""
+        """Does all jobs, and tells whether all went well; a process at the same thing for `stall` seconds is killed."""
         until = time.monotonic() + seconds
         over = False
         import_all()

@@ -49,7 +49,7 @@ def measured_ceilings(progress: Progress) -> Result:
 
 
 def determinism(backend: str, progress: Progress) -> Result:
-    """Whether every op, forward and backward, gives the same bits each time."""
+    """Checks that every op, forward and backward, gives the same bits each time."""
     B, D = (9, 5) if TRIAL else (4099, 67)
     same: dict[str, bool | str] = dict(progress.bad)  # type: ignore[arg-type]
     for name, make in CHECKED.items():
@@ -90,7 +90,7 @@ def everything(function: Callable[..., Any], *inputs: Tensor) -> Callable[[], li
 
 
 def memory(backend: str, progress: Progress) -> Result:
-    """Whether a call allocates less than a sixteenth of a matrix of all pairs."""
+    """Checks that a call allocates less than a sixteenth of a matrix of all pairs."""
     S, D = (16, 8) if TRIAL else (16384, 32)
     inputs = samples_and_posteriors(S, D, device=DEVICE)
     run = on_backend(backend, forward_backward(fastvae.agg_log_prob_marginals, *inputs))

@@ -1,4 +1,4 @@
-"""How cost grows with size and falls with threads: `pytest bench/ --benchmark-only -k scaling`."""
+"""The growth of cost with size, and its fall with threads: `pytest bench/ --benchmark-only -k scaling`."""
 
 from typing import Any
 
