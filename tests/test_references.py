@@ -1,4 +1,4 @@
-"""docs/references.md lists what the repository cites, and nothing cites a page that is not in the repository."""
+"""docs/references.md lists what the repository cites, and where; and no file names a page that is not there."""
 
 import re
 from collections import defaultdict
@@ -29,6 +29,7 @@ METHODS = {
     "Clenshaw 1955": r"\bClenshaw",
     "Kahan 1965": r"\bKahan",
     "Markov 1889": r"\bMarkov's inequality",
+    "Scott 1992": r"\bScott's rule",
 }
 BUG = re.compile(r"\bGCC bug \d+")
 WRITTEN = ("peers.md", "sanity.md", "table.md")  # by benchmarks, not pages of the repository
@@ -49,7 +50,7 @@ def prose(text: str) -> str:
 
 
 def key(match: re.Match[str]) -> str:
-    """The name that the page lists a paper by."""
+    """How the page lists a paper."""
     groups = [group for group in match.groups() if group not in (None, *NOTES)]
     return f"{groups[0]} {groups[1]}".replace(" and ", " & ")
 
@@ -90,7 +91,7 @@ def cited() -> Cited:
 
 
 def listed() -> Cited:
-    """All that the page lists, with the files that it says cite it: entries "- **Chen et al. 2018.** ...", and in the
+    """What the page lists, with the files that it says cite it: entries "- **Chen et al. 2018.** ...", and in the
     sections named after notes the rows of a table, "| eq. 17 to 19 | formula | files |"."""
     found: Cited = {}
     notes = ""
@@ -105,24 +106,52 @@ def listed() -> Cited:
     return found
 
 
-def test_every_citation_is_listed() -> None:
+def with_years(found: Cited, there: Cited) -> Cited:
+    """What is cited as "Chen et al.", with the one listed paper of these authors."""
+    full: Cited = defaultdict(set)
+    for what, paths in found.items():
+        papers = [paper for paper in there if what.endswith("et al.") and paper.startswith(f"{what} ")]
+        full[papers[0] if len(papers) == 1 else what] |= paths
+    return full
+
+
+def corrections(found: Cited, there: Cited) -> list[str]:
+    """What to change on the page, so that each source is listed with the files that cite it, and with no others."""
+    wrong = []
+    for what in sorted(found.keys() | there.keys()):
+        citing, named = found.get(what, set()), there.get(what, set())
+        if what.startswith("?"):
+            wrong += [f"{path} cites {what[3:]}, and not of what" for path in sorted(citing)]
+        elif what not in there:
+            wrong.append(f"{what}: add an entry, with {', '.join(sorted(citing))}")
+        elif not citing:
+            wrong.append(f"{what}: remove the entry, as no file cites it")
+        else:
+            wrong += [f"{what}: add {path}" for path in sorted(citing - named)]
+            wrong += [f"{what}: remove {path}" for path in sorted(named - citing)]
+    return wrong
+
+
+def test_page_lists_what_is_cited_and_where() -> None:
     there = listed()
-    names = {what.partition(".")[0] + "." for what in there}  # "Chen et al."
-    missing = {what: sorted(paths) for what, paths in cited().items() if what not in there and what not in names}
-    assert not missing, f'not in docs/references.md, or ("?") of no source, but cited by these files: {missing}'
+    wrong = corrections(with_years(cited(), there), there)
+    assert not wrong, "docs/references.md:\n" + "\n".join(wrong)
 
 
-def test_what_is_listed_is_cited() -> None:
-    """Sources that the page lists are cited by the files that it names, which may be some of those that do."""
-    found = cited()
-    wrong = {what: sorted(paths - found.get(what, set())) for what, paths in listed().items()}
-    wrong = {what: paths for what, paths in wrong.items() if paths}
-    assert not wrong, f"docs/references.md says that these files cite what they do not: {wrong}"
-    assert all(paths for what, paths in listed().items())
+def test_corrections_say_what_to_do() -> None:
+    there = {"Doe et al. 2031": {"a.py", "b.py"}, "Moe 2033": {"a.py"}}
+    found = {"Doe et al. 2031": {"a.py"}, "Doe et al.": {"c.py"}, "Roe 2032": {"b.py"}, "?, section 5": {"d.py"}}
+    assert corrections(with_years(found, there), there) == [
+        "d.py cites section 5, and not of what",
+        "Doe et al. 2031: add c.py",
+        "Doe et al. 2031: remove b.py",
+        "Moe 2033: remove the entry, as no file cites it",
+        "Roe 2032: add an entry, with b.py",
+    ]
 
 
 def test_citations_are_found() -> None:
-    """Citations are found, so that these tests cannot pass by finding nothing."""
+    """So that these tests cannot pass by finding nothing."""
     found = cited()
     assert sum(bool(re.fullmatch(r".* \d{4}", what)) for what in found) >= 20, "papers"
     assert sum(what.startswith(NOTES) and "eq." in what for what in found) >= 30
