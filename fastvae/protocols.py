@@ -12,30 +12,37 @@ from .ops.checks import check_tensor
 class Prior(Protocol):
     """The interface of a prior, for `VAE` and the objectives.
 
-    Optional: `kl(mu, logvar)`, the closed form of the mean KL(q(z|x) ‖ p(z)), for mu and logvar `[B, D]`; free bits
-    need it with `reduction="dim"` too, the mean of each dimension, `[D]`.
+    Optional: `kl(mu, logvar)`, the closed form of KL(q(z|x) ‖ p(z)), its batch mean in nats, for mu and logvar
+    `[B, D]`; free bits need it with `reduction="dim"` too, the mean of each dimension, `[D]`. The library's own priors
+    that have it take the options of `kl_gauss`. Without it an objective takes the Monte Carlo form, the mean of
+    log q(z|x) − log p(z).
     """
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z), z `[S, D]` to `[S]`."""
+        """log p(z) in nats, z `[S, D]` to `[S]`."""
 
     def marginal_log_prob(self, z: Tensor) -> Tensor:
-        """log p_d(z_d) of each dimension, z `[S, D]` to `[S, D]`."""
+        """log p_d(z_d) of each dimension in nats, z `[S, D]` to `[S, D]`."""
 
     def sample(self, n: int) -> Tensor:
         """Draw n samples, `[n, D]`."""
 
 
 class Likelihood(Protocol):
-    """The interface of a likelihood, for `VAE` and evaluation. `output` is the decoder's; `x` broadcasts against it."""
+    """The interface of a likelihood, for `VAE` and evaluation. `output` is the decoder's; `x` broadcasts against it.
+
+    Attributes:
+        discrete: whether `log_prob` is of a probability, and not of a density.
+    """
 
     discrete: ClassVar[bool]
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """log p(x|z) of each element, in float32 (float64 for float64 outputs)."""
+        """log p(x|z) of each element, in nats, in float32 (float64 for float64 outputs). It is complete, constants
+        included, so that an ELBO is a bound on log p(x) and not on something proportional to it."""
 
     def mean(self, output: Tensor) -> Tensor:
-        """E[x|z], the shape of `output`."""
+        """E[x|z], in the units of x and the shape of `output`."""
 
     def check(self, x: Tensor) -> None:
         """Raise a ValueError where x lies outside the likelihood's support."""

@@ -1,9 +1,5 @@
-"""Likelihoods p(x|z): what the decoder's output means, and the log-probability of the data under it.
-
-A likelihood has `log_prob(x, output)`, elementwise, in nats; `mean(output)`, E[x|z] in the units of x;
-`check(x)`, which refuses data that it gives no probability to; `sample(output)`, an x drawn from p(x|z); and
-`discrete`, true where `log_prob` is of a probability, not of a density. Each is complete, constants included, so that
-an ELBO is a bound on log p(x) and not on something proportional to it.
+"""Likelihoods p(x|z): what the decoder's output means, and the log-probability of the data under it;
+`fastvae.Likelihood`, in `protocols.py`, says what a likelihood has.
 """
 
 import math

@@ -1,9 +1,4 @@
-"""Priors p(z) over the latents.
-
-A prior has `log_prob`, `marginal_log_prob` and `sample`, and, where KL(q(z|x) ‖ p(z)) has a closed form,
-`kl(mu, logvar)`, the batch mean, with the options of `kl_gauss`. Without it an objective takes the Monte
-Carlo form, the mean of log q(z|x) − log p(z).
-"""
+"""Gaussian priors p(z) over the latents; `fastvae.Prior`, in `protocols.py`, says what a prior has."""
 
 import math
 from typing import Any

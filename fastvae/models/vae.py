@@ -76,8 +76,7 @@ class VAE(CountsSteps):
         likelihood: `"bernoulli"` for x in {0, 1}; `"binomial"` for counts 0..n, with `total_count=n`;
             `"gaussian"` for real values, with `variance=s²` (default 1), and `learned=True` to learn it.
             Or an object such as `fastvae.likelihoods.Gaussian(0.1)`.
-        prior: p(z), an object with `log_prob(z)`, `marginal_log_prob(z)`, `sample(n)`, and `kl(mu, logvar)`
-            where that has a closed form; None for `StandardNormal()`.
+        prior: p(z), a `fastvae.Prior`; None for `StandardNormal()`.
         objective: what computes the loss, a `fastvae.Objective`; None for `ELBO()`.
         **likelihood_options: `total_count`, `variance`, `learned`.
 
