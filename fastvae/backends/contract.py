@@ -108,7 +108,7 @@ class Backend(Protocol):
         weights: LogWeights,
         wanted: Sequence[bool],
     ) -> list[Tensor]:
-        """Returns the gradients; where `joint` is None, that comes before them, as if it were wanted."""
+        """Returns the gradients; where `joint` is None, the joint is computed too and returned before them."""
 
     def agg_log_prob_marginals(
         self, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights

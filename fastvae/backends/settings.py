@@ -30,7 +30,7 @@ class Settings(NamedTuple):
     """The three that `fastvae.use` sets."""
 
     backend: str | None  # its name; None: the best available
-    exact_skip: bool | None  # None: nobody has said, but perhaps FASTVAE_EXACT_SKIP
+    exact_skip: bool | None  # None: not set here; FASTVAE_EXACT_SKIP decides, if it is set
     precision: str  # "exact" or "tf32x3"
 
 
@@ -39,7 +39,7 @@ current = Settings(setting("FASTVAE_BACKEND"), None, "exact")  # the process's; 
 
 def exact_skip(otherwise: bool = True) -> bool:
     """Whether kernels may leave out pairs that are too far apart to change a result by as much as its rounding;
-    `otherwise` where nobody has said."""
+    `otherwise` where neither `fastvae.use` nor FASTVAE_EXACT_SKIP says."""
     said = current.exact_skip
     if said is None:
         said = _exact_skip_from_outside()

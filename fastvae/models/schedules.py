@@ -41,7 +41,7 @@ class Scheduled:
             return check_number(name, value)
         if value.ndim:
             raise ValueError(f"{name}: expected a scalar from the schedule, got shape {tuple(value.shape)}")
-        return value.to(accumulation_dtype(draws.log_px_z.dtype))  # lest a float64 schedule sets the loss's dtype
+        return value.to(accumulation_dtype(draws.log_px_z.dtype))  # a float64 schedule must not change the loss's dtype
 
     def _convert(self, **checked: Any) -> None:
         """Store the values that the checks returned, though the dataclass is frozen."""

@@ -131,7 +131,8 @@ def declare_random(schema: str, fake: Callable[..., Any], draw: Callable[..., An
 
 
 def seen_by_others() -> bool:
-    """Whether somebody else sees calls of ops: the compiler, a function transform, a dispatch mode."""
+    """Whether the compiler, a function transform or a dispatch mode is active: these must see every call of an op, so
+    that calls go through the dispatcher."""
     return is_compiling() or _are_functorch_transforms_active() or is_in_torch_dispatch_mode()
 
 
@@ -163,7 +164,11 @@ def empty_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> li
 
 
 def placed(gradients: Sequence[Tensor | None], wanted: Sequence[bool], n_inputs: int) -> tuple[Tensor | None, ...]:
-    """The gradients that an op returned, each at the place of the input it belongs to; None elsewhere."""
+    """Spread values that are there for the wanted places only over all `n_inputs` places; None at the others.
+
+    The places are an op's inputs, whose gradients are given, or its outputs, which are given themselves or by their
+    upstream gradients. `wanted` is of the first places, and none of those after it is wanted.
+    """
     remaining = iter(gradients)
     found = [next(remaining) if want else None for want in wanted]
     return (*found, *[None] * (n_inputs - len(found)))
