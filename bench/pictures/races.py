@@ -26,7 +26,7 @@ LOOKS: dict[str, tuple[str, str, str]] = {
     "torch_distributions": (plots.MUTED, "P", "-"),
     "sklearn_gmm": ("#7b5ea7", "X", "-"),
 }
-PANELS = (
+SUBPLOTS = (
     ("agg_log_prob", FORWARD),
     ("agg_log_prob", BOTH),
     ("training_step", STEP),
@@ -34,7 +34,7 @@ PANELS = (
     ("agg_log_prob_marginals", BOTH),
     ("full_dataset", FORWARD),
 )
-DIMENSIONS = {"training_step": 10, "full_dataset": 10}  # of the panels; 32 in the others
+DIMENSIONS = {"training_step": 10, "full_dataset": 10}  # of these subplots; 32 in the others
 Value = Callable[[dict[str, Any]], float]
 
 
@@ -49,9 +49,9 @@ def draw(cases: dict[Case, Measured], folder: Path) -> None:
 def against_size(
     cases: dict[Case, Measured], key: str, title: str, unit: Callable[[float, Any], str], figure: Any
 ) -> None:
-    """A panel for each op and mode, a line for each contestant, with a cross where it ends before the others do."""
+    """A subplot for each op and mode, a line for each contestant, with a cross where it ends before the others do."""
     seen: dict[str, Any] = {}
-    for axes, (name, mode) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+    for axes, (name, mode) in zip(figure.subplots(2, 3).flat, SUBPLOTS, strict=True):
         D = DIMENSIONS.get(name, 32)
         row = {c.size[0]: m["results"] for c, m in cases.items() if (c.name, c.mode, c.size[1]) == (name, mode, D)}
         for who, look in LOOKS.items():
@@ -74,7 +74,7 @@ def against_size(
 
 
 def error_against_time(cases: dict[Case, Measured], figure: Any) -> None:
-    """A panel for each of some cases: a point for each contestant, and the bound."""
+    """A subplot for each of some cases: a point for each contestant, and the bound."""
     chosen = [
         case
         for name, mode in (("agg_log_prob", FORWARD), ("agg_log_prob", BOTH), ("agg_log_prob_marginals", FORWARD))

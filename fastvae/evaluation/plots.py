@@ -168,7 +168,7 @@ def plot_prior_hole(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_
 
 def _pair_maps(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_pairs: int) -> None:
     """Draw q(z) over p(z) in pairs of dimensions, all on one scale of z."""
-    panels = figure.subplots(2, n_pairs, squeeze=False, sharex=True, sharey=True)
+    axes_grid = figure.subplots(2, n_pairs, squeeze=False, sharex=True, sharey=True)
     pairs, thresholds, z_prior = hole.pairs[:n_pairs].cpu(), hole.pair_threshold.tolist(), hole.z_prior.cpu()
     reach = 1.15 * float(torch.cat((z_prior, mu))[:, pairs].abs().flatten().quantile(0.998))
     line = torch.linspace(-reach, reach, 121)
@@ -179,18 +179,18 @@ def _pair_maps(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_pairs
         posteriors, kernels = (mu[:, dims], logvar[:, dims]), (points, width.expand_as(points))
         log_q, log_p = (agg_log_prob(grid, *columns).view(len(line), -1).T for columns in (posteriors, kernels))
         largest = float(max(log_q.max(), log_p.max()).exp())  # one scale for both densities
-        for axes, log_density, colors in zip(panels[:, column], (log_q, log_p), ("Blues", "Reds"), strict=True):
+        for axes, log_density, colors in zip(axes_grid[:, column], (log_q, log_p), ("Blues", "Reds"), strict=True):
             picture: Any = {"origin": "lower", "extent": 2 * (-reach, reach), "vmin": 0, "vmax": largest}
             axes.imshow(log_density.exp().numpy(), cmap=colors, interpolation="bilinear", **picture)
             axes.contour(line, line, log_q, levels=[thresholds[column]], colors=DATA, linewidths=1, linestyles="solid")
             axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
         outside = points[agg_log_prob(points, *posteriors) < thresholds[column]]
-        panels[1, column].scatter(*outside.T.numpy(), s=5, color="black", linewidths=0)
-        panels[0, column].set_title(f"{float(hole.pair_share[column]):.1%} from holes")
-        panels[1, column].set_xlabel(f"$z_{{{dims[0]}}}$")
-        for axes in panels[:, column]:
+        axes_grid[1, column].scatter(*outside.T.numpy(), s=5, color="black", linewidths=0)
+        axes_grid[0, column].set_title(f"{float(hole.pair_share[column]):.1%} from holes")
+        axes_grid[1, column].set_xlabel(f"$z_{{{dims[0]}}}$")
+        for axes in axes_grid[:, column]:
             axes.set_ylabel(f"$z_{{{dims[1]}}}$", labelpad=0 if column == 0 else 3)
-    for axes, name, color in zip(panels[:, 0], ("q(z)", "p(z)"), (DATA, MODEL), strict=True):
+    for axes, name, color in zip(axes_grid[:, 0], ("q(z)", "p(z)"), (DATA, MODEL), strict=True):
         place: Any = {"xytext": (5, -5), "xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
         axes.annotate(name, (0, 1), color=color, weight="bold", **place)
 
