@@ -164,10 +164,10 @@ def empty_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> li
 
 
 def placed(gradients: Sequence[Tensor | None], wanted: Sequence[bool], n_inputs: int) -> tuple[Tensor | None, ...]:
-    """Spread values that are there for the wanted places only over all `n_inputs` places; None at the others.
+    """One value for each of `n_inputs` places, from the values of the wanted ones, in order; None at the others.
 
-    The places are an op's inputs, whose gradients are given, or its outputs, which are given themselves or by their
-    upstream gradients. `wanted` is of the first places, and none of those after it is wanted.
+    The places are an op's inputs, and the values their gradients; or the places are its outputs, and the values these
+    outputs or their upstream gradients. Places after the end of `wanted` are not wanted.
     """
     remaining = iter(gradients)
     found = [next(remaining) if want else None for want in wanted]
