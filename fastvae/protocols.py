@@ -1,6 +1,6 @@
 """Interfaces to extend: a prior, a likelihood, an objective and its argument; and checks that name what is missing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -51,6 +51,9 @@ class Likelihood(Protocol):
         """Draw x from p(x|z) with torch's generator, the shape of `output`, in the dtype of `log_prob`."""
 
 
+NEEDS = ("log_qz_x", "kl")  # the terms of Draws that may rest on log q(z|x)
+
+
 class Draws:
     """The argument of an objective: k·m samples z of each posterior of a batch, and the terms computed from them.
 
@@ -75,10 +78,12 @@ class Draws:
         prior: Prior,
         step: Tensor,
         log_qz_x: Tensor | None = None,  # [k, m, B]; None where the objective does not need it
+        needs: Collection[str] = NEEDS,  # those of NEEDS that the objective uses
     ):
         if z.ndim != 4 or z.shape[2:] != mu.shape or 0 in z.shape[:3]:
             raise ValueError(f"z: expected [k, m, B, D] with mu's B > 0 and D, {tuple(mu.shape)}, got {tuple(z.shape)}")
         self.z, self.mu, self.logvar, self.prior, self.step = z, mu, logvar, prior, step
+        self._needs = needs
         self._likelihood = log_px_z
         self._log_px_z: Tensor | None = None
         self._log_pz: Tensor | None = None
@@ -103,25 +108,27 @@ class Draws:
     def log_qz_x(self) -> Tensor:
         """log q(z|x), `[k, m, B]`, from z before it was rounded to half precision; its gradient is total, at fixed
         noise. It is computed when z is drawn, and so only for an objective that has it in `needs`."""
-        if self._log_qz_x is None:
-            raise RuntimeError(_NOT_NEEDED.format("log_qz_x"))
+        self._check_needed("log_qz_x", self._log_qz_x is not None)
+        assert self._log_qz_x is not None
         return self._log_qz_x
 
     @property
     def kl(self) -> Tensor:
         """mean KL(q(z|x) ‖ p(z)), a scalar: the closed form where the prior has one, otherwise mean log q(z|x) − log
         p(z). An objective that uses the KL has `"kl"` in `needs`."""
+        self._check_needed("kl", has_closed_form(self.prior) or self._log_qz_x is not None)
         if self._kl is None:
             if has_closed_form(self.prior):
                 self._kl = self.prior.kl(self.mu, self.logvar)  # type: ignore[attr-defined]
-            elif self._log_qz_x is None:
-                raise RuntimeError(_NOT_NEEDED.format("kl"))
             else:
+                assert self._log_qz_x is not None
                 self._kl = (self._log_qz_x - self.log_pz).mean()
         return self._kl
 
-
-_NOT_NEEDED = "objective: asks for {0}, and so expected {0!r} among what it needs"
+    def _check_needed(self, name: str, there: bool) -> None:
+        """Raise an error for a term that the objective has not declared, be it there by chance or not."""
+        if name not in self._needs or not there:
+            raise RuntimeError(f"objective: asks for {name}, and so expected {name!r} among what it needs")
 
 
 def _of_samples(name: str, log_density: Any, z: Tensor) -> Tensor:
@@ -139,6 +146,14 @@ class Objective(Protocol):
         needs: those of `"log_qz_x"` and `"kl"` that it uses, the terms of `Draws` that may rest on log q(z|x). Where
             they do, the VAE computes log q(z|x) in the same pass as z; for an objective without this attribute it
             always does.
+
+    Example:
+        >>> class Doubled:
+        ...     k = m = 1
+        ...     needs = ("kl",)
+        ...     def __call__(self, draws):
+        ...         nell, kl = -draws.log_px_z.mean(), draws.kl
+        ...         return nell + 2 * kl, {"nell": nell, "kl": kl}
     """
 
     @property
@@ -151,9 +166,6 @@ class Objective(Protocol):
 
     def __call__(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar, and its terms by name, `"nell"` and `"kl"` among them."""
-
-
-NEEDS = ("log_qz_x", "kl")
 
 
 def check_needs(objective: Any) -> None:

@@ -12,7 +12,17 @@ from ..mixtures.gaussian_mixture import GaussianMixture
 from ..ops.checks import as_rows, check_choice, check_count, check_flag, check_seed, check_tensor
 from ..ops.declare import has_values
 from ..ops.sample_gauss import reparameterize, sample_gauss
-from ..protocols import Draws, Likelihood, Objective, Prior, check_needs, check_posteriors, log_prior, needs_log_q
+from ..protocols import (
+    NEEDS,
+    Draws,
+    Likelihood,
+    Objective,
+    Prior,
+    check_needs,
+    check_posteriors,
+    log_prior,
+    needs_log_q,
+)
 from .likelihoods import make_likelihood
 from .mixture_priors import MixturePrior, how_to_load
 from .objectives import ELBO
@@ -143,6 +153,7 @@ class VAE(CountsSteps):
             prior=self.prior,
             step=self._step(step, x.device, self.objective),
             log_qz_x=None if log_q is None else log_q.unflatten(0, (k, m)),
+            needs=getattr(self.objective, "needs", NEEDS),
         )
         result = self.objective(draws)
         if not (isinstance(result, tuple) and len(result) == 2 and {"nell", "kl"} <= set(result[1])):
