@@ -108,27 +108,29 @@ class Draws:
     def log_qz_x(self) -> Tensor:
         """log q(z|x), `[k, m, B]`, from z before it was rounded to half precision; its gradient is total, at fixed
         noise. It is computed when z is drawn, and so only for an objective that has it in `needs`."""
-        self._check_needed("log_qz_x", self._log_qz_x is not None)
-        assert self._log_qz_x is not None
+        if "log_qz_x" not in self._needs or self._log_qz_x is None:
+            raise _not_declared("log_qz_x")
         return self._log_qz_x
 
     @property
     def kl(self) -> Tensor:
         """mean KL(q(z|x) ‖ p(z)), a scalar: the closed form where the prior has one, otherwise mean log q(z|x) − log
         p(z). An objective that uses the KL has `"kl"` in `needs`."""
-        self._check_needed("kl", has_closed_form(self.prior) or self._log_qz_x is not None)
+        if "kl" not in self._needs:
+            raise _not_declared("kl")
         if self._kl is None:
             if has_closed_form(self.prior):
                 self._kl = self.prior.kl(self.mu, self.logvar)  # type: ignore[attr-defined]
-            else:
-                assert self._log_qz_x is not None
+            elif self._log_qz_x is not None:
                 self._kl = (self._log_qz_x - self.log_pz).mean()
+            else:
+                raise ValueError("log_qz_x: expected log q(z|x), as the prior has no closed form of the KL, got None")
         return self._kl
 
-    def _check_needed(self, name: str, there: bool) -> None:
-        """Raise an error for a term that the objective has not declared, be it there by chance or not."""
-        if name not in self._needs or not there:
-            raise RuntimeError(f"objective: asks for {name}, and so expected {name!r} among what it needs")
+
+def _not_declared(name: str) -> RuntimeError:
+    """The error for a term that an objective asks for and has not in `needs`, be it there by chance or not."""
+    return RuntimeError(f"objective: asks for {name}, and so expected {name!r} among what it needs")
 
 
 def _of_samples(name: str, log_density: Any, z: Tensor) -> Tensor:
@@ -168,16 +170,20 @@ class Objective(Protocol):
         """The loss, a scalar, and its terms by name, `"nell"` and `"kl"` among them."""
 
 
+def needs_of(objective: Any) -> Collection[str]:
+    """Those of NEEDS that an objective declares; all where it declares none."""
+    return getattr(objective, "needs", NEEDS)
+
+
 def check_needs(objective: Any) -> None:
     """Raise an error if an objective says that it needs something else than there is."""
-    needs = getattr(objective, "needs", ())
+    needs = needs_of(objective)
     if not isinstance(needs, tuple | list | set | frozenset) or not all(name in NEEDS for name in needs):
         raise ValueError(f"objective: expected needs to be a tuple of {' and '.join(map(repr, NEEDS))}, got {needs!r}")
 
 
-def needs_log_q(objective: Objective, prior: Prior) -> bool:
-    """Whether an objective's draws must have log q(z|x)."""
-    needs = getattr(objective, "needs", ("log_qz_x",))
+def needs_log_q(needs: Collection[str], prior: Prior) -> bool:
+    """Whether the draws of an objective that declares `needs` must have log q(z|x)."""
     return "log_qz_x" in needs or ("kl" in needs and not has_closed_form(prior))
 
 

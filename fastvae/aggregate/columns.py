@@ -76,7 +76,8 @@ class Streamed:
     def __init__(self, posteriors: Posteriors, *, own: Tensor | None = None, chunk_size: int, progress: bool = False):
         self.posteriors, self.chunk_size, self.progress = posteriors, chunk_size, progress
         self.N = len(posteriors.mu)
-        self.weights = LogWeights(own=own, log_w_own=None if own is None else -math.inf)
+        log_w_own = None if own is None else -math.inf
+        self.weights = LogWeights(log_w_all=-math.log(self.N), own=own, log_w_own=log_w_own)
 
     def log_sum(self, evaluate: Evaluate) -> list[Tensor]:
         totals: list[Tensor] = []
@@ -110,6 +111,6 @@ class Streamed:
     def _weights_of(self, first: int, n: int) -> LogWeights:
         """The weights of the n columns from `first` on, renumbered from 0; own is −1 where it is not among them."""
         own = self.weights.own
-        if own is not None:
-            own = (own - first).where((own >= first) & (own < first + n), -1)
-        return self.weights._replace(log_w_all=-math.log(self.N), own=own)
+        if own is None:
+            return self.weights
+        return self.weights._replace(own=(own - first).where((own >= first) & (own < first + n), -1))

@@ -13,7 +13,6 @@ from ..ops.checks import as_rows, check_choice, check_count, check_flag, check_s
 from ..ops.declare import has_values
 from ..ops.sample_gauss import reparameterize, sample_gauss
 from ..protocols import (
-    NEEDS,
     Draws,
     Likelihood,
     Objective,
@@ -22,6 +21,7 @@ from ..protocols import (
     check_posteriors,
     log_prior,
     needs_log_q,
+    needs_of,
 )
 from .likelihoods import make_likelihood
 from .mixture_priors import MixturePrior, how_to_load
@@ -142,8 +142,9 @@ class VAE(CountsSteps):
         mu, logvar = self.encode(x)
         if isinstance(self.prior, StandardNormal):
             self.prior.meet(mu)  # whatever the objective asks of it
-        log_q_too = needs_log_q(self.objective, self.prior)
-        samples, log_q, _, _ = sample_gauss(mu, logvar, k * m, outputs=("z", "log_q") if log_q_too else ("z",))
+        needs = needs_of(self.objective)
+        outputs = ("z", "log_q") if needs_log_q(needs, self.prior) else ("z",)
+        samples, log_q, _, _ = sample_gauss(mu, logvar, k * m, outputs=outputs)
         assert samples is not None
         draws = Draws(
             samples.unflatten(0, (k, m)),  # [k, m, B, D], a view that the objective may hook: `samples` stays as it is
@@ -153,7 +154,7 @@ class VAE(CountsSteps):
             prior=self.prior,
             step=self._step(step, x.device, self.objective),
             log_qz_x=None if log_q is None else log_q.unflatten(0, (k, m)),
-            needs=getattr(self.objective, "needs", NEEDS),
+            needs=needs,
         )
         result = self.objective(draws)
         if not (isinstance(result, tuple) and len(result) == 2 and {"nell", "kl"} <= set(result[1])):

@@ -137,12 +137,18 @@ def with_weights(inputs: Named, weights: ColumnWeights, dtype: torch.dtype) -> N
     return needing_gradients(cast(inputs | log_w, dtype))
 
 
-@functools.cache
-def problem(case: str, S: int, dtype: torch.dtype) -> tuple[Callable[..., Tensor], Named, Expected]:
-    inputs, weights = CASES[case](S, torch.arange(S) % N)
+def expecting(
+    inputs: Named, weights: ColumnWeights, dtype: torch.dtype
+) -> tuple[Callable[..., Tensor], Named, Expected]:
+    """agg_log_prob, its inputs in a dtype, and what it has to give for them."""
     fast, formula = functions(weights)
     inputs = with_weights(inputs, weights, dtype)
     return fast, inputs, Expected(formula, inputs, ("z", "mu"))
+
+
+@functools.cache
+def problem(case: str, S: int, dtype: torch.dtype) -> tuple[Callable[..., Tensor], Named, Expected]:
+    return expecting(*CASES[case](S, torch.arange(S) % N), dtype)
 
 
 @pytest.mark.parametrize("exact_skip", [True, False])

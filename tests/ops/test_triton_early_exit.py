@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TRITON, Target, computing_on
 from support.helpers import DTYPES, Expected, Named, assert_same, cast, draw, evaluate, needing_gradients
-from test_early_exit import apart, functions, with_weights
+from test_early_exit import apart, expecting, functions, with_weights
 from torch import Tensor
 
 import fastvae
@@ -114,10 +114,7 @@ CASES: dict[str, Callable[[int, Tensor], tuple[Named, ColumnWeights]]] = {
 
 @functools.cache
 def problem(case: str, S: int, dtype: torch.dtype) -> tuple[Callable[..., Tensor], Named, Expected]:
-    inputs, weights = CASES[case](S, torch.arange(S) % N)
-    fast, formula = functions(weights)
-    inputs = with_weights(inputs, weights, dtype)
-    return fast, inputs, Expected(formula, inputs, ("z", "mu"))
+    return expecting(*CASES[case](S, torch.arange(S) % N), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
