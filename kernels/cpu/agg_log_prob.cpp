@@ -1,10 +1,15 @@
 // joint_i = log sum_j w_ij q(z_i | x_j), never forming [S, N], and its gradients.
 
+#include "fastvae.h"
 #include "gradients.h"
-#include "kernels.h"
 #include "totals.h"
 
 namespace fastvae::FASTVAE_ISA {
+
+// agg_log_prob_marginals.cpp, whose add_* instantiates it
+template <class T>
+int agg_log_prob_marginals(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N,
+                           int64_t D, void *joint, void *marginals, int threads);
 
 namespace {
 
@@ -154,13 +159,9 @@ int agg_log_prob_backward(const void *d_joint, const void *z, const void *mu, co
     return FASTVAE_OK;
 }
 
-#define INSTANTIATE(T)                                                                                            \
-    template int agg_log_prob<T>(const void *, const void *, const void *, FASTVAE_WEIGHTS, int64_t, int64_t,     \
-                                 int64_t, void *, int, int);                                                      \
-    template int agg_log_prob_backward<T>(const void *, const void *, const void *, const void *,                 \
-                                          FASTVAE_WEIGHTS, int64_t, int64_t, int64_t, void *, void *, void *,     \
-                                          void *, void *, int, int);
-INSTANTIATE(float)
-INSTANTIATE(double)
+void add_agg_log_prob(fastvae_kernels &f32, fastvae_kernels &f64) {
+    f32.agg_log_prob = agg_log_prob<float>, f64.agg_log_prob = agg_log_prob<double>;
+    f32.agg_log_prob_backward = agg_log_prob_backward<float>, f64.agg_log_prob_backward = agg_log_prob_backward<double>;
+}
 
 }  // namespace fastvae::FASTVAE_ISA

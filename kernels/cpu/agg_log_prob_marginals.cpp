@@ -5,7 +5,7 @@
 // out so small that this could matter (its sample 10 sigma away from every column) is taken again with its maximum; so
 // is any where a term could be too large for exp2_term.
 
-#include "kernels.h"
+#include "fastvae.h"
 #include "marginals.h"
 
 namespace fastvae::FASTVAE_ISA {
@@ -74,10 +74,9 @@ int agg_log_prob_marginals(const void *z, const void *mu, const void *logvar, FA
     return FASTVAE_OK;
 }
 
-#define INSTANTIATE(T)                                                                                              \
-    template int agg_log_prob_marginals<T>(const void *, const void *, const void *, FASTVAE_WEIGHTS, int64_t,      \
-                                           int64_t, int64_t, void *, void *, int);
-INSTANTIATE(float)
-INSTANTIATE(double)
+void add_agg_log_prob_marginals(fastvae_kernels &f32, fastvae_kernels &f64) {
+    f32.agg_log_prob_marginals = agg_log_prob_marginals<float>;
+    f64.agg_log_prob_marginals = agg_log_prob_marginals<double>;
+}
 
 }  // namespace fastvae::FASTVAE_ISA

@@ -9,11 +9,17 @@
 // sums over columns [rows of the wave, D] are added up over units afterwards. Waves bound that memory, and keep sums
 // over many rows accurate.
 
+#include "fastvae.h"
 #include "gradients.h"
-#include "kernels.h"
 #include "marginals.h"
 
 namespace fastvae::FASTVAE_ISA {
+
+// agg_log_prob.cpp, whose add_* instantiates it
+template <class T>
+int agg_log_prob_backward(const void *d_joint, const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS,
+                          int64_t S, int64_t N, int64_t D, void *joint, void *d_z, void *d_mu, void *d_logvar,
+                          void *d_log_w, int exact_skip, int threads);
 
 namespace {
 
@@ -307,11 +313,9 @@ int agg_log_prob_marginals_backward(const void *d_joint, const void *d_marginals
     return FASTVAE_OK;
 }
 
-#define INSTANTIATE(T)                                                                                               \
-    template int agg_log_prob_marginals_backward<T>(const void *, const void *, const void *, const void *,          \
-                                                    const void *, const void *, const void *, FASTVAE_WEIGHTS,       \
-                                                    int64_t, int64_t, int64_t, void *, void *, void *, void *, int);
-INSTANTIATE(float)
-INSTANTIATE(double)
+void add_agg_log_prob_marginals_backward(fastvae_kernels &f32, fastvae_kernels &f64) {
+    f32.agg_log_prob_marginals_backward = agg_log_prob_marginals_backward<float>;
+    f64.agg_log_prob_marginals_backward = agg_log_prob_marginals_backward<double>;
+}
 
 }  // namespace fastvae::FASTVAE_ISA

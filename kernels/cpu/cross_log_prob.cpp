@@ -1,7 +1,7 @@
 // The matrix log q(z_i | x_j) [S, N], and its gradients.
 
+#include "fastvae.h"
 #include "gradients.h"
-#include "kernels.h"
 
 namespace fastvae::FASTVAE_ISA {
 
@@ -64,12 +64,9 @@ int cross_log_prob_backward(const void *grad, const void *z, const void *mu, con
     return FASTVAE_OK;
 }
 
-#define INSTANTIATE(T)                                                                                            \
-    template int cross_log_prob<T>(const void *, const void *, const void *, int64_t, int64_t, int64_t, void *,   \
-                                   int);                                                                          \
-    template int cross_log_prob_backward<T>(const void *, const void *, const void *, const void *, int64_t,      \
-                                            int64_t, int64_t, void *, void *, void *, int);
-INSTANTIATE(float)
-INSTANTIATE(double)
+void add_cross_log_prob(fastvae_kernels &f32, fastvae_kernels &f64) {
+    f32.cross_log_prob = cross_log_prob<float>, f64.cross_log_prob = cross_log_prob<double>;
+    f32.cross_log_prob_backward = cross_log_prob_backward<float>, f64.cross_log_prob_backward = cross_log_prob_backward<double>;
+}
 
 }  // namespace fastvae::FASTVAE_ISA

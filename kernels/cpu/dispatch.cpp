@@ -3,23 +3,40 @@
 #include <cstring>
 
 #include "fastvae.h"
-#include "instruction_sets.h"  // made by CMake: FASTVAE_VERSION, and FASTVAE_FOR_EACH_ISA(X), best first
+#include "compiled.h"  // made by CMake: FASTVAE_VERSION, FASTVAE_FOR_EACH_FILE(X), and FASTVAE_FOR_EACH_ISA(X), best first
 
 namespace fastvae {
 
-#define DECLARE(isa, needs) \
+struct Tables {
+    fastvae_kernels f32, f64;
+};
+
+// Each file of kernels adds its own to the tables of an instruction set, when they are first asked for: add_* is compiled
+// for that set, so that no other CPU may run it.
+#define DECLARE_FILE(file) void add_##file(fastvae_kernels &f32, fastvae_kernels &f64);
+#define ADD_FILE(file) add_##file(tables.f32, tables.f64);
+#define DEFINE(isa, needs) \
     namespace isa { \
-    extern const fastvae_kernels kernels_f32, kernels_f64; \
+    FASTVAE_FOR_EACH_FILE(DECLARE_FILE) \
+    static Tables filled() { \
+        Tables tables = {}; \
+        FASTVAE_FOR_EACH_FILE(ADD_FILE) \
+        return tables; \
     } \
-    static bool cpu_has_##isa() { return needs; }
-FASTVAE_FOR_EACH_ISA(DECLARE)
+    static const Tables &tables() { \
+        static const Tables all = filled(); \
+        return all; \
+    } \
+    static bool cpu_has() { return needs; } \
+    }
+FASTVAE_FOR_EACH_ISA(DEFINE)
 
 struct InstructionSet {
     const char *name;
-    const fastvae_kernels *kernels[2];  // by fastvae_dtype
     bool (*cpu_has)();
+    const Tables &(*tables)();
 };
-#define ENTRY(isa, needs) {#isa, {&isa::kernels_f32, &isa::kernels_f64}, cpu_has_##isa},
+#define ENTRY(isa, needs) {#isa, isa::cpu_has, isa::tables},
 static const InstructionSet compiled[] = {FASTVAE_FOR_EACH_ISA(ENTRY)};
 
 static int64_t visited_dimensions, all_dimensions;
@@ -61,7 +78,8 @@ EXPORT const char *fastvae_instruction_sets(void) {
 
 EXPORT const fastvae_kernels *fastvae_kernels_for(const char *instruction_set, enum fastvae_dtype dtype) {
     for (const auto &set : fastvae::compiled)
-        if (!std::strcmp(set.name, instruction_set) && set.cpu_has()) return set.kernels[dtype];
+        if (!std::strcmp(set.name, instruction_set) && set.cpu_has())
+            return dtype == FASTVAE_F64 ? &set.tables().f64 : &set.tables().f32;
     return nullptr;
 }
 

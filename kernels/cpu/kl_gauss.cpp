@@ -6,7 +6,7 @@
 #include <cstdlib>
 
 #include "elementary.h"
-#include "kernels.h"
+#include "fastvae.h"
 #include "parallel.h"
 
 namespace fastvae::FASTVAE_ISA {
@@ -274,13 +274,9 @@ int kl_gauss_backward(const void *grad, int64_t grad_row, int64_t grad_col, doub
     return run(static_cast<const T *>(grad), grad_row, grad_col, scale, in, B, D, out, threads);
 }
 
-#define INSTANTIATE(T)                                                                                            \
-    template int kl_gauss<T>(const void *, int64_t, const void *, int64_t, const void *, int64_t, const void *,   \
-                             int64_t, int64_t, int64_t, int, double, void *, int);                                \
-    template int kl_gauss_backward<T>(const void *, int64_t, int64_t, double, const void *, int64_t, const void *, \
-                                      int64_t, const void *, int64_t, const void *, int64_t, int64_t, int64_t,    \
-                                      void *, void *, void *, void *, int);
-INSTANTIATE(float)
-INSTANTIATE(double)
+void add_kl_gauss(fastvae_kernels &f32, fastvae_kernels &f64) {
+    f32.kl_gauss = kl_gauss<float>, f64.kl_gauss = kl_gauss<double>;
+    f32.kl_gauss_backward = kl_gauss_backward<float>, f64.kl_gauss_backward = kl_gauss_backward<double>;
+}
 
 }  // namespace fastvae::FASTVAE_ISA

@@ -2,7 +2,7 @@
 //
 // Both walk over contiguous chunks of a sample that fit in L1 with their eps: some whole rows, or a piece of one.
 
-#include "kernels.h"
+#include "fastvae.h"
 #include "parallel.h"
 #include "philox.h"
 
@@ -146,13 +146,9 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
     return FASTVAE_OK;
 }
 
-#define INSTANTIATE(T)                                                                                          \
-    template int sample_gauss<T>(const void *, int64_t, const void *, int64_t, const uint64_t *, int64_t,       \
-                                 int64_t, int64_t, void *, void *, void *, void *, int);                        \
-    template int sample_gauss_backward<T>(const void *, const void *, const void *, const void *, const void *, \
-                                          int64_t, const void *, int64_t, const uint64_t *, int64_t, int64_t,   \
-                                          int64_t, void *, void *, int);
-INSTANTIATE(float)
-INSTANTIATE(double)
+void add_sample_gauss(fastvae_kernels &f32, fastvae_kernels &f64) {
+    f32.sample_gauss = sample_gauss<float>, f64.sample_gauss = sample_gauss<double>;
+    f32.sample_gauss_backward = sample_gauss_backward<float>, f64.sample_gauss_backward = sample_gauss_backward<double>;
+}
 
 }  // namespace fastvae::FASTVAE_ISA
