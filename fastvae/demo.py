@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .aggregate.decomposition import kl_decomposition
-from .backends import backend_for
+from .backends import name_for
 from .evaluation import plots
 from .models.vae import VAE
 from .ops.kl_gauss import kl_gauss
@@ -177,7 +177,7 @@ def _run(epochs: int, seconds: float, out: Path, seed: int) -> Terms:
     torch.manual_seed(seed)
     x, held_out, labels, held_out_labels = load()
     vae = VAE(Encoder(), make_decoder(), likelihood="binomial", total_count=COUNT)
-    n, backend = len(held_out), backend_for(torch.device("cpu")).__name__.rpartition(".")[2]
+    n, backend = len(held_out), name_for(torch.device("cpu"))
     print(f"{len(x):,} digits train, {n} are held out; kernels: {backend}.")
     print(f"Terms of the held-out images, in nats per image, after each epoch of {PASSES} passes. These {n} images")
     print(f"are the population of q(z), so I(x; z) is at most log {n} = {math.log(n):.2f}.\n")

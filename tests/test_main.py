@@ -29,8 +29,8 @@ def test_info_says_what_computes(capsys):
     assert rows["package"] == str(Path(fastvae.__file__).parent)
     assert rows["torch"] == torch.__version__
     assert rows["threads"] == str(torch.get_num_threads())
-    assert rows["CPU tensors"] == backends.backend_for(torch.device("cpu")).__name__.split(".")[-1]
-    assert rows["CUDA tensors"] == backends.backend_for(torch.device("cuda")).__name__.split(".")[-1]
+    assert rows["CPU tensors"] == backends.name_for(torch.device("cpu"))
+    assert rows["CUDA tensors"] == backends.name_for(torch.device("cuda"))
     for name in backends.NAMES:
         assert rows[name].startswith(("used for ", "not used: "))
 

@@ -4,13 +4,13 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
-from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
 from .._warnings import warn
 from . import settings
+from .contract import Backend
 from .settings import WrongSetting, switch
 
 # Best first, by device type. `reference` runs everywhere, so what stands after it is used only by name: on the CPU
@@ -18,6 +18,13 @@ from .settings import WrongSetting, switch
 # it faster than Triton.
 CANDIDATES = {"cpu": ("native", "reference", "triton", "cuda"), "cuda": ("triton", "reference", "cuda")}
 NAMES = ("native", "triton", "cuda", "reference")
+
+if TYPE_CHECKING:  # a backend is what the contract says; triton's functions are made when they are asked for
+    from . import cuda, native, reference
+
+    _native: Backend = native
+    _cuda: Backend = cuda
+    _reference: Backend = reference
 
 
 class BackendStatus(NamedTuple):
@@ -36,12 +43,14 @@ def status(name: str) -> BackendStatus:
 
 def _status(name: str) -> BackendStatus:
     """The same, but raises WrongSetting for an environment variable that cannot be followed."""
-    if name == "reference":
-        return BackendStatus(name, True, "plain PyTorch, any device")
-    return BackendStatus(name, *importlib.import_module(f".{name}", __name__).status())
+    return BackendStatus(name, *_module(name).status())
 
 
-def backend_for(device: torch.device) -> ModuleType:
+def _module(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(f".{name}", __name__))
+
+
+def backend_for(device: torch.device) -> Backend:
     """The backend that computes for tensors on this device."""
     return _backend(settings.current.backend, device.type)
 
@@ -56,11 +65,11 @@ def name_for(device: torch.device) -> str:
 
 
 @functools.cache
-def _backend(forced: str | None, device_type: str) -> ModuleType:
+def _backend(forced: str | None, device_type: str) -> Backend:
     name = _choose(forced, device_type)
     if name == "reference" and forced is None and device_type == "cpu":
         _warn_of_a_missing_library()
-    return importlib.import_module(f".{name}", __name__)
+    return _module(name)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The kernel contract: what every backend computes.
 
-A backend is a module with the functions of `Backend` and no others. They take detached tensors on one device,
+A backend is a module with the functions of `Backend`, and `status`. The functions take detached tensors on one device,
 allocate their results, and know nothing of autograd or estimators. Shapes: S samples, N posteriors (columns),
 D dimensions, L samples per posterior, B batch. Results are in the accumulation dtype, but for samples and
 gradients, which come in the dtype of the tensors they belong to. `wanted` says which of the backward's
@@ -35,6 +35,25 @@ class LogWeights(NamedTuple):
         return -math.log(n_columns) if n_columns else -math.inf
 
 
+class Pairs(NamedTuple):
+    """Samples z `[S, D]` under posteriors mu and logvar `[N, D]`, and the log-weights of these."""
+
+    z: Tensor
+    mu: Tensor
+    logvar: Tensor
+    weights: LogWeights = LogWeights()
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """S, N, D"""
+        return (self.z.shape[0], *self.mu.shape)  # type: ignore[return-value]
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Those that may want a gradient."""
+        return self.z, self.mu, self.logvar, self.weights.log_w
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 accumulates in float64, everything else in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -52,8 +71,11 @@ def kl_scale(reduction: str, B: int, D: int) -> float:
 
 
 class Backend(Protocol):
-    """The functions of a backend. Priors are [1, D] or [B, D], None for 0; `mu` and `logvar` of the KL and of sampling
-    are [B, D], those of the cross-evaluated ops [N, D]; `seed` is a 0-dim int64 tensor."""
+    """A backend, and its functions: for each op one of its name and one for its gradients. Priors are [1, D] or [B, D],
+    None for 0; `mu` and `logvar` are [B, D]; `seed` is a 0-dim int64 tensor."""
+
+    def status(self) -> tuple[bool, str]:
+        """Returns whether it can compute here, and on what, or why not."""
 
     def kl_gauss(
         self, mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
@@ -77,53 +99,40 @@ class Backend(Protocol):
 
     def sample_gauss_backward(
         self,
-        d_z: Tensor | None,
-        d_log_q: Tensor | None,
-        d_log_p: Tensor | None,
-        d_kl: Tensor | None,
+        upstream: Sequence[Tensor | None],
         mu: Tensor,
         logvar: Tensor,
         seed: Tensor,
         n_samples: int,
         wanted: Sequence[bool],
-    ) -> list[Tensor]: ...
+    ) -> list[Tensor]:
+        """`upstream` has the gradients of z, log_q, log_p and kl."""
 
-    def cross_log_prob(self, z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        """Returns log q(z_i | x_j) [S, N]."""
+    def cross_log_prob(self, pairs: Pairs) -> Tensor:
+        """Returns log q(z_i | x_j) [S, N]; the weights of the pairs have no part in it."""
 
-    def cross_log_prob_backward(
-        self, grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]
-    ) -> list[Tensor]: ...
+    def cross_log_prob_backward(self, grad: Tensor, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]: ...
 
-    def agg_log_prob(self, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
+    def agg_log_prob(self, pairs: Pairs) -> Tensor:
         """Returns the joint [S]."""
 
     def agg_log_prob_backward(
-        self,
-        d_joint: Tensor,
-        joint: Tensor | None,
-        z: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        weights: LogWeights,
-        wanted: Sequence[bool],
+        self, d_joint: Tensor, joint: Tensor | None, pairs: Pairs, wanted: Sequence[bool]
     ) -> list[Tensor]:
         """Returns the gradients; where `joint` is None, the joint is computed too and returned before them."""
 
-    def agg_log_prob_marginals(
-        self, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights
-    ) -> tuple[Tensor, Tensor]:
+    def agg_log_prob_marginals(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Returns the joint [S] and the marginals [S, D]."""
 
     def agg_log_prob_marginals_backward(
         self,
-        d_joint: Tensor | None,
-        d_marginals: Tensor | None,
+        upstream: Sequence[Tensor | None],
         joint: Tensor,
         marginals: Tensor,
-        z: Tensor,
-        mu: Tensor,
-        logvar: Tensor,
-        weights: LogWeights,
+        pairs: Pairs,
         wanted: Sequence[bool],
-    ) -> list[Tensor]: ...
+    ) -> list[Tensor]:
+        """`upstream` has the gradients of the joint and of the marginals."""
+
+
+OPS = tuple(name for name in vars(Backend) if f"{name}_backward" in vars(Backend))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import c_interface as c
 from . import installed
-from .contract import LogWeights, accumulation_dtype, kl_scale, kl_shape
+from .contract import Pairs, accumulation_dtype, kl_scale, kl_shape
 from .settings import exact_skip
 
 LIBRARY = "libfastvae_cuda.so"
@@ -38,16 +38,13 @@ _FUNCTIONS: dict[str, tuple[type, ...]] = {
     "agg_log_prob_marginals": (*_PAIRS, *c.WEIGHTS, *c.SIZES, *c.pointers(2), *_WORKSPACE),
     "agg_log_prob_marginals_backward": (*c.pointers(2), *_PAIRS, *c.WEIGHTS, *c.SIZES, *c.pointers(4), *_WORKSPACE),
 }
-_WITH_WORKSPACE = (
-    "cross_log_prob",
-    "cross_log_prob_backward",
-    "agg_log_prob",
-    "agg_log_prob_backward",
-    "agg_log_prob_marginals",
-    "agg_log_prob_marginals_backward",
-    "kl_gauss",
-    "kl_gauss_backward",
-)  # in the order of fastvae_cuda_op
+# The parameters between the dtype and the last, `backward`, of the functions that say how large workspaces are.
+_WORKSPACES: dict[str, tuple[type, ...]] = {
+    "kl_gauss": (*c.SIZES[:2], c_int),
+    "cross_log_prob": c.SIZES,
+    "agg_log_prob": c.SIZES,
+    "agg_log_prob_marginals": c.SIZES,
+}
 _OF_CAPTURE = (1900, 1901)  # FASTVAE_CUDA_ERROR + cudaErrorStreamCaptureUnsupported, cudaErrorStreamCaptureInvalidated
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -58,8 +55,9 @@ def library() -> ctypes.CDLL:
     lib = c.load(LIBRARY, "FASTVAE_CUDA_LIBRARY", "fastvae_cuda_interface", _build_command)
     for name, parameters in _FUNCTIONS.items():
         getattr(lib, f"fastvae_cuda_{name}").argtypes = (c_int, *parameters, c_void_p)
-    lib.fastvae_cuda_workspace.restype = c_int64
-    lib.fastvae_cuda_workspace.argtypes = (c_int, c_int, *c.SIZES)
+    for name, parameters in _WORKSPACES.items():
+        function = getattr(lib, f"fastvae_cuda_{name}_workspace")
+        function.restype, function.argtypes = c_int64, (c_int, *parameters, c_int)
     lib.fastvae_cuda_version.restype = c_char_p
     lib.fastvae_cuda_status_string.restype = c_char_p
     return lib
@@ -106,17 +104,18 @@ def _function(name: str) -> Callable[..., int]:
 @functools.lru_cache(maxsize=1024)
 def _workspace_size(name: str, dtype: torch.dtype, *sizes: int) -> int:
     """The bytes of a workspace; remembered, as a training loop asks for the same again and again."""
-    return library().fastvae_cuda_workspace(_WITH_WORKSPACE.index(name), _DTYPES[dtype], *sizes)
+    op = name.removesuffix("_backward")
+    return _function(f"{op}_workspace")(_DTYPES[dtype], *sizes, op != name)
 
 
 def _run(name: str, dtype: torch.dtype, device: torch.device, sizes: Sequence[int], *arguments: Any) -> None:
     """Calls a function of the library on the current stream of the device.
 
     Args:
-        sizes: those that the size of its workspace depends on; none for no workspace.
+        sizes: what the size of its workspace depends on; nothing for no workspace.
     """
     workspace: tuple[Any, ...] = ()
-    if name in _WITH_WORKSPACE:
+    if name.removesuffix("_backward") in _WORKSPACES:
         size = _workspace_size(name, dtype, *sizes) if sizes else 0
         memory = torch.empty(size, dtype=torch.uint8, device=device) if size else None
         # which is freed to the same stream's next tensors
@@ -166,8 +165,7 @@ def kl_gauss(
     rows = [c.optional_rows(x, mu.dtype, B) for x in (mu, logvar, prior_mu, prior_logvar)]
     out = torch.empty(kl_shape(reduction, B, D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
     code, scale = c.REDUCTION_CODE.get(reduction, 3), kl_scale(reduction, B, D)
-    sizes = {"none": (), "sample": (), "dim": (B, 1, D)}.get(reduction, (B, 0, D))  # of partial sums
-    _run("kl_gauss", mu.dtype, mu.device, sizes, *_row_arguments(*rows), B, D, code, scale, out.data_ptr())
+    _run("kl_gauss", mu.dtype, mu.device, (B, D, code), *_row_arguments(*rows), B, D, code, scale, out.data_ptr())
     return out
 
 
@@ -191,7 +189,7 @@ def kl_gauss_backward(
         "kl_gauss_backward",
         mu.dtype,
         mu.device,
-        (B, 1, D) if any(wanted[2:]) else (),  # for sums over the rows that share a prior
+        (B, D, 0) if any(wanted[2:]) else (),  # for sums over the rows that share a prior
         *(grad.data_ptr(), grad_row, grad_col, kl_scale(reduction, B, D)),
         *_row_arguments(*rows),
         *(B, D),
@@ -222,10 +220,7 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
 
 
 def sample_gauss_backward(
-    d_z: Tensor | None,
-    d_log_q: Tensor | None,
-    d_log_p: Tensor | None,
-    d_kl: Tensor | None,
+    upstream: Sequence[Tensor | None],
     mu: Tensor,
     logvar: Tensor,
     seed: Tensor,
@@ -234,7 +229,7 @@ def sample_gauss_backward(
 ) -> list[Tensor]:
     B, D = mu.shape
     sums = accumulation_dtype(mu.dtype)
-    upstream = [c.dense(d_z, mu.dtype), *(c.dense(g, sums) for g in (d_log_q, d_log_p, d_kl))]
+    given = [c.dense(g, dtype) for g, dtype in zip(upstream, (mu.dtype, sums, sums, sums), strict=True)]
     outputs = _outputs((mu, logvar), wanted)
     rows = [c.optional_rows(x, mu.dtype, B) for x in (mu, logvar)]
     _run(
@@ -242,7 +237,7 @@ def sample_gauss_backward(
         mu.dtype,
         mu.device,
         (),
-        *map(c.ptr, upstream),
+        *map(c.ptr, given),
         *_row_arguments(*rows),
         *(seed.data_ptr(), n_samples, B, D),
         *map(c.ptr, outputs),
@@ -250,111 +245,94 @@ def sample_gauss_backward(
     return _asked(outputs)
 
 
-def _cross(
+def _of_pairs(
     name: str,
-    first: Sequence[Tensor | None],
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights | None,
+    pairs: Pairs,
     outputs: Sequence[Tensor | None],
-    last: Sequence[int] = (),
+    upstream: Sequence[Tensor | None] = (),
+    options: Sequence[int] = (),
+    weighted: bool = True,
 ) -> None:
-    """Calls a cross-evaluated function. `first`: the upstream gradients; `last`: the arguments after the outputs."""
-    sizes = (z.shape[0], *mu.shape)
-    sums = accumulation_dtype(mu.dtype)
-    dense = [c.dense(x, sums) for x in first]
-    rows = [c.rows(x, mu.dtype, x.shape[0]) for x in (z, mu, logvar)]
-    _alive, log_weights = ([], []) if weights is None else c.log_weights(weights, sums, len(mu))
+    """Calls a function of pairs. `options`: its arguments after the outputs."""
+    dtype, device = pairs.mu.dtype, pairs.mu.device
+    sums = accumulation_dtype(dtype)
+    dense = [c.dense(x, sums) for x in upstream]
+    rows = [c.rows(x, dtype, x.shape[0]) for x in pairs[:3]]
+    _alive, log_weights = c.log_weights(pairs.weights, sums, len(pairs.mu)) if weighted else ([], [])
     _run(
         name,
-        mu.dtype,
-        mu.device,
-        sizes,
+        dtype,
+        device,
+        pairs.sizes,
         *map(c.ptr, dense),
         *_row_arguments(*rows),
         *log_weights,
-        *sizes,
+        *pairs.sizes,
         *map(c.ptr, outputs),
-        *last,
+        *options,
     )
 
 
-def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    out = torch.empty(z.shape[0], mu.shape[0], dtype=accumulation_dtype(mu.dtype), device=mu.device)
-    _cross("cross_log_prob", (), z, mu, logvar, None, (out,))
+def _sums(pairs: Pairs, *shape: int) -> Tensor:
+    """A result of that shape."""
+    return torch.empty(shape, dtype=accumulation_dtype(pairs.mu.dtype), device=pairs.mu.device)
+
+
+def cross_log_prob(pairs: Pairs) -> Tensor:
+    out = _sums(pairs, *pairs.sizes[:2])
+    _of_pairs("cross_log_prob", pairs, (out,), weighted=False)
     return out
 
 
-def cross_log_prob_backward(
-    grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]
-) -> list[Tensor]:
-    outputs = _outputs((z, mu, logvar), wanted)
-    _cross("cross_log_prob_backward", (grad,), z, mu, logvar, None, outputs)
+def cross_log_prob_backward(grad: Tensor, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
+    outputs = _outputs(pairs[:3], wanted)
+    _of_pairs("cross_log_prob_backward", pairs, outputs, (grad,), weighted=False)
     return _asked(outputs)
 
 
-def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
-    joint = torch.empty(z.shape[0], dtype=accumulation_dtype(mu.dtype), device=mu.device)
-    _cross("agg_log_prob", (), z, mu, logvar, weights, (joint,), (exact_skip(otherwise=False),))
+def agg_log_prob(pairs: Pairs) -> Tensor:
+    joint = _sums(pairs, pairs.z.shape[0])
+    _of_pairs("agg_log_prob", pairs, (joint,), options=(exact_skip(otherwise=False),))
     return joint
 
 
-def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(mu.dtype)
-    joint, marginals = (torch.empty(shape, dtype=dtype, device=mu.device) for shape in (z.shape[:1], z.shape))
-    _cross("agg_log_prob_marginals", (), z, mu, logvar, weights, (joint, marginals))
+def agg_log_prob_marginals(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    joint, marginals = _sums(pairs, pairs.z.shape[0]), _sums(pairs, *pairs.z.shape)
+    _of_pairs("agg_log_prob_marginals", pairs, (joint, marginals))
     return joint, marginals
 
 
 def _aggregate_backward(
     name: str,
     upstream: Sequence[Tensor | None],
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights,
+    pairs: Pairs,
     wanted: Sequence[bool],
-    first: Sequence[Tensor | None] = (),
-    last: Sequence[int] = (),
+    again: Sequence[Tensor | None] = (),
+    options: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Returns the gradients. `first`: outputs that come before them; `last`: the arguments after them."""
-    outputs = _outputs((z, mu, logvar, weights.log_w), wanted)
+    """Returns the gradients. `again`: results of the forward that are written before them."""
+    outputs = _outputs(pairs.inputs, wanted)
     d_log_w = outputs[3]
     if d_log_w is not None:
-        outputs[3] = d_log_w.to(accumulation_dtype(mu.dtype))
-    _cross(name, upstream, z, mu, logvar, weights, (*first, *outputs), last)
+        outputs[3] = d_log_w.to(accumulation_dtype(pairs.mu.dtype))
+    _of_pairs(name, pairs, (*again, *outputs), upstream, options)
     if d_log_w is not None and outputs[3] is not None:
         outputs[3] = outputs[3].to(d_log_w.dtype)
     return _asked(outputs)
 
 
-def agg_log_prob_backward(
-    d_joint: Tensor,
-    joint: Tensor | None,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    again = torch.empty(z.shape[0], dtype=accumulation_dtype(mu.dtype), device=mu.device) if joint is None else None
-    gradients = _aggregate_backward(
-        "agg_log_prob_backward", (d_joint,), z, mu, logvar, weights, wanted, (again,), (exact_skip(otherwise=False),)
-    )
+def agg_log_prob_backward(d_joint: Tensor, joint: Tensor | None, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
+    again = _sums(pairs, pairs.z.shape[0]) if joint is None else None
+    options = (exact_skip(otherwise=False),)
+    gradients = _aggregate_backward("agg_log_prob_backward", (d_joint,), pairs, wanted, (again,), options)
     return gradients if again is None else [again, *gradients]
 
 
 def agg_log_prob_marginals_backward(
-    d_joint: Tensor | None,
-    d_marginals: Tensor | None,
+    upstream: Sequence[Tensor | None],
     joint: Tensor,
     marginals: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights,
+    pairs: Pairs,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    upstream = (d_joint, d_marginals)
-    return _aggregate_backward("agg_log_prob_marginals_backward", upstream, z, mu, logvar, weights, wanted)
+    return _aggregate_backward("agg_log_prob_marginals_backward", upstream, pairs, wanted)

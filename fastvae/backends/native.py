@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import c_interface as c
-from .contract import LogWeights, accumulation_dtype, kl_scale, kl_shape
+from .contract import Pairs, accumulation_dtype, kl_scale, kl_shape
 from .native_library import kernels
 from .native_library import status as status  # of this backend
 from .settings import exact_skip
@@ -134,10 +134,7 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
 
 
 def sample_gauss_backward(
-    d_z: Tensor | None,
-    d_log_q: Tensor | None,
-    d_log_p: Tensor | None,
-    d_kl: Tensor | None,
+    upstream: Sequence[Tensor | None],
     mu: Tensor,
     logvar: Tensor,
     seed: Tensor,
@@ -150,7 +147,7 @@ def sample_gauss_backward(
     outputs = _outputs(likes, dtype, wanted)
     mu, mu_row = c.rows(mu, dtype, B)
     logvar, logvar_row = c.rows(logvar, dtype, B)
-    grads = [c.dense(g, dtype) for g in (d_z, d_log_q, d_log_p, d_kl)]
+    grads = [c.dense(g, dtype) for g in upstream]
     _run(
         kernels(dtype).sample_gauss_backward,
         *map(c.ptr, grads),
@@ -161,39 +158,41 @@ def sample_gauss_backward(
     return _asked(outputs, likes)
 
 
-def _cross(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[torch.dtype, list[Tensor | None], tuple[int, int, int]]:
-    dtype = accumulation_dtype(z.dtype)
-    return dtype, [c.dense(x, dtype) for x in (z, mu, logvar)], (z.shape[0], *mu.shape)
+def _dense(pairs: Pairs) -> tuple[torch.dtype, list[Tensor | None]]:
+    """The dtype to compute in, and z, mu and logvar in it."""
+    dtype = accumulation_dtype(pairs.z.dtype)
+    return dtype, [c.dense(x, dtype) for x in pairs[:3]]
 
 
-def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    dtype, inputs, (S, N, D) = _cross(z, mu, logvar)
+def cross_log_prob(pairs: Pairs) -> Tensor:
+    dtype, inputs = _dense(pairs)
+    S, N, D = pairs.sizes
     out = _empty(S, N, dtype=dtype)
     _run(kernels(dtype).cross_log_prob, *map(c.ptr, inputs), S, N, D, out.data_ptr())
     return out
 
 
-def cross_log_prob_backward(
-    grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]
-) -> list[Tensor]:
-    dtype, inputs, sizes = _cross(z, mu, logvar)
-    outputs = _outputs((z, mu, logvar), dtype, wanted)
+def cross_log_prob_backward(grad: Tensor, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
+    dtype, inputs = _dense(pairs)
+    outputs = _outputs(pairs[:3], dtype, wanted)
     inputs = [c.dense(grad, dtype), *inputs]
-    _run(kernels(dtype).cross_log_prob_backward, *map(c.ptr, inputs), *sizes, *map(c.ptr, outputs))
-    return _asked(outputs, (z, mu, logvar))
+    _run(kernels(dtype).cross_log_prob_backward, *map(c.ptr, inputs), *pairs.sizes, *map(c.ptr, outputs))
+    return _asked(outputs, pairs[:3])
 
 
-def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
-    dtype, inputs, (S, N, D) = _cross(z, mu, logvar)
-    _alive, log_weights = c.log_weights(weights, dtype, N)
+def agg_log_prob(pairs: Pairs) -> Tensor:
+    dtype, inputs = _dense(pairs)
+    S, N, D = pairs.sizes
+    _alive, log_weights = c.log_weights(pairs.weights, dtype, N)
     joint = _empty(S, dtype=dtype)
     _run(kernels(dtype).agg_log_prob, *map(c.ptr, inputs), *log_weights, S, N, D, joint.data_ptr(), exact_skip())
     return joint
 
 
-def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> tuple[Tensor, Tensor]:
-    dtype, inputs, (S, N, D) = _cross(z, mu, logvar)
-    _alive, log_weights = c.log_weights(weights, dtype, N)
+def agg_log_prob_marginals(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    dtype, inputs = _dense(pairs)
+    S, N, D = pairs.sizes
+    _alive, log_weights = c.log_weights(pairs.weights, dtype, N)
     joint, marginals = _empty(S, dtype=dtype), _empty(S, D, dtype=dtype)
     _run(
         kernels(dtype).agg_log_prob_marginals,
@@ -209,10 +208,7 @@ def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWe
 def _aggregate_backward(
     kernel_name: str,
     results: Sequence[Tensor | None],
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights,
+    pairs: Pairs,
     wanted: Sequence[bool],
     again: Sequence[Tensor | None] = (),
     options: Sequence[int] = (),
@@ -224,49 +220,27 @@ def _aggregate_backward(
         again: results of the forward that the kernel writes before the gradients.
         options: the kernel's arguments after them.
     """
-    dtype, inputs, sizes = _cross(z, mu, logvar)
-    _alive, log_weights = c.log_weights(weights, dtype, mu.shape[0])
-    likes = (z, mu, logvar, weights.log_w)
-    outputs = _outputs(likes, dtype, wanted)
+    dtype, inputs = _dense(pairs)
+    S, N, D = pairs.sizes
+    _alive, log_weights = c.log_weights(pairs.weights, dtype, N)
+    outputs = _outputs(pairs.inputs, dtype, wanted)
     inputs = [*(c.dense(r, dtype) for r in results), *inputs]
     outputs_of_kernel = map(c.ptr, (*again, *outputs))
-    _run(getattr(kernels(dtype), kernel_name), *map(c.ptr, inputs), *log_weights, *sizes, *outputs_of_kernel, *options)
-    return _asked(outputs, likes)
+    _run(getattr(kernels(dtype), kernel_name), *map(c.ptr, inputs), *log_weights, S, N, D, *outputs_of_kernel, *options)
+    return _asked(outputs, pairs.inputs)
 
 
-def agg_log_prob_backward(
-    d_joint: Tensor,
-    joint: Tensor | None,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    again = _empty(z.shape[0], dtype=accumulation_dtype(z.dtype)) if joint is None else None
-    gradients = _aggregate_backward(
-        "agg_log_prob_backward", (d_joint,), z, mu, logvar, weights, wanted, (again,), (exact_skip(),)
-    )
+def agg_log_prob_backward(d_joint: Tensor, joint: Tensor | None, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
+    again = _empty(pairs.z.shape[0], dtype=accumulation_dtype(pairs.z.dtype)) if joint is None else None
+    gradients = _aggregate_backward("agg_log_prob_backward", (d_joint,), pairs, wanted, (again,), (exact_skip(),))
     return gradients if again is None else [again, *gradients]
 
 
 def agg_log_prob_marginals_backward(
-    d_joint: Tensor | None,
-    d_marginals: Tensor | None,
+    upstream: Sequence[Tensor | None],
     joint: Tensor,
     marginals: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights,
+    pairs: Pairs,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    return _aggregate_backward(
-        "agg_log_prob_marginals_backward",
-        (d_joint, d_marginals, joint, marginals),
-        z,
-        mu,
-        logvar,
-        weights,
-        wanted,
-    )
+    return _aggregate_backward("agg_log_prob_marginals_backward", (*upstream, joint, marginals), pairs, wanted)

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from . import philox
-from .contract import LogWeights, accumulation_dtype, kl_scale
+from .contract import LogWeights, Pairs, accumulation_dtype, kl_scale
 
 CHUNK_BYTES = 64 * 2**20
 LOG_2PI = math.log(2 * math.pi)
+
+
+def status() -> tuple[bool, str]:
+    return True, "plain PyTorch, any device"
 
 
 def _accumulate(*tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -125,10 +129,7 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
 
 
 def sample_gauss_backward(
-    d_z: Tensor | None,
-    d_log_q: Tensor | None,
-    d_log_p: Tensor | None,
-    d_kl: Tensor | None,
+    upstream: Sequence[Tensor | None],
     mu: Tensor,
     logvar: Tensor,
     seed: Tensor,
@@ -136,7 +137,7 @@ def sample_gauss_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     inputs = (mu, logvar)
-    mu, logvar, d_z, d_log_q, d_log_p, d_kl = _accumulate(mu, logvar, d_z, d_log_q, d_log_p, d_kl)
+    mu, logvar, d_z, d_log_q, d_log_p, d_kl = _accumulate(mu, logvar, *upstream)
     sigma, eps = torch.exp(0.5 * logvar), _noise(mu, seed, n_samples)  # [B, D], [L, B, D]
     d_z = d_z - _times(d_log_p[..., None], mu + sigma * eps)  # d log_p / d z = −z
 
@@ -154,7 +155,7 @@ def sample_gauss_backward(
 # Cross-evaluation: log q(z_i | x_j) for all samples and all posteriors
 
 
-class _Pairs:
+class _Chunk:
     """A chunk of rows against all columns: t [R, N, D], log_q = log q(z_id | x_jd) [R, N, D]."""
 
     def __init__(self, rows: slice, z: Tensor, mu: Tensor, logvar: Tensor):
@@ -184,12 +185,12 @@ class _Pairs:
         return log_w, common
 
 
-def _pairs(z: Tensor, mu: Tensor, logvar: Tensor) -> Iterator[_Pairs]:
+def _chunks(z: Tensor, mu: Tensor, logvar: Tensor) -> Iterator[_Chunk]:
     """Goes through all rows in chunks whose handful of [R, N, D] temporaries stay within the budget."""
     row_bytes = 8 * max(1, mu.numel()) * z.element_size()
     step = max(1, CHUNK_BYTES // row_bytes)
     for start in range(0, z.shape[0], step):
-        yield _Pairs(slice(start, min(start + step, z.shape[0])), z, mu, logvar)
+        yield _Chunk(slice(start, min(start + step, z.shape[0])), z, mu, logvar)
 
 
 def _responsibility(log_terms: Tensor, log_sum: Tensor) -> Tensor:
@@ -209,13 +210,13 @@ class _PairGradients:
         self.up = self.inv_sigma.clamp(min=1)
         self.d_z, self.c, self.ce, self.cee = (torch.zeros_like(x) for x in (z, mu, mu, mu))
 
-    def add(self, pairs: _Pairs, c: Tensor) -> None:
+    def add(self, rows: slice, c: Tensor) -> None:
         """Adds a chunk's pairs with weights c [R, N, D], or [R, N, 1] where they are the same for every dimension."""
         want_z, want_mu, want_logvar, *_ = self.wanted
-        e = _held_finite((self.z[pairs.rows, None] - self.mu) * self.inv_sigma.clamp(max=1))  # [R, N, D]
+        e = _held_finite((self.z[rows, None] - self.mu) * self.inv_sigma.clamp(max=1))  # [R, N, D]
         ce = c * e
         if want_z:
-            self.d_z[pairs.rows] = -(ce * self.inv_sigma * self.up).sum(1)
+            self.d_z[rows] = -(ce * self.inv_sigma * self.up).sum(1)
         if want_mu:
             self.ce += ce.sum(0)
         if want_logvar:
@@ -233,102 +234,73 @@ class _PairGradients:
         return _gradients(candidates, inputs, self.wanted)
 
 
-def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    z, mu, logvar = _accumulate(z, mu, logvar)
+def cross_log_prob(pairs: Pairs) -> Tensor:
+    z, mu, logvar = _accumulate(*pairs[:3])
     out = z.new_empty(z.shape[0], mu.shape[0])
-    for pairs in _pairs(z, mu, logvar):
-        out[pairs.rows] = pairs.log_q.sum(-1)
+    for chunk in _chunks(z, mu, logvar):
+        out[chunk.rows] = chunk.log_q.sum(-1)
     return out
 
 
-def cross_log_prob_backward(
-    grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]
-) -> list[Tensor]:
-    inputs = (z, mu, logvar)
-    z, mu, logvar = _accumulate(*inputs)
+def cross_log_prob_backward(grad: Tensor, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
+    z, mu, logvar = _accumulate(*pairs[:3])
     total = _PairGradients(z, mu, logvar, wanted)
-    for pairs in _pairs(z, mu, logvar):
-        total.add(pairs, grad[pairs.rows, :, None])
-    return total.gradients(inputs)
+    for chunk in _chunks(z, mu, logvar):
+        total.add(chunk.rows, grad[chunk.rows, :, None])
+    return total.gradients(pairs[:3])
 
 
-def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
-    z, mu, logvar = _accumulate(z, mu, logvar)
+def agg_log_prob(pairs: Pairs) -> Tensor:
+    z, mu, logvar = _accumulate(*pairs[:3])
     joint = z.new_empty(z.shape[0])
-    for pairs in _pairs(z, mu, logvar):
-        log_w, _ = pairs.log_weights(weights)
-        joint[pairs.rows] = torch.logsumexp(log_w + pairs.log_q.sum(-1), 1)
+    for chunk in _chunks(z, mu, logvar):
+        log_w, _ = chunk.log_weights(pairs.weights)
+        joint[chunk.rows] = torch.logsumexp(log_w + chunk.log_q.sum(-1), 1)
     return joint
 
 
-def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> tuple[Tensor, Tensor]:
-    z, mu, logvar = _accumulate(z, mu, logvar)
+def agg_log_prob_marginals(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    z, mu, logvar = _accumulate(*pairs[:3])
     joint, marginals = z.new_empty(z.shape[0]), torch.empty_like(z)
-    for pairs in _pairs(z, mu, logvar):
-        log_w, _ = pairs.log_weights(weights)
-        joint[pairs.rows] = torch.logsumexp(log_w + pairs.log_q.sum(-1), 1)
-        marginals[pairs.rows] = torch.logsumexp(log_w[..., None] + pairs.log_q, 1)
+    for chunk in _chunks(z, mu, logvar):
+        log_w, _ = chunk.log_weights(pairs.weights)
+        joint[chunk.rows] = torch.logsumexp(log_w + chunk.log_q.sum(-1), 1)
+        marginals[chunk.rows] = torch.logsumexp(log_w[..., None] + chunk.log_q, 1)
     return joint, marginals
 
 
-def _aggregate_backward(
-    d_joint: Tensor | None,
-    d_marginals: Tensor | None,
-    joint: Tensor,
-    marginals: Tensor | None,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    inputs = (z, mu, logvar, weights.log_w)
-    z, mu, logvar = _accumulate(z, mu, logvar)
-    total = _PairGradients(z, mu, logvar, wanted)
-    d_log_w = mu.new_zeros(mu.shape[0])
-    for pairs in _pairs(z, mu, logvar):
-        log_w, common = pairs.log_weights(weights)
-        rows = pairs.rows
-        c = torch.zeros_like(log_w)[..., None]  # [R, N, 1 or D]: what log q(z_id | x_jd) is to be pulled by
-        d_log_w_pairs = torch.zeros_like(log_w)  # [R, N]
-        if d_joint is not None:
-            share = _responsibility(log_w + pairs.log_q.sum(-1), joint[rows, None]) * d_joint[rows, None]
-            c = c + share[..., None]
-            d_log_w_pairs += share
-        if d_marginals is not None and marginals is not None:
-            shares = _responsibility(log_w[..., None] + pairs.log_q, marginals[rows, None])
-            shares = shares * d_marginals[rows, None]
-            c = c + shares
-            d_log_w_pairs += shares.sum(-1)
-        total.add(pairs, c)
-        d_log_w += torch.where(common, d_log_w_pairs, 0).sum(0)
-    return total.gradients(inputs, d_log_w)
-
-
-def agg_log_prob_backward(
-    d_joint: Tensor,
-    joint: Tensor | None,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights,
-    wanted: Sequence[bool],
-) -> list[Tensor]:
+def agg_log_prob_backward(d_joint: Tensor, joint: Tensor | None, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
     if joint is None:
-        joint = agg_log_prob(z, mu, logvar, weights)
-        return [joint, *agg_log_prob_backward(d_joint, joint, z, mu, logvar, weights, wanted)]
-    return _aggregate_backward(d_joint, None, joint, None, z, mu, logvar, weights, wanted)
+        joint = agg_log_prob(pairs)
+        return [joint, *agg_log_prob_backward(d_joint, joint, pairs, wanted)]
+    return agg_log_prob_marginals_backward((d_joint, None), joint, None, pairs, wanted)
 
 
 def agg_log_prob_marginals_backward(
-    d_joint: Tensor | None,
-    d_marginals: Tensor | None,
+    upstream: Sequence[Tensor | None],
     joint: Tensor,
-    marginals: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights,
+    marginals: Tensor | None,
+    pairs: Pairs,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    return _aggregate_backward(d_joint, d_marginals, joint, marginals, z, mu, logvar, weights, wanted)
+    d_joint, d_marginals = upstream
+    z, mu, logvar = _accumulate(*pairs[:3])
+    total = _PairGradients(z, mu, logvar, wanted)
+    d_log_w = mu.new_zeros(mu.shape[0])
+    for chunk in _chunks(z, mu, logvar):
+        log_w, common = chunk.log_weights(pairs.weights)
+        rows = chunk.rows
+        c = torch.zeros_like(log_w)[..., None]  # [R, N, 1 or D]: what log q(z_id | x_jd) is to be pulled by
+        d_log_w_pairs = torch.zeros_like(log_w)  # [R, N]
+        if d_joint is not None:
+            share = _responsibility(log_w + chunk.log_q.sum(-1), joint[rows, None]) * d_joint[rows, None]
+            c = c + share[..., None]
+            d_log_w_pairs += share
+        if d_marginals is not None and marginals is not None:
+            shares = _responsibility(log_w[..., None] + chunk.log_q, marginals[rows, None])
+            shares = shares * d_marginals[rows, None]
+            c = c + shares
+            d_log_w_pairs += shares.sum(-1)
+        total.add(rows, c)
+        d_log_w += torch.where(common, d_log_w_pairs, 0).sum(0)
+    return total.gradients(pairs.inputs, d_log_w)

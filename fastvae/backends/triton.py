@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from . import installed, settings
-from .contract import kl_scale, kl_shape
+from .contract import OPS, Pairs, kl_scale, kl_shape
 from .settings import WrongSetting, exact_skip, switch
-
-OPS = ("kl_gauss", "sample_gauss", "cross_log_prob", "agg_log_prob", "agg_log_prob_marginals")
 
 
 @functools.cache
@@ -111,7 +109,8 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(launch)
     def on_device(*arguments: Any) -> Any:
-        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        first = next(x for x in arguments if isinstance(x, (Tensor, Pairs)))
+        device = first.device if isinstance(first, Tensor) else first.z.device
         if device.type != "cuda":
             if not _interpreting():
                 raise RuntimeError(

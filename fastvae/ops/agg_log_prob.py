@@ -10,16 +10,15 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backends.contract import LogWeights
 from .declare import declare, declare_backward, empty_gradients, placed
-from .pairs import POSTERIORS, WEIGHTS, ColumnWeights, checked, over_batches, restored, result, save
+from .pairs import POSTERIORS, WEIGHTS, ColumnWeights, as_pairs, checked, over_batches, restored, result, save
 
 # Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
 
 agg_log_prob_op = declare(
     f"agg_log_prob({POSTERIORS}, {WEIGHTS}) -> Tensor",
     lambda z, *_: result(z, z.shape[0]),
-    lambda backend, z, mu, logvar, *weights: backend.agg_log_prob(z, mu, logvar, LogWeights(*weights)),
+    lambda backend, *pairs: backend.agg_log_prob(as_pairs(pairs)),
 )
 _agg_log_prob_backward = declare_backward(
     f"agg_log_prob_backward(Tensor d_joint, Tensor? joint, {POSTERIORS}, {WEIGHTS}, bool[] wanted) -> Tensor[]",
@@ -27,8 +26,8 @@ _agg_log_prob_backward = declare_backward(
         *([] if joint is not None else [result(z, z.shape[0])]),
         *empty_gradients((z, mu, logvar, log_w), rest[-1]),
     ],
-    lambda backend, *arguments: backend.agg_log_prob_backward(
-        *arguments[:5], LogWeights(*arguments[5:10]), arguments[10]
+    lambda backend, d_joint, joint, *pairs: backend.agg_log_prob_backward(
+        d_joint, joint, as_pairs(pairs[:-1]), pairs[-1]
     ),
 )
 

@@ -11,16 +11,15 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backends.contract import LogWeights
 from .declare import declare, declare_backward, empty_gradients, placed
-from .pairs import POSTERIORS, WEIGHTS, restored, result, save
+from .pairs import POSTERIORS, WEIGHTS, as_pairs, restored, result, save
 
 # Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
 
 agg_log_prob_marginals_op = declare(
     f"agg_log_prob_marginals({POSTERIORS}, {WEIGHTS}) -> (Tensor, Tensor)",
     lambda z, *_: (result(z, z.shape[0]), result(z, *z.shape)),
-    lambda backend, z, mu, logvar, *weights: backend.agg_log_prob_marginals(z, mu, logvar, LogWeights(*weights)),
+    lambda backend, *pairs: backend.agg_log_prob_marginals(as_pairs(pairs)),
 )
 _agg_log_prob_marginals_backward = declare_backward(
     "agg_log_prob_marginals_backward(Tensor? d_joint, Tensor? d_marginals, Tensor joint, Tensor marginals,"
@@ -28,8 +27,8 @@ _agg_log_prob_marginals_backward = declare_backward(
     lambda d_joint, d_marginals, joint, marginals, z, mu, logvar, log_w, *rest: empty_gradients(
         (z, mu, logvar, log_w), rest[-1]
     ),
-    lambda backend, *arguments: backend.agg_log_prob_marginals_backward(
-        *arguments[:7], LogWeights(*arguments[7:12]), arguments[12]
+    lambda backend, d_joint, d_marginals, joint, marginals, *pairs: backend.agg_log_prob_marginals_backward(
+        (d_joint, d_marginals), joint, marginals, as_pairs(pairs[:-1]), pairs[-1]
     ),
 )
 

@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..backends.contract import Pairs
 from .checks import accumulated, check_device, check_tensor
 from .declare import declare, declare_backward, empty_gradients, placed
 from .pairs import POSTERIORS, checked, over_batches, result
 
 _cross_log_prob = declare(
-    f"cross_log_prob({POSTERIORS}) -> Tensor", lambda z, mu, logvar: result(z, z.shape[0], mu.shape[0])
+    f"cross_log_prob({POSTERIORS}) -> Tensor",
+    lambda z, mu, logvar: result(z, z.shape[0], mu.shape[0]),
+    lambda backend, *posteriors: backend.cross_log_prob(Pairs(*posteriors)),
 )
 _cross_log_prob_backward = declare_backward(
     f"cross_log_prob_backward(Tensor grad, {POSTERIORS}, bool[] wanted) -> Tensor[]",
     lambda grad, z, mu, logvar, wanted: empty_gradients((z, mu, logvar), wanted),
+    lambda backend, grad, z, mu, logvar, wanted: backend.cross_log_prob_backward(grad, Pairs(z, mu, logvar), wanted),
 )
 
 

@@ -19,24 +19,10 @@ def _fake(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Ten
     return mu.new_empty(kl_shape(reduction, *mu.shape), dtype=accumulation_dtype(mu.dtype))
 
 
-def _fake_backward(
-    grad: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    prior_mu: Tensor | None,
-    prior_logvar: Tensor | None,
-    reduction: str,
-    wanted: list[bool],
-) -> list[Tensor]:
-    return empty_gradients((mu, logvar, prior_mu, prior_logvar), wanted)
-
-
-def _compute(
-    backend: Any, mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str
-) -> Tensor:
-    inputs: tuple[Tensor | None, ...] = (mu, logvar, prior_mu, prior_logvar)
-    if mu.shape[1] == 0 and reduction not in ("none", "sample"):
-        inputs = tuple(None if x is None else x[:1] for x in inputs)  # rows without dimensions are all alike
+def _compute(backend: Any, *arguments: Any) -> Tensor:
+    *inputs, reduction = arguments
+    if inputs[0].shape[1] == 0 and reduction not in ("none", "sample"):
+        inputs = [None if x is None else x[:1] for x in inputs]  # rows without dimensions are all alike
     return backend.kl_gauss(*inputs, reduction)
 
 
@@ -48,7 +34,9 @@ _kl_gauss = declare(
 _kl_gauss_backward = declare_backward(
     "kl_gauss_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar,"
     " str reduction, bool[] wanted) -> Tensor[]",
-    _fake_backward,
+    lambda grad, mu, logvar, prior_mu, prior_logvar, reduction, wanted: empty_gradients(
+        (mu, logvar, prior_mu, prior_logvar), wanted
+    ),
 )
 
 

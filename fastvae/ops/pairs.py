@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.contract import LogWeights, accumulation_dtype
+from ..backends.contract import LogWeights, Pairs, accumulation_dtype
 from .checks import accumulated, check_device, check_indices, check_number, check_posterior, check_tensor, promote
 
 POSTERIORS = "Tensor z, Tensor mu, Tensor logvar"  # of an op's schema: z [S, D]; mu, logvar [N, D]
@@ -62,6 +62,12 @@ def result(z: Tensor, *shape: int) -> Tensor:
     return z.new_empty(shape, dtype=accumulation_dtype(z.dtype))
 
 
+def as_pairs(arguments: Sequence[Any]) -> Pairs:
+    """The Pairs of an op's arguments: z, mu, logvar, and then the fields of LogWeights."""
+    z, mu, logvar, *weights = arguments
+    return Pairs(z, mu, logvar, LogWeights(*weights))
+
+
 def save(ctx: Any, inputs: tuple[Any, ...], *results: Tensor) -> None:
     z, mu, logvar, log_w, log_w_all, own, log_w_own, log_w_next = inputs
     ctx.save_for_backward(*results, z, mu, logvar, log_w, own)
@@ -92,7 +98,9 @@ def checked(
         )
     log_weights = _log_weights(weights, z, mu)
     z, mu, logvar, log_w = promote(z, mu, logvar, log_weights.log_w)  # type: ignore[assignment]
-    return z, mu, logvar, log_weights._replace(log_w=log_w)
+    if log_w is not log_weights.log_w:
+        log_weights = log_weights._replace(log_w=log_w)
+    return z, mu, logvar, log_weights
 
 
 def over_batches(function: Callable[..., Any], z: Tensor, mu: Tensor, logvar: Tensor, *weights: Any) -> Any:

@@ -54,36 +54,12 @@ def _compute(
     return results
 
 
-def _fake_backward(
-    d_z: Tensor | None,
-    d_log_q: Tensor | None,
-    d_log_p: Tensor | None,
-    d_kl: Tensor | None,
-    mu: Tensor,
-    logvar: Tensor,
-    seed: Tensor,
-    n_samples: int | None,
-    wanted: list[bool],
-) -> list[Tensor]:
-    return empty_gradients((mu, logvar), wanted)
-
-
-def _compute_backward(
-    backend: Any,
-    d_z: Tensor | None,
-    d_log_q: Tensor | None,
-    d_log_p: Tensor | None,
-    d_kl: Tensor | None,
-    mu: Tensor,
-    logvar: Tensor,
-    seed: Tensor,
-    n_samples: int | None,
-    wanted: list[bool],
-) -> list[Tensor]:
+def _compute_backward(backend: Any, *arguments: Any) -> list[Tensor]:
+    *upstream, mu, logvar, seed, n_samples, wanted = arguments
     if n_samples is None:
         n_samples = 1
-        d_z, d_log_q, d_log_p = (None if g is None else g.unsqueeze(0) for g in (d_z, d_log_q, d_log_p))
-    return backend.sample_gauss_backward(d_z, d_log_q, d_log_p, d_kl, mu, logvar, seed, n_samples, wanted)
+        upstream[:3] = [None if g is None else g.unsqueeze(0) for g in upstream[:3]]  # all but the KL's
+    return backend.sample_gauss_backward(upstream, mu, logvar, seed, n_samples, wanted)
 
 
 _sample_gauss = declare(
@@ -94,7 +70,7 @@ _sample_gauss = declare(
 _sample_gauss_backward = declare_backward(
     "sample_gauss_backward(Tensor? d_z, Tensor? d_log_q, Tensor? d_log_p, Tensor? d_kl, Tensor mu, Tensor logvar,"
     " Tensor seed, SymInt? n_samples, bool[] wanted) -> Tensor[]",
-    _fake_backward,
+    lambda d_z, d_log_q, d_log_p, d_kl, mu, logvar, seed, n_samples, wanted: empty_gradients((mu, logvar), wanted),
     _compute_backward,
 )
 _draw_seed = declare_random(

@@ -1,6 +1,5 @@
 // joint_i = log sum_j w_ij q(z_i | x_j), never forming [S, N], and its gradients.
 
-#include "ops.h"
 #include "pull.h"
 
 namespace fastvae::FASTVAE_ISA {
@@ -30,13 +29,13 @@ template <class In> struct JointBackward {
 
 }  // namespace
 
-int64_t agg_log_prob_workspace(int dtype, int64_t S, int64_t N, int64_t D, bool backward) {
-    return backward ? workspace_of<JointBackward>(dtype, S, N, D) : workspace_of<JointForward>(dtype, S, N, D);
-}
-
 }  // namespace fastvae::FASTVAE_ISA
 
 using namespace fastvae::FASTVAE_ISA;
+
+int64_t fastvae_cuda_agg_log_prob_workspace(int dtype, int64_t S, int64_t N, int64_t D, int backward) {
+    return backward ? workspace_of<JointBackward>(dtype, S, N, D) : workspace_of<JointForward>(dtype, S, N, D);
+}
 
 int fastvae_cuda_agg_log_prob(int dtype, FASTVAE_CUDA_PAIRS, FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D,
                               void *joint, int exact_skip, void *workspace, int64_t workspace_size,

@@ -2,7 +2,6 @@
 // and their gradients. The joint is agg_log_prob.cu's, the marginals' sums are those of marginals.h.
 
 #include "marginals.h"
-#include "ops.h"
 #include "pull.h"
 
 namespace fastvae::FASTVAE_ISA {
@@ -137,13 +136,13 @@ template <class In> struct MarginalsBackward {
 
 }  // namespace
 
-int64_t agg_log_prob_marginals_workspace(int dtype, int64_t S, int64_t N, int64_t D, bool backward) {
-    return backward ? workspace_of<MarginalsBackward>(dtype, S, N, D) : workspace_of<MarginalsForward>(dtype, S, N, D);
-}
-
 }  // namespace fastvae::FASTVAE_ISA
 
 using namespace fastvae::FASTVAE_ISA;
+
+int64_t fastvae_cuda_agg_log_prob_marginals_workspace(int dtype, int64_t S, int64_t N, int64_t D, int backward) {
+    return backward ? workspace_of<MarginalsBackward>(dtype, S, N, D) : workspace_of<MarginalsForward>(dtype, S, N, D);
+}
 
 int fastvae_cuda_agg_log_prob_marginals(int dtype, FASTVAE_CUDA_PAIRS, FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D,
                                         void *joint, void *marginals, void *workspace, int64_t workspace_size,

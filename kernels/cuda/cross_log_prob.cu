@@ -1,6 +1,5 @@
 // The matrix log q(z_i | x_j) [S, N], and its gradients.
 
-#include "ops.h"
 #include "pull.h"
 
 namespace fastvae::FASTVAE_ISA {
@@ -47,13 +46,13 @@ __global__ __launch_bounds__(kThreads, kBlocks<T, kFold>) void densities(Packed<
 
 }  // namespace
 
-int64_t cross_log_prob_workspace(int dtype, int64_t S, int64_t N, int64_t D, bool backward) {
-    return backward ? workspace_of<CrossBackward>(dtype, S, N, D) : workspace_of<CrossForward>(dtype, S, N, D);
-}
-
 }  // namespace fastvae::FASTVAE_ISA
 
 using namespace fastvae::FASTVAE_ISA;
+
+int64_t fastvae_cuda_cross_log_prob_workspace(int dtype, int64_t S, int64_t N, int64_t D, int backward) {
+    return backward ? workspace_of<CrossBackward>(dtype, S, N, D) : workspace_of<CrossForward>(dtype, S, N, D);
+}
 
 int fastvae_cuda_cross_log_prob(int dtype, FASTVAE_CUDA_PAIRS, int64_t S, int64_t N, int64_t D, void *out,
                                 void *workspace, int64_t workspace_size, void *stream_) {

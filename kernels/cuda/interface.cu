@@ -1,21 +1,10 @@
 // The functions of the C interface that belong to no single op.
 
-#include "ops.h"
+#include "launch.h"
 
 using namespace fastvae::FASTVAE_ISA;
 
 int fastvae_cuda_interface(void) { return FASTVAE_INTERFACE; }
-
-int64_t fastvae_cuda_workspace(int op, int dtype, int64_t S, int64_t N, int64_t D) {
-    const bool backward = op & 1;
-    switch (op & ~1) {
-        case FASTVAE_CUDA_CROSS_LOG_PROB: return cross_log_prob_workspace(dtype, S, N, D, backward);
-        case FASTVAE_CUDA_AGG_LOG_PROB: return agg_log_prob_workspace(dtype, S, N, D, backward);
-        case FASTVAE_CUDA_AGG_LOG_PROB_MARGINALS: return agg_log_prob_marginals_workspace(dtype, S, N, D, backward);
-        case FASTVAE_CUDA_KL_GAUSS: return kl_gauss_workspace(dtype, S, N == 0, D, backward);
-    }
-    return 0;
-}
 
 const char *fastvae_cuda_status_string(int status) {
     if (status == FASTVAE_CUDA_BAD_DTYPE) return "no such dtype";

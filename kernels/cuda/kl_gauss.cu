@@ -5,7 +5,7 @@
 // Sums over rows become partials in float64, which a second kernel adds up in order, unless there was only one block.
 
 #include "exponentials.h"
-#include "ops.h"
+#include "launch.h"
 #include "vectors.h"
 
 namespace fastvae::FASTVAE_ISA {
@@ -227,24 +227,24 @@ template <class In> bool is_wide(const KlInputs<In> &in) {
 
 }  // namespace
 
-int64_t kl_gauss_workspace(int dtype, int64_t B, bool sums_columns, int64_t D, bool backward) {
+}  // namespace fastvae::FASTVAE_ISA
+
+using namespace fastvae::FASTVAE_ISA;
+
+int64_t fastvae_cuda_kl_gauss_workspace(int dtype, int64_t B, int64_t D, int reduction, int backward) {
     int64_t size = 0;
     with_dtype(dtype, [&](auto one) {
         const Division division(B, D, kColumns<decltype(one)>, true);
         Arena counting(nullptr);
         if (backward)
             counting.take<double>(division.rows.count * D), counting.take<double>(division.rows.count * D);
-        else if (division.blocks() > 1)
-            counting.take<double>(sums_columns ? division.blocks() : division.rows.count * D);
+        else if (reduction >= FASTVAE_DIM && division.blocks() > 1)
+            counting.take<double>(reduction == FASTVAE_DIM ? division.rows.count * D : division.blocks());
         size = counting.used();
         return 0;
     });
     return size;
 }
-
-}  // namespace fastvae::FASTVAE_ISA
-
-using namespace fastvae::FASTVAE_ISA;
 
 int fastvae_cuda_kl_gauss(int dtype, const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
                           const void *prior_mu, int64_t prior_mu_stride, const void *prior_logvar,
@@ -265,7 +265,7 @@ int fastvae_cuda_kl_gauss(int dtype, const void *mu, int64_t mu_stride, const vo
                           stream, in, lanes, scale, out);
         }
         const bool dim = reduction == FASTVAE_DIM;
-        if (reduction != FASTVAE_NONE && workspace_size < kl_gauss_workspace(dtype, B, !dim, D, false))
+        if (workspace_size < fastvae_cuda_kl_gauss_workspace(dtype, B, D, reduction, false))
             return FASTVAE_CUDA_WORKSPACE_TOO_SMALL;
         const Division division(B, D, kColumns<In>, reduction != FASTVAE_NONE);
         double *const partials = static_cast<double *>(workspace);

@@ -103,4 +103,19 @@ template <class In> struct Inputs {
           logvar{static_cast<const In *>(logvar), logvar_stride} {}
 };
 
+template <class T> Weights<T> unweighted(int64_t N) { return {nullptr, 0.0, nullptr, 0.0, 0.0, N}; }
+
+// The bytes of workspace that an op's Buffers<In> take for a problem.
+template <template <class> class Buffers> int64_t workspace_of(int dtype, int64_t S, int64_t N, int64_t D) {
+    int64_t size = 0;
+    with_dtype(dtype, [&](auto in) {
+        using In = decltype(in);
+        Arena counting(nullptr);
+        const Buffers<In> buffers(counting, S, N, D, unweighted<Accumulator<In>>(N));
+        size = counting.used();
+        return 0;
+    });
+    return size;
+}
+
 }  // namespace fastvae::FASTVAE_ISA

@@ -2,7 +2,7 @@
 // depend on the seed and an element's index alone, by Philox4x32-10 and Box-Muller, as kernels/cpu/philox.h says.
 
 #include "exponentials.h"
-#include "ops.h"
+#include "launch.h"
 #include "philox_rounds.h"
 #include "vectors.h"
 

@@ -2,8 +2,8 @@
  *
  * What fastvae.h says of shapes, strides, NULL, weights and reductions holds here too. All pointers are to memory that
  * the device can read, `stream` is a cudaStream_t of the current device, and a call returns once its kernels are in the
- * stream. Nothing is allocated: `workspace` has as many bytes as fastvae_cuda_workspace says, aligned to 256, and is free
- * again when the stream has come so far.
+ * stream. Nothing is allocated: `workspace` has as many bytes as the op's function fastvae_cuda_<op>_workspace says for it,
+ * or for its backward, aligned to 256, and is free again when the stream has come so far.
  *
  * `dtype` is that of mu and logvar, and of z and of all gradients but d_log_w. Everything else has the dtype that sums
  * are taken in: float64 for float64, else float32. Rows may be strided where a stride is asked for, and are contiguous.
@@ -29,24 +29,10 @@ enum fastvae_cuda_status {
     FASTVAE_CUDA_ERROR = 1000
 };
 
-enum fastvae_cuda_op {
-    FASTVAE_CUDA_CROSS_LOG_PROB = 0,
-    FASTVAE_CUDA_CROSS_LOG_PROB_BACKWARD = 1,
-    FASTVAE_CUDA_AGG_LOG_PROB = 2,
-    FASTVAE_CUDA_AGG_LOG_PROB_BACKWARD = 3,
-    FASTVAE_CUDA_AGG_LOG_PROB_MARGINALS = 4,
-    FASTVAE_CUDA_AGG_LOG_PROB_MARGINALS_BACKWARD = 5,
-    FASTVAE_CUDA_KL_GAUSS = 6,          /* S and N: the batch and 1, or 0 for a sum over columns too */
-    FASTVAE_CUDA_KL_GAUSS_BACKWARD = 7
-};
-
 #define FASTVAE_EXPORT __attribute__((visibility("default")))
 
 /* FASTVAE_INTERFACE of the headers that the library was built with: to be asked for before anything else. */
 FASTVAE_EXPORT int fastvae_cuda_interface(void);
-
-/* The bytes that an op needs; sampling needs none. */
-FASTVAE_EXPORT int64_t fastvae_cuda_workspace(int op, int dtype, int64_t S, int64_t N, int64_t D);
 
 /* What a status means. */
 FASTVAE_EXPORT const char *fastvae_cuda_status_string(int status);
@@ -56,6 +42,7 @@ FASTVAE_EXPORT const char *fastvae_cuda_version(void);
 /* Whether kernels run on the host, one thread at a time: a build for tests. */
 FASTVAE_EXPORT int fastvae_cuda_simulated(void);
 
+FASTVAE_EXPORT int64_t fastvae_cuda_kl_gauss_workspace(int dtype, int64_t B, int64_t D, int reduction, int backward);
 FASTVAE_EXPORT int fastvae_cuda_kl_gauss(int dtype, const void *mu, int64_t mu_stride, const void *logvar,
                                          int64_t logvar_stride, const void *prior_mu, int64_t prior_mu_stride,
                                          const void *prior_logvar, int64_t prior_logvar_stride, int64_t B, int64_t D,
@@ -82,12 +69,14 @@ FASTVAE_EXPORT int fastvae_cuda_sample_gauss_backward(int dtype, const void *d_z
 #define FASTVAE_CUDA_PAIRS                                                                                       \
     const void *z, int64_t z_stride, const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride
 
+FASTVAE_EXPORT int64_t fastvae_cuda_cross_log_prob_workspace(int dtype, int64_t S, int64_t N, int64_t D, int backward);
 FASTVAE_EXPORT int fastvae_cuda_cross_log_prob(int dtype, FASTVAE_CUDA_PAIRS, int64_t S, int64_t N, int64_t D,
                                                void *out, void *workspace, int64_t workspace_size, void *stream);
 FASTVAE_EXPORT int fastvae_cuda_cross_log_prob_backward(int dtype, const void *grad, FASTVAE_CUDA_PAIRS, int64_t S,
                                                         int64_t N, int64_t D, void *d_z, void *d_mu, void *d_logvar,
                                                         void *workspace, int64_t workspace_size, void *stream);
 
+FASTVAE_EXPORT int64_t fastvae_cuda_agg_log_prob_workspace(int dtype, int64_t S, int64_t N, int64_t D, int backward);
 FASTVAE_EXPORT int fastvae_cuda_agg_log_prob(int dtype, FASTVAE_CUDA_PAIRS, FASTVAE_WEIGHTS, int64_t S, int64_t N,
                                              int64_t D, void *joint, int exact_skip, void *workspace,
                                              int64_t workspace_size, void *stream);
@@ -98,6 +87,8 @@ FASTVAE_EXPORT int fastvae_cuda_agg_log_prob_backward(int dtype, const void *d_j
                                                       int exact_skip, void *workspace, int64_t workspace_size,
                                                       void *stream);
 
+FASTVAE_EXPORT int64_t fastvae_cuda_agg_log_prob_marginals_workspace(int dtype, int64_t S, int64_t N, int64_t D,
+                                                                     int backward);
 FASTVAE_EXPORT int fastvae_cuda_agg_log_prob_marginals(int dtype, FASTVAE_CUDA_PAIRS, FASTVAE_WEIGHTS, int64_t S,
                                                        int64_t N, int64_t D, void *joint, void *marginals,
                                                        void *workspace, int64_t workspace_size, void *stream);

@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tensor_cores
-from ._launch import Config, cdiv, empty_like, fastest, launch
+from ._launch import Config, cdiv, fastest, launch
 from .early_exit import balanced, early_order, margin, of_rows, of_rows_backward, squares_unless_far, steep, wants_look
 from .elementary import INF, times
 from .grids import Grid, configs, constants, grid, has_tensor_cores, kind_of
 from .log_sum_exp import combine_ranges, highest, put_together, room_for_ranges, share_factor, summed
-from .packing import LogWeights, Packed, in_order, new, pack
-from .pair_gradients import any_far, clear, columns_gradients, pull_columns
+from .packing import Packed, Pairs, in_order, new, pack
+from .pair_gradients import any_far, clear, columns_gradients, new_gradients, pull_columns
 from .row_sums import joint_rows
 from .tiles import (
     add_log_weights,
@@ -162,17 +162,17 @@ def _operands(packed: Packed) -> tuple[Tensor | float | None, ...]:
     return packed.samples, packed.far_samples, packed.columns, packed.far_columns, *packed.weights
 
 
-def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, early_exit: bool, tf32x3: bool) -> Tensor:
+def agg_log_prob(pairs: Pairs, early_exit: bool, tf32x3: bool) -> Tensor:
     """The joint [S]. With `early_exit` tiles whose pairs are all too far to show may be left out; with `tf32x3` tensor
     cores may be used, less exactly."""
+    z, mu, logvar, (_, _, own, *_) = pairs
     if tf32x3 and z.dtype != torch.float64 and has_tensor_cores():
-        return tensor_cores.agg_log_prob(z, mu, logvar, weights)
-    packed = pack(z, mu, logvar, weights, order=early_order(mu, logvar, early_exit))
+        return tensor_cores.agg_log_prob(pairs)
+    packed = pack(pairs, order=early_order(mu, logvar, early_exit))
     S, N, D = packed.S, packed.N, packed.D
     joint = new(packed, S)
     if S == 0:
         return joint
-    _, _, own, *_ = weights
     exits = of_rows(packed, own)
 
     def run(config: Config) -> Tensor:
@@ -229,29 +229,22 @@ def pull_on_columns(
 def agg_log_prob_backward(
     d_joint: Tensor,
     joint: Tensor | None,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights,
+    pairs: Pairs,
     wanted: Sequence[bool],
     early_exit: bool,
     tf32x3: bool,
 ) -> list[Tensor]:
     """The gradients; where `joint` is None, after the joint, which is computed first. `tf32x3` is for that alone."""
     if joint is None:
-        joint = agg_log_prob(z, mu, logvar, weights, early_exit, tf32x3)
-        return [joint, *agg_log_prob_backward(d_joint, joint, z, mu, logvar, weights, wanted, early_exit, tf32x3)]
-    packed = pack(z, mu, logvar, weights, order=early_order(mu, logvar, early_exit))
+        joint = agg_log_prob(pairs, early_exit, tf32x3)
+        return [joint, *agg_log_prob_backward(d_joint, joint, pairs, wanted, early_exit, tf32x3)]
+    _, mu, logvar, _ = pairs
+    packed = pack(pairs, order=early_order(mu, logvar, early_exit))
     S, N, D = packed.S, packed.N, packed.D
-    log_w, *_ = weights
-    gradients = [
-        empty_like(x) if want and x is not None else None
-        for x, want in zip((z, mu, logvar, log_w), wanted, strict=True)
-    ]
-    d_z, d_mu, d_logvar, d_log_w = gradients
+    d_z, d_mu, d_logvar, d_log_w = gradients = new_gradients(pairs, wanted)
     m, factors = shares_of_rows(packed, d_joint, joint, d_z)
     if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
-        g = grid(N, S, D, packed.dtype, z.device, kind_of(packed, reduce=True))
+        g = grid(N, S, D, packed.dtype, joint.device, kind_of(packed, reduce=True))
         sums = None if d_mu is None and d_logvar is None else new(packed, g.splits, 2, N, D)
         shares = new(packed, g.splits, N)
         common = None if d_log_w is None else new(packed, g.splits, N)

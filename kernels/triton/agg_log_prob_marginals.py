@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import empty_like, launch
+from ._launch import launch
 from .agg_log_prob import agg_log_prob_backward, pull_on_columns, shares_of_rows
 from .elementary import INF
 from .grids import constants, grid, grid_per_dimension, kind_of
 from .log_sum_exp import put_together, room_for_ranges, summed
 from .marginal_rows import marginal_operands, marginal_program, marginal_shares_of_rows
-from .packing import PANEL, LogWeights, new, pack
-from .pair_gradients import columns_gradients, held_finite
+from .packing import PANEL, Pairs, new, pack
+from .pair_gradients import columns_gradients, held_finite, new_gradients
 from .row_sums import joint_program
 from .tiles import (
     add_log_weights,
@@ -138,14 +138,14 @@ def _marginal_columns(
         tl.store(to, tl.sum(common_share, 3, keep_dims=True), inside)
 
 
-def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> tuple[Tensor, Tensor]:
-    packed = pack(z, mu, logvar, weights, marginals=True)
+def agg_log_prob_marginals(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    packed = pack(pairs, marginals=True)
     S, N, D = packed.S, packed.N, packed.D
     joint, marginals = new(packed, S), new(packed, S, D)
     if S == 0:
         return joint, marginals
     kind = kind_of(packed, reduce=False)
-    g, each = (choose(S, N, D, packed.dtype, z.device, kind) for choose in (grid, grid_per_dimension))
+    g, each = (choose(S, N, D, packed.dtype, joint.device, kind) for choose in (grid, grid_per_dimension))
     joint_parts, parts = room_for_ranges(joint, g.splits, S), room_for_ranges(marginals, each.splits, D, S)
     launch(
         *(_joint_and_marginals, (g.programs + each.programs,)),
@@ -160,29 +160,21 @@ def agg_log_prob_marginals(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWe
 
 
 def agg_log_prob_marginals_backward(
-    d_joint: Tensor | None,
-    d_marginals: Tensor | None,
+    upstream: Sequence[Tensor | None],
     joint: Tensor,
     marginals: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights,
+    pairs: Pairs,
     wanted: Sequence[bool],
     early_exit: bool,
 ) -> list[Tensor]:
     """The gradients; where only the joint's are asked for, `early_exit` may leave out pairs."""
-    S, D, N = *z.shape, mu.shape[0]
-    if d_marginals is None or D == 0:
+    d_joint, d_marginals = upstream
+    if d_marginals is None or marginals.shape[1] == 0:
         d_joint = torch.zeros_like(joint) if d_joint is None else d_joint
-        return agg_log_prob_backward(d_joint, joint, z, mu, logvar, weights, wanted, early_exit, tf32x3=False)
-    packed = pack(z, mu, logvar, weights, marginals=True)
-    log_w, *_ = weights
-    gradients = [
-        empty_like(x) if want and x is not None else None
-        for x, want in zip((z, mu, logvar, log_w), wanted, strict=True)
-    ]
-    d_z, d_mu, d_logvar, d_log_w = gradients
+        return agg_log_prob_backward(d_joint, joint, pairs, wanted, early_exit, tf32x3=False)
+    packed = pack(pairs, marginals=True)
+    S, N, D = packed.S, packed.N, packed.D
+    d_z, d_mu, d_logvar, d_log_w = gradients = new_gradients(pairs, wanted)
     joint_d_z: Tensor | None = None
     joint_shares: tuple[Tensor, Tensor] | None = None
     if d_joint is not None:
@@ -192,7 +184,7 @@ def agg_log_prob_marginals_backward(
     shares = marginal_shares_of_rows(packed, d_marginals, joint_d_z, d_z)
     if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
         kind = kind_of(packed, reduce=True)
-        g, each = (choose(N, S, D, packed.dtype, z.device, kind) for choose in (grid, grid_per_dimension))
+        g, each = (choose(N, S, D, packed.dtype, joint.device, kind) for choose in (grid, grid_per_dimension))
         n = 0 if joint_shares is None else g.splits
         sums = None if d_mu is None and d_logvar is None else new(packed, n + each.splits, 2, N, D)
         total_shares = new(packed, n, N)

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import add_up, empty_like, launch
+from ._launch import add_up, launch
 from .elementary import LN2
 from .grids import Kind, grid
 from .log_sum_exp import summed
-from .packing import new, pack
-from .pair_gradients import any_far, clear, columns_gradients, pull_columns, pull_samples
+from .packing import UNWEIGHTED, Pairs, new, pack
+from .pair_gradients import any_far, clear, columns_gradients, new_gradients, pull_columns, pull_samples
 from .tiles import FOLD, INV_KAPPA2, is_far, minus_squares, offset, owned, passing, square_sums, step
 
 
@@ -118,33 +118,30 @@ def _cross_columns(
     tl.store(shares + at, tl.sum(share, 3, keep_dims=True), inside_columns)
 
 
-def cross_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    packed = pack(z, mu, logvar)
+def cross_log_prob(pairs: Pairs) -> Tensor:
+    packed = pack((*pairs[:3], UNWEIGHTED))
     S, N, D = packed.S, packed.N, packed.D
     out = new(packed, S, N)
     if S and N:
-        g = grid(S, N, D, packed.dtype, z.device, Kind(matrix=True))
+        g = grid(S, N, D, packed.dtype, out.device, Kind(matrix=True))
         arguments = (packed.samples, packed.columns, packed.far_columns, packed.c, out, S, N, D, g.blocks, g.tiles)
         launch(_cross_log_prob, (g.programs,), *arguments, **{"TWO_LEVELS": FOLD.value < D, **g.config})
     return out
 
 
-def cross_log_prob_backward(
-    grad: Tensor, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]
-) -> list[Tensor]:
-    packed = pack(z, mu, logvar)
+def cross_log_prob_backward(grad: Tensor, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
+    packed = pack((*pairs[:3], UNWEIGHTED))
     S, N, D = packed.S, packed.N, packed.D
-    inputs = (z, mu, logvar)
-    d_z, d_mu, d_logvar = gradients = [empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
+    d_z, d_mu, d_logvar = gradients = new_gradients(pairs, wanted)
     operands = (packed.samples, packed.far_samples, packed.columns, packed.far_columns, grad, *grad.stride())
     if d_z is not None and S > 0:
-        g = grid(S, N, D, packed.dtype, z.device, Kind(reduce=True, matrix=True))
+        g = grid(S, N, D, packed.dtype, grad.device, Kind(reduce=True, matrix=True))
         sums = new(packed, g.splits, S, D)
         launch(_cross_rows, (g.programs,), *operands, sums, S, N, D, g.blocks, g.tiles, 1, **g.config)
         scale = -1.0 if packed.dtype == torch.float64 else -INV_KAPPA2.value
         add_up(sums.view(1, g.splits, S * D), [d_z.view(-1)], scale)
     if N > 0 and not (d_mu is None and d_logvar is None):
-        g = grid(N, S, D, packed.dtype, z.device, Kind(reduce=True, matrix=True))
+        g = grid(N, S, D, packed.dtype, grad.device, Kind(reduce=True, matrix=True))
         sums, shares = new(packed, g.splits, 2, N, D), new(packed, g.splits, N)
         launch(_cross_columns, (g.programs,), *operands, sums, shares, S, N, D, g.blocks, g.tiles, 1, **g.config)
         columns_gradients(packed, sums, shares, None, d_mu, d_logvar, None)

@@ -208,6 +208,7 @@ DIRECT = Limits(128.0, 2.0**30)
 # columns, and log_w_next of those after them modulo N, where these are not None.
 LogWeights = tuple[Tensor | None, float | None, Tensor | None, float | None, float | None]
 UNWEIGHTED: LogWeights = (None, 0.0, None, None, None)
+Pairs = tuple[Tensor, Tensor, Tensor, LogWeights]  # z [S, D], mu and logvar [N, D] of any strides, and the weights
 
 
 class Packed(NamedTuple):
@@ -250,16 +251,9 @@ def new(packed: Packed, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=packed.dtype, device=packed.samples.device)
 
 
-def pack(
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    weights: LogWeights = UNWEIGHTED,
-    marginals: bool = False,
-    limits: Limits = DIRECT,
-    order: Tensor | None = None,
-) -> Packed:
-    """Packs z [S, D], mu and logvar [N, D], of any strides, in one launch."""
+def pack(pairs: Pairs, marginals: bool = False, limits: Limits = DIRECT, order: Tensor | None = None) -> Packed:
+    """Packs samples and columns in one launch."""
+    z, mu, logvar, weights = pairs
     (S, D), N = z.shape, mu.shape[0]
     dtype = accumulation_dtype(z.dtype)
     row_panels, column_panels = cdiv(S, PANEL.value), cdiv(N, PANEL.value)

@@ -13,14 +13,16 @@ sum, so that a program reads and writes its own sums in memory, [owned, D], once
 another's.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, resources, target
+from ._launch import cdiv, empty_like, launch, resources, target
 from .elementary import largest
 from .log_sum_exp import summed
-from .packing import DIRECT, PANEL, Packed, in_order
+from .packing import DIRECT, PANEL, Packed, Pairs, in_order
 from .tiles import far_t, inverse_kappa2, is_far, load_pair, offset, step
 
 MODERATE = tl.constexpr(DIRECT.MODERATE)
@@ -195,6 +197,13 @@ def _combine_columns(
             if d_logvar is not None:
                 pull = 0.5 * (x2 * inverse_kappa2(ACC) - share[:, None])
                 tl.store(d_logvar + to, pull.to(d_logvar.dtype.element_ty), mask)
+
+
+def new_gradients(pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Memory for the gradients of z, mu, logvar and log_w, for those that are wanted."""
+    z, mu, logvar, (log_w, *_) = pairs
+    inputs = (z, mu, logvar, log_w)[: len(wanted)]
+    return [empty_like(x) if want and x is not None else None for x, want in zip(inputs, wanted, strict=True)]
 
 
 def columns_gradients(

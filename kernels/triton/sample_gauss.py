@@ -255,10 +255,7 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
 
 
 def sample_gauss_backward(
-    d_z: Tensor | None,
-    d_log_q: Tensor | None,
-    d_log_p: Tensor | None,
-    d_kl: Tensor | None,
+    upstream: Sequence[Tensor | None],
     mu: Tensor,
     logvar: Tensor,
     seed: Tensor,
@@ -267,7 +264,7 @@ def sample_gauss_backward(
 ) -> list[Tensor]:
     B, D = mu.shape
     L = n_samples
-    upstream = [None if g is None else g.contiguous() for g in (d_z, d_log_q, d_log_p, d_kl)]
+    upstream = [None if g is None else g.contiguous() for g in upstream]
     gradients = [empty_like(x) if want else None for x, want in zip((mu, logvar), wanted, strict=True)]
     inputs = (rows(mu, B), rows(logvar, B))
     unit = unit_of(mu.dtype, D, *(stride for _, stride in inputs))

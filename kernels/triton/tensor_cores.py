@@ -20,7 +20,7 @@ from torch import Tensor
 from ._launch import launch
 from .grids import matrix_grid
 from .log_sum_exp import add_terms, log_of, nothing, put_together, room_for_ranges
-from .packing import PANEL, Limits, LogWeights, new, pack
+from .packing import PANEL, Limits, Pairs, new, pack
 from .tiles import add_log_weights, far_t, is_far, load_pair, meets_own, minus_squares, offset, step
 
 LIMITS = Limits(32.0, 2.0**30)
@@ -98,13 +98,13 @@ def _joint_rows_tf32x3(
         tl.store(totals + split.to(tl.int64) * S + i, total, i < S)
 
 
-def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights) -> Tensor:
-    packed = pack(z, mu, logvar, weights, limits=LIMITS)
+def agg_log_prob(pairs: Pairs) -> Tensor:
+    packed = pack(pairs, limits=LIMITS)
     S, N, D = packed.S, packed.N, packed.D
     joint = new(packed, S)
     if S == 0:
         return joint
-    g = matrix_grid(S, N, D, z.device)
+    g = matrix_grid(S, N, D, joint.device)
     ms, totals = room_for_ranges(joint, g.splits, S)
     OWN, NEXT = packed.overridden
     launch(

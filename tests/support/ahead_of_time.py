@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae.backends import triton as triton_backend
-from fastvae.backends.contract import LogWeights
+from fastvae.backends.contract import LogWeights, Pairs
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -98,10 +98,10 @@ def sample_backward(L: int, B: int, D: int, outputs: str, dtype: torch.dtype = t
     wide = torch.promote_types(dtype, torch.float32)
     shapes = {"z": (L, B, D), "q": (L, B), "p": (L, B), "k": (B,)}
     upstream = [meta(*s, dtype=dtype if o == "z" else wide) if o in outputs else None for o, s in shapes.items()]
-    return lambda: op("sample_gauss_backward", *upstream, x, x, meta(dtype=torch.int64), L, [True, True])
+    return lambda: op("sample_gauss_backward", upstream, x, x, meta(dtype=torch.int64), L, [True, True])
 
 
-class Pairs(NamedTuple):
+class Problem(NamedTuple):
     """A problem for the cross-evaluated kernels, with weights for own columns and the next where `own`."""
 
     S: int
@@ -111,14 +111,12 @@ class Pairs(NamedTuple):
     dtype: torch.dtype = torch.float32
 
     @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return tuple(meta(n, self.D, dtype=self.dtype) for n in (self.S, self.N, self.N))
-
-    @property
-    def weights(self) -> LogWeights:
+    def pairs(self) -> Pairs:
+        weights = LogWeights(None, -1.0)
         if self.own:
-            return LogWeights(meta(self.N, dtype=self.dtype), None, meta(self.S, dtype=torch.int64), -0.5, 0.5)
-        return LogWeights(None, -1.0, None, None, None)
+            weights = LogWeights(meta(self.N, dtype=self.dtype), None, meta(self.S, dtype=torch.int64), -0.5, 0.5)
+        z, mu, logvar = (meta(n, self.D, dtype=self.dtype) for n in (self.S, self.N, self.N))
+        return Pairs(z, mu, logvar, weights)
 
     def result(self, *shape: int) -> Tensor:
         return meta(*shape, dtype=torch.promote_types(self.dtype, torch.float32))
@@ -128,20 +126,18 @@ def pairs(
     name: str, *problem: Any, want_z: bool = True, precision: str = "exact", early: bool = False
 ) -> Callable[[], object]:
     """A cross-evaluated op, or its backward for all gradients, or for all but that of z; with early exit or without."""
-    p = Pairs(*problem)
+    p = Problem(*problem)
     joint, marginals, matrix = p.result(p.S), p.result(p.S, p.D), p.result(p.S, p.N)
     wanted = [want_z, True, True, p.own]
-    results = {
-        "cross_log_prob_backward": (matrix,),
-        "agg_log_prob_backward": (joint, joint),
-        "agg_log_prob_marginals_backward": (joint, marginals, joint, marginals),
+    of_backward: dict[str, tuple[Any, ...]] = {
+        "cross_log_prob_backward": (matrix, p.pairs, wanted[:3]),
+        "agg_log_prob_backward": (joint, joint, p.pairs, wanted),
+        "agg_log_prob_marginals_backward": ((joint, marginals), joint, marginals, p.pairs, wanted),
     }
-    weights = () if name.startswith("cross") else (p.weights,)
-    last = () if name not in results else (wanted[:3],) if name.startswith("cross") else (wanted,)
 
     def launch() -> object:
         with fastvae.use(precision=precision, exact_skip=early):
-            return op(name, *results.get(name, ()), *p.inputs, *weights, *last)
+            return op(name, *of_backward.get(name, (p.pairs,)))
 
     return launch
 
