@@ -1,5 +1,6 @@
-"""A library of another revision than the package's is refused, not called."""
+"""The package calls the libraries as their headers declare; one of another revision is refused, not called."""
 
+import ctypes
 import hashlib
 import os
 import re
@@ -8,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.helpers import DTYPES
 from support.host_simt import ROOT, needed
 
-from fastvae.backends import c_interface
+from fastvae.backends import c_interface, cuda, native_library
 
 HEADERS = [ROOT / "kernels" / "include" / name for name in ("fastvae.h", "fastvae_cuda.h")]
 DECLARED = (3, "8d5f795be552bb54")  # the interface's number, and the digest of what it declares
@@ -29,6 +31,52 @@ def test_the_number_rises_with_the_declarations() -> None:
         "The C interface has changed. Raise its number, FASTVAE_INTERFACE in fastvae.h and INTERFACE in"
         " fastvae/backends/c_interface.py; then DECLARED is what this test finds."
     )
+
+
+TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "double": ctypes.c_double}  # others are pointers
+
+
+def declared(pattern: str) -> dict[str, tuple[type, ...]]:
+    """The types of parameters of the functions that the headers declare so, by name and in order."""
+    text = declarations()
+    macros = dict(re.findall(r"#define (FASTVAE_(?:WEIGHTS|CUDA_PAIRS)) \\? ?([^#]*?)(?= FASTVAE| #| typedef)", text))
+    found = {}
+    for name, parameters in re.findall(pattern + r"\(([^()]*)\);", text):
+        for macro, meaning in macros.items():
+            parameters = parameters.replace(macro, meaning)
+        kinds = ["*" if "*" in x else x.replace("const ", "").split()[0] for x in parameters.split(",")]
+        found[name] = tuple(TYPES.get(kind, ctypes.c_void_p) for kind in kinds)
+    return found
+
+
+def test_the_table_of_kernels_is_the_headers() -> None:
+    fields = {name: function._argtypes_ for name, function in native_library.Kernels._fields_}
+    kernels = declared(r"int \(\*(\w+)\)")
+    assert list(fields) == list(kernels)
+    assert fields == kernels
+
+
+def test_cudas_functions_are_the_headers() -> None:
+    kernels = {name: (ctypes.c_int, *kinds, ctypes.c_void_p) for name, kinds in cuda._FUNCTIONS.items()}
+    sizes = {f"{op}_workspace": (ctypes.c_int, *kinds, ctypes.c_int) for op, kinds in cuda._WORKSPACES.items()}
+    functions = declared(r"fastvae_cuda_(\w+)")
+    of_no_op = ("interface", "status_string", "version", "simulated")
+    assert kernels | sizes == {name: kinds for name, kinds in functions.items() if name not in of_no_op}
+
+
+def test_every_kernel_is_in_its_table() -> None:
+    """A file of kernels adds its own to the table: none is forgotten."""
+    if native_library.missing():
+        pytest.skip(native_library.missing())
+    for isa in native_library.instruction_sets():
+        for dtype in DTYPES:
+            table = native_library.kernels_for(isa, dtype)
+            assert all(getattr(table, name) for name, _ in table._fields_), isa
+
+
+def test_every_kernel_is_run_without_python() -> None:
+    threads = (ROOT / "tests" / "native" / "threads.cpp").read_text()
+    assert [name for name, _ in native_library.Kernels._fields_ if f"k.{name}(" not in threads] == []
 
 
 @pytest.mark.parametrize("number", [c_interface.INTERFACE + 1, None])
