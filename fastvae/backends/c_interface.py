@@ -1,8 +1,8 @@
-"""Calls of a plain C interface by ctypes: what the backends `native` and `cuda` have in common."""
+"""The C interfaces of kernels/include/, as ctypes calls them, and what the backends that do so have in common."""
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_double, c_int64, c_void_p
+from ctypes import c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,57 @@ from . import installed
 from .contract import LogWeights
 from .settings import WrongSetting, setting
 
-INTERFACE = 3  # FASTVAE_INTERFACE of kernels/include/fastvae.h, which the backends mirror
+INTERFACE = 0x5502DF2  # FASTVAE_INTERFACE of kernels/include/fastvae.h
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
 SIZES = (c_int64,) * 3  # S, N, D or L, B, D
 WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)
 REDUCTION_CODE = {"none": 0, "sample": 1, "dim": 2}  # others: 3, a scalar
 
 
-def pointers(n: int) -> tuple[type, ...]:
+def _pointers(n: int) -> tuple[type, ...]:
     return (c_void_p,) * n
+
+
+_PAIRS = _pointers(3)
+_PAIRS_OF_ROWS = ROWS * 3
+_WORKSPACE = (c_void_p, c_int64)
+
+# What the headers declare, to which tests/backends/test_c_interface.py holds it. Of fastvae.h the table of kernels, in
+# its order, without their last parameter, `threads`.
+KERNELS: dict[str, tuple[type, ...]] = {
+    "kl_gauss": (*ROWS * 4, *SIZES[:2], c_int, c_double, c_void_p),
+    "kl_gauss_backward": (*ROWS, c_int64, c_double, *ROWS * 4, *SIZES[:2], *_pointers(4)),
+    "sample_gauss": (*ROWS * 2, c_void_p, *SIZES, *_pointers(4)),
+    "sample_gauss_backward": (*_pointers(4), *ROWS * 2, c_void_p, *SIZES, *_pointers(2)),
+    "cross_log_prob": (*_PAIRS, *SIZES, c_void_p),
+    "cross_log_prob_backward": (c_void_p, *_PAIRS, *SIZES, *_pointers(3)),
+    "agg_log_prob": (*_PAIRS, *WEIGHTS, *SIZES, c_void_p, c_int),
+    "agg_log_prob_backward": (c_void_p, *_PAIRS, *WEIGHTS, *SIZES, *_pointers(5), c_int),
+    "agg_log_prob_marginals": (*_PAIRS, *WEIGHTS, *SIZES, *_pointers(2)),
+    "agg_log_prob_marginals_backward": (*_pointers(4), *_PAIRS, *WEIGHTS, *SIZES, *_pointers(4)),
+}
+# Of fastvae_cuda.h the functions fastvae_cuda_<name>, without the dtype before and the stream after these.
+CUDA_FUNCTIONS: dict[str, tuple[type, ...]] = {
+    "kl_gauss": (*ROWS * 4, *SIZES[:2], c_int, c_double, c_void_p, *_WORKSPACE),
+    "kl_gauss_backward": (*ROWS, c_int64, c_double, *ROWS * 4, *SIZES[:2], *_pointers(4), *_WORKSPACE),
+    "sample_gauss": (*ROWS * 2, c_void_p, *SIZES, *_pointers(4)),
+    "sample_gauss_backward": (*_pointers(4), *ROWS * 2, c_void_p, *SIZES, *_pointers(2)),
+    "cross_log_prob": (*_PAIRS_OF_ROWS, *SIZES, c_void_p, *_WORKSPACE),
+    "cross_log_prob_backward": (c_void_p, *_PAIRS_OF_ROWS, *SIZES, *_pointers(3), *_WORKSPACE),
+    "agg_log_prob": (*_PAIRS_OF_ROWS, *WEIGHTS, *SIZES, c_void_p, c_int, *_WORKSPACE),
+    "agg_log_prob_backward": (c_void_p, *_PAIRS_OF_ROWS, *WEIGHTS, *SIZES, *_pointers(5), c_int, *_WORKSPACE),
+    "agg_log_prob_marginals": (*_PAIRS_OF_ROWS, *WEIGHTS, *SIZES, *_pointers(2), *_WORKSPACE),
+    "agg_log_prob_marginals_backward": (
+        *(*_pointers(2), *_PAIRS_OF_ROWS, *WEIGHTS, *SIZES, *_pointers(4), *_WORKSPACE),
+    ),
+}
+# And the functions fastvae_cuda_<op>_workspace, without the dtype before and `backward` after these.
+CUDA_WORKSPACES: dict[str, tuple[type, ...]] = {
+    "kl_gauss": (*SIZES[:2], c_int),
+    "cross_log_prob": SIZES,
+    "agg_log_prob": SIZES,
+    "agg_log_prob_marginals": SIZES,
+}
 
 
 def load(library: str, variable: str, interface: str, build: Callable[[], str]) -> ctypes.CDLL:

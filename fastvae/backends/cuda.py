@@ -1,4 +1,4 @@
-"""The CUDA C++ library, through ctypes: see kernels/include/fastvae_cuda.h, which this file mirrors.
+"""The contract's functions by the CUDA C++ library, through ctypes: see kernels/include/fastvae_cuda.h.
 
 It is built by `make cuda`, not by pip, and loaded when it is first asked about. A build that runs kernels on the host,
 one thread at a time, is for tests; it computes on CPU tensors.
@@ -7,7 +7,7 @@ one thread at a time, is for tests; it computes on CPU tensors.
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -21,30 +21,6 @@ from .settings import exact_skip
 LIBRARY = "libfastvae_cuda.so"
 WHY_NOT = "libfastvae_cuda.txt"  # what a build that failed leaves instead
 
-_PAIRS = c.ROWS * 3
-_WORKSPACE = (c_void_p, c_int64)
-
-
-# The parameters of each function between the dtype and the stream.
-_FUNCTIONS: dict[str, tuple[type, ...]] = {
-    "kl_gauss": (*c.ROWS * 4, *c.SIZES[:2], c_int, c_double, c_void_p, *_WORKSPACE),
-    "kl_gauss_backward": (*c.ROWS, c_int64, c_double, *c.ROWS * 4, *c.SIZES[:2], *c.pointers(4), *_WORKSPACE),
-    "sample_gauss": (*c.ROWS * 2, c_void_p, *c.SIZES, *c.pointers(4)),
-    "sample_gauss_backward": (*c.pointers(4), *c.ROWS * 2, c_void_p, *c.SIZES, *c.pointers(2)),
-    "cross_log_prob": (*_PAIRS, *c.SIZES, c_void_p, *_WORKSPACE),
-    "cross_log_prob_backward": (c_void_p, *_PAIRS, *c.SIZES, *c.pointers(3), *_WORKSPACE),
-    "agg_log_prob": (*_PAIRS, *c.WEIGHTS, *c.SIZES, c_void_p, c_int, *_WORKSPACE),
-    "agg_log_prob_backward": (c_void_p, *_PAIRS, *c.WEIGHTS, *c.SIZES, *c.pointers(5), c_int, *_WORKSPACE),
-    "agg_log_prob_marginals": (*_PAIRS, *c.WEIGHTS, *c.SIZES, *c.pointers(2), *_WORKSPACE),
-    "agg_log_prob_marginals_backward": (*c.pointers(2), *_PAIRS, *c.WEIGHTS, *c.SIZES, *c.pointers(4), *_WORKSPACE),
-}
-# The parameters between the dtype and the last, `backward`, of the functions that say how large workspaces are.
-_WORKSPACES: dict[str, tuple[type, ...]] = {
-    "kl_gauss": (*c.SIZES[:2], c_int),
-    "cross_log_prob": c.SIZES,
-    "agg_log_prob": c.SIZES,
-    "agg_log_prob_marginals": c.SIZES,
-}
 _OF_CAPTURE = (1900, 1901)  # FASTVAE_CUDA_ERROR + cudaErrorStreamCaptureUnsupported, cudaErrorStreamCaptureInvalidated
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -53,9 +29,9 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 def library() -> ctypes.CDLL:
     """The shared library, loaded once; `FASTVAE_CUDA_LIBRARY` names another build of it."""
     lib = c.load(LIBRARY, "FASTVAE_CUDA_LIBRARY", "fastvae_cuda_interface", _build_command)
-    for name, parameters in _FUNCTIONS.items():
+    for name, parameters in c.CUDA_FUNCTIONS.items():
         getattr(lib, f"fastvae_cuda_{name}").argtypes = (c_int, *parameters, c_void_p)
-    for name, parameters in _WORKSPACES.items():
+    for name, parameters in c.CUDA_WORKSPACES.items():
         function = getattr(lib, f"fastvae_cuda_{name}_workspace")
         function.restype, function.argtypes = c_int64, (c_int, *parameters, c_int)
     lib.fastvae_cuda_version.restype = c_char_p
@@ -115,7 +91,7 @@ def _run(name: str, dtype: torch.dtype, device: torch.device, sizes: Sequence[in
         sizes: what the size of its workspace depends on; nothing for no workspace.
     """
     workspace: tuple[Any, ...] = ()
-    if name.removesuffix("_backward") in _WORKSPACES:
+    if name.removesuffix("_backward") in c.CUDA_WORKSPACES:
         size = _workspace_size(name, dtype, *sizes) if sizes else 0
         memory = torch.empty(size, dtype=torch.uint8, device=device) if size else None
         # which is freed to the same stream's next tensors

@@ -1,12 +1,9 @@
-"""The C++ library for CPUs, loaded through ctypes, and the instruction set that it computes with.
-
-It mirrors kernels/include/fastvae.h, as `c_interface` does.
-"""
+"""The C++ library for CPUs, loaded through ctypes, and the instruction set that it computes with."""
 
 import ctypes
 import functools
 import sys
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_int64
 from typing import Any
 
 import torch  # first, because the library looks for torch's OpenMP runtime when it loads
@@ -23,21 +20,7 @@ class Kernels(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.CFUNCTYPE(c_int, *parameters, c_int))  # the last one: threads
-        for name, parameters in (
-            ("kl_gauss", (*c.ROWS, *c.ROWS, *c.ROWS, *c.ROWS, c_int64, c_int64, c_int, c_double, c_void_p)),
-            (
-                "kl_gauss_backward",
-                (*c.ROWS, c_int64, c_double, *c.ROWS, *c.ROWS, *c.ROWS, *c.ROWS, c_int64, c_int64, *c.pointers(4)),
-            ),
-            ("sample_gauss", (*c.ROWS, *c.ROWS, c_void_p, *c.SIZES, *c.pointers(4))),
-            ("sample_gauss_backward", (*c.pointers(4), *c.ROWS, *c.ROWS, c_void_p, *c.SIZES, *c.pointers(2))),
-            ("cross_log_prob", (*c.pointers(3), *c.SIZES, c_void_p)),
-            ("cross_log_prob_backward", (*c.pointers(4), *c.SIZES, *c.pointers(3))),
-            ("agg_log_prob", (*c.pointers(3), *c.WEIGHTS, *c.SIZES, c_void_p, c_int)),
-            ("agg_log_prob_backward", (*c.pointers(4), *c.WEIGHTS, *c.SIZES, *c.pointers(5), c_int)),
-            ("agg_log_prob_marginals", (*c.pointers(3), *c.WEIGHTS, *c.SIZES, *c.pointers(2))),
-            ("agg_log_prob_marginals_backward", (*c.pointers(7), *c.WEIGHTS, *c.SIZES, *c.pointers(4))),
-        )
+        for name, parameters in c.KERNELS.items()
     ]
 
 

@@ -14,9 +14,10 @@
 extern "C" {
 #endif
 
-/* The number of this interface and of fastvae_cuda.h's. Whoever changes a declaration in either raises it, here
- * and in fastvae/backends/c_interface.py: the Python package refuses a library that has another number. */
-#define FASTVAE_INTERFACE 3
+/* The number of this interface and of fastvae_cuda.h's: a digest of what both declare, which
+ * tests/backends/test_c_interface.py gives. It stands in fastvae/backends/c_interface.py as well: the Python package
+ * refuses a library that has another. */
+#define FASTVAE_INTERFACE 0x5502df2
 
 enum fastvae_status { FASTVAE_OK = 0, FASTVAE_OUT_OF_MEMORY = 1 };
 enum fastvae_dtype { FASTVAE_F32 = 0, FASTVAE_F64 = 1 };

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TARGETS, Target
-from support.helpers import assert_accurate, op_named, wrong
+from support.helpers import assert_accurate, wrong
+from support.ops import op_named
 from torch import Tensor
 
 import fastvae

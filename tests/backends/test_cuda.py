@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from conftest import Target, computing_on
-from support.helpers import OPS, assert_same, evaluate, op_named
+from support.helpers import assert_same, evaluate
+from support.ops import FUSED, op_named
 from torch import Tensor
 
 import fastvae
 from fastvae.backends import philox
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-NAMES = [name for name in OPS if name != "log_prob_gauss"]  # which is made of torch's own operations
 
 
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
@@ -24,7 +24,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=FUSED)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -14,14 +14,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import NATIVE, Target, computing_on
-from support.helpers import OPS, Op, assert_same, evaluate, op_named
+from support.helpers import assert_same, evaluate
+from support.ops import FUSED, Op, op_named
 from torch import Tensor
 
 import fastvae
 from fastvae.backends import native as backend
 from fastvae.backends import native_library
-
-NAMES = tuple(name for name in OPS if name != "log_prob_gauss")  # which is made of torch's own operations
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +49,7 @@ def results(name: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FUSED)
 def test_same_bits_on_any_number_of_threads(native: Target, name: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     serial = results(name, dtype)
@@ -62,13 +61,13 @@ def test_same_bits_on_any_number_of_threads(native: Target, name: str, dtype: to
 def test_several_python_threads_at_once(native: Target) -> None:
     """One thread gets the thread pool, the others do without; none waits for ever, and all get the same bits."""
     torch.set_num_threads(2)
-    expected = {name: results(name) for name in NAMES}
+    expected = {name: results(name) for name in FUSED}
     wrong: list[object] = []
 
     def work(first: int) -> None:
         try:
-            for n in range(2 * len(NAMES)):
-                name = NAMES[(first + n) % len(NAMES)]
+            for n in range(2 * len(FUSED)):
+                name = FUSED[(first + n) % len(FUSED)]
                 assert_same(results(name), expected[name])
         except BaseException as error:
             wrong.append(error)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRITON, Target, computing_on
-from support.helpers import Named, assert_same, cross, draw, evaluate, log_weights, op_named
+from support.helpers import Named, assert_same, cross, draw, evaluate, log_weights
+from support.ops import op_named
 from torch import Tensor
 
 import fastvae

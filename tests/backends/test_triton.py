@@ -25,10 +25,10 @@ from support.helpers import (
     gaussians,
     needing_gradients,
     normals,
-    op_named,
     sample,
     samples,
 )
+from support.ops import op_named
 from torch import Tensor
 
 import fastvae

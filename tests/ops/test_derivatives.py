@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import Target
-from support.helpers import OPS, op_named
+from support.ops import FUSED, op_named
 from torch import Tensor
 from torch.autograd import functional
 
@@ -13,7 +13,6 @@ import fastvae
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 Loss = Callable[[Tensor], Tensor]
-FUSED = [name for name in OPS if name != "log_prob_gauss"]  # that is made of torch's own operations, which have them
 
 
 def gradient(loss: Loss, mu: Tensor) -> tuple[Tensor, Tensor]:

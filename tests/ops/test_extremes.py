@@ -9,7 +9,6 @@ from conftest import Target
 from support.helpers import (
     DTYPES,
     Expected,
-    Op,
     aggregate,
     cast,
     cross,
@@ -21,6 +20,7 @@ from support.helpers import (
     sample,
     samples,
 )
+from support.ops import Op
 from torch import Tensor
 
 import fastvae

@@ -5,7 +5,7 @@ import hashlib
 import math
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -372,70 +372,3 @@ def samples(S: int, N: int, D: int, dtype: torch.dtype, scale: float = 1.0, seed
         mu, logvar = (x.detach()[torch.arange(S) % N] for x in posteriors.values())
         z = mu + torch.exp(0.5 * logvar) * z
     return needing_gradients(cast({"z": z, **posteriors}, dtype))
-
-
-class Op(NamedTuple):
-    """A public function of named tensors, its formula, and inputs for it."""
-
-    fast: Callable[..., Results]
-    formula: Callable[..., Results]
-    inputs: Named
-    centred: tuple[str, ...] = ()
-
-
-OPS = (
-    "kl_gauss",
-    "reparameterize",
-    "sample_gauss",
-    "log_prob_gauss",
-    "cross_log_prob",
-    "agg_log_prob",
-    "agg_log_prob_marginals",
-    "agg_entropy",
-)
-
-
-def op_named(name: str, dtype: torch.dtype = torch.float64, S: int = 5, N: int = 4, D: int = 3) -> Op:
-    """An op of OPS in its fullest form: general priors, all outputs, per-column weights with both overrides."""
-    public = getattr(fastvae, name)
-    posteriors, pairs = gaussians(N, D, dtype), samples(S, N, D, dtype)
-    if name == "kl_gauss":
-        prior = {"prior_mu": draw(D, seed=20), "prior_logvar": draw(N, D, seed=21)}
-        inputs = posteriors | needing_gradients(cast(prior, dtype))
-        return Op(public, lambda **x: kl(**x).sum() / N, inputs)
-    if name in ("reparameterize", "sample_gauss"):
-        eps = normals(S, N, D, dtype=dtype, seed=7)
-        n = 1 if name == "reparameterize" else 4
-        return Op(
-            lambda mu, logvar: public(mu, logvar, S, seed=7),
-            lambda mu, logvar: sample(mu, logvar, eps)[:n],
-            posteriors,
-        )
-    if name == "log_prob_gauss":
-        rows = {name: x.detach()[torch.arange(S) % N] for name, x in posteriors.items()}
-        inputs = needing_gradients({"z": pairs["z"], **rows})
-        return Op(public, lambda **x: log_normal(**x).sum(-1), inputs)
-    if name == "cross_log_prob":
-        return Op(public, cross, pairs, ("z", "mu"))
-    if name == "agg_entropy":
-        inputs = samples(N, N, D, dtype)
-        mss = fastvae.estimator_weights("mss", N, 9 * N, torch.arange(N))
-        return Op(
-            lambda **x: public(**x, estimator="mss", dataset_size=9 * N),
-            lambda **x: -aggregate(**x, weights=mss)[0].mean(),
-            inputs,
-            ("z", "mu"),
-        )
-    log_w = cast({"log_w": draw(N, seed=22)}, dtype)
-    n = 2 if name == "agg_log_prob_marginals" else 1
-
-    def weights(z: Tensor, mu: Tensor, log_w: Tensor) -> ColumnWeights:
-        own = torch.arange(len(z), device=z.device) % (len(mu) + 1) - 1  # the first is drawn from none
-        return ColumnWeights(log_w, own, -0.5, 0.5)
-
-    return Op(
-        lambda z, mu, logvar, log_w: public(z, mu, logvar, weights=weights(z, mu, log_w)),
-        lambda z, mu, logvar, log_w: aggregate(z, mu, logvar, log_w, weights(z, mu, log_w))[:n],
-        pairs | needing_gradients(log_w),
-        ("z", "mu"),
-    )

@@ -313,7 +313,7 @@ def adapt_backend_cuda(cuda: Any) -> None:
         return SimpleNamespace(fastvae_cuda_version=lambda: b"mocked", fastvae_cuda_simulated=lambda: False)
 
     cuda.library = library
-    for name in cuda._FUNCTIONS:
+    for name in cuda.c.CUDA_FUNCTIONS:
         setattr(cuda, name, computed("cuda", name, "backend 'cuda' does not compute on cpu tensors"))
 
 
