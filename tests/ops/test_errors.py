@@ -1,5 +1,6 @@
 """Bad input is refused by name, before any kernel runs."""
 
+import inspect
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.helpers import wrong
+from support.ops import FUSED, OPS
 from torch import Tensor
 
 import fastvae
@@ -16,16 +18,22 @@ from fastvae import ColumnWeights
 from fastvae.aggregate.estimators import ESTIMATORS
 
 B, D = 4, 3
-GAUSSIAN = ("kl_gauss", "reparameterize", "sample_gauss")  # of mu and logvar
-CROSSED = ("cross_log_prob", "agg_log_prob", "agg_log_prob_marginals", "agg_entropy")  # and of z [S, D]
-ALL = (*GAUSSIAN, *CROSSED, "log_prob_gauss")
+
+
+def tensors(name: str) -> tuple[str, ...]:
+    """The arguments that a function must have: all are tensors."""
+    parameters = inspect.signature(getattr(fastvae, name)).parameters.values()
+    return tuple(p.name for p in parameters if p.default is p.empty)
+
+
+ALL = tuple(OPS)
+GAUSSIAN = tuple(name for name in ALL if "z" not in tensors(name))  # of mu and logvar
+CROSSED = tuple(name for name in FUSED if name not in GAUSSIAN)  # and of z [S, D]
 
 
 def call(name: str, **changed: Any) -> Any:
     """The function on good arguments, but for those given."""
-    good: dict[str, Any] = {"mu": torch.zeros(B, D), "logvar": torch.zeros(B, D)}
-    if name not in GAUSSIAN:
-        good["z"] = torch.zeros(B, D)
+    good: dict[str, Any] = {argument: torch.zeros(B, D) for argument in tensors(name)}
     return getattr(fastvae, name)(**{**good, **changed})
 
 
@@ -37,10 +45,6 @@ def check(error: type[Exception], named: str, name: str, **changed: Any) -> None
     argument, _, rest = message.partition(":")
     assert named in argument
     assert "expected" in rest or "cannot" in rest
-
-
-def tensors(name: str) -> tuple[str, ...]:
-    return ("mu", "logvar") if name in GAUSSIAN else ("z", "mu", "logvar")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -65,8 +69,10 @@ def test_not_a_tensor(name: str, bad: object) -> None:
 @pytest.mark.parametrize("shape", [(B, D + 1), (B + 1, D), (D,), (), (1, D), (2, B, D)], ids=str)
 @pytest.mark.parametrize("name", [*GAUSSIAN, *CROSSED])
 def test_mu_and_logvar_of_different_shapes(name: str, shape: tuple[int, ...]) -> None:
-    check(ValueError, "logvar", name, logvar=torch.zeros(shape))
-    check(ValueError, "mu" if len(shape) < (1 if name in GAUSSIAN else 2) else "logvar", name, mu=torch.zeros(shape))
+    *_, mu, logvar = tensors(name)
+    check(ValueError, logvar, name, **{logvar: torch.zeros(shape)})
+    few = len(shape) < (1 if name in GAUSSIAN else 2)
+    check(ValueError, mu if few else logvar, name, **{mu: torch.zeros(shape)})
 
 
 @pytest.mark.parametrize("shape", [(B, D + 1), (D,), (), (3, B, D + 1), (3, B + 1, D), (2, 3, B, D)], ids=str)
@@ -85,7 +91,7 @@ def test_log_prob_gauss_needs_shapes_that_broadcast() -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_different_devices(name: str) -> None:
     elsewhere = torch.zeros(B, D, device="meta")
-    check(ValueError, "logvar", name, logvar=elsewhere)
+    check(ValueError, tensors(name)[-1], name, **{tensors(name)[-1]: elsewhere})
     if name not in GAUSSIAN:
         with pytest.raises(ValueError, match=r"^(z|mu): expected the device of"):
             call(name, z=elsewhere)

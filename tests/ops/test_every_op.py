@@ -21,13 +21,39 @@ from support.helpers import (
     lay_out,
     negated,
 )
+from support.host_simt import ROOT
 from support.ops import FUSED, KERNELS, OPS, op_named
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvae.aggregate.columns import InMemory
 from fastvae.aggregate.table import tabulate
-from fastvae.backends import backend_for
+from fastvae.backends import backend_for, contract
 from fastvae.backends.contract import REDUCTIONS, LogWeights
+
+# What the files of tests that are not of one op are about.
+TOPICS = {"categorical", "compile", "defaults", "derivatives", "early_exit", "errors", "every_op", "extremes"}
+TOPICS |= {"tolerance_rule", "triton_early_exit"}
+
+
+def test_every_op_of_the_contract_is_tested() -> None:
+    assert set(KERNELS.values()) - {None} == set(contract.OPS), "tests/support/ops.py and the contract differ"
+
+
+def test_files_are_of_known_ops() -> None:
+    """A kernel, a declaration or a file of tests of an op that the contract does not have."""
+    files = {
+        "kernels/cpu": {path.stem.removesuffix("_backward") for path in ROOT.glob("kernels/cpu/*.cpp")}
+        - {"dispatch", "parallel"},
+        "kernels/cuda": {path.stem for path in ROOT.glob("kernels/cuda/*.cu")} - {"interface"},
+        "kernels/triton": {
+            path.stem for path in ROOT.glob("kernels/triton/*.py") if f"\ndef {path.stem}_backward(" in path.read_text()
+        },
+        "fastvae/ops": {path.stem for path in ROOT.glob("fastvae/ops/*.py") if "declare_backward(" in path.read_text()}
+        - {"declare", "interpolate"},
+        "tests/ops": {path.stem.removeprefix("test_") for path in ROOT.glob("tests/ops/test_*.py")} - TOPICS,
+    }
+    assert files == {folder: set(contract.OPS) for folder in files}
 
 
 @pytest.fixture(params=OPS)
@@ -306,8 +332,25 @@ def test_autocast(backend: Target, name: str) -> None:
 # The declarations behind them.
 
 
-def arguments_of_ops() -> dict[str, list[tuple[object, ...]]]:
-    """Arguments for every op in torch.ops.fastvae."""
+class Recorded(TorchDispatchMode):
+    """The ops of this library that are called, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "fastvae":
+            self.calls.setdefault(op.__name__.removesuffix(".default"), []).append(args)
+        return op(*args, **(kwargs or {}))
+
+
+def arguments_of_ops() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for every op in torch.ops.fastvae: those of a call in its fullest form, and some that are less full."""
+    with Recorded() as recorded:
+        for name in FUSED:
+            op = op_named(name, torch.float32)
+            evaluate(op.fast, op.inputs)
     z, mu, logvar, prior = (draw(n, 3, seed=n).float() for n in (5, 4, 4, 1))
     log_w, own, seed = draw(4, seed=6).float(), torch.arange(5) % 5 - 1, torch.tensor(7)
     weights = (log_w, None, own, -0.5, 0.5)
@@ -317,8 +360,8 @@ def arguments_of_ops() -> dict[str, list[tuple[object, ...]]]:
     assert table is not None
     tabulated = (many, mu, logvar, log_w, -1.5, list(table))
     unweighted = torch.ops.fastvae.agg_log_prob(z, mu, logvar, None, -1.5, None, None, None)
-    samples = torch.ops.fastvae.sample_gauss(mu, logvar, seed, 2, [True] * 4)
-    return {
+    (samples,) = torch.ops.fastvae.sample_gauss(mu, logvar, seed, 2, [True, False, False, False])
+    further: dict[str, list[tuple[Any, ...]]] = {
         "kl_gauss": [
             *((mu, logvar, prior, None, reduction) for reduction in REDUCTIONS),
             (mu, logvar, None, mu, "batchmean"),
@@ -327,31 +370,24 @@ def arguments_of_ops() -> dict[str, list[tuple[object, ...]]]:
             (torch.ones(4), mu, logvar, prior, mu, "sample", [True] * 4),
             (torch.ones(()), mu, logvar, None, prior, "batchmean", [False, True, False, True]),
         ],
-        "sample_gauss": [
-            (mu, logvar, seed, 2, [True] * 4),
-            (mu.half(), logvar.half(), seed, 1, [True, False, True, False]),
-        ],
-        "sample_gauss_backward": [
-            (*samples, mu, logvar, seed, 2, [True, True]),
-            (samples[0], None, None, None, mu, logvar, seed, 2, [False, True]),
-        ],
+        "sample_gauss": [(mu.half(), logvar.half(), seed, 1, [True, False, True, False])],
+        "sample_gauss_backward": [(samples, None, None, None, mu, logvar, seed, 2, [False, True])],
         "draw_seed": [(mu,)],
-        "cross_log_prob": [(z, mu, logvar), (z.double(), mu.double(), logvar.double())],
+        "cross_log_prob": [(z.double(), mu.double(), logvar.double())],
         "cross_log_prob_backward": [(torch.ones(5, 4), z, mu, logvar, [True, False, True])],
-        "agg_log_prob": [(z, mu, logvar, *weights), (z, mu, logvar, None, -1.5, None, None, None)],
+        "agg_log_prob": [(z, mu, logvar, None, -1.5, None, None, None)],
         "agg_log_prob_backward": [
-            (joint, joint, z, mu, logvar, *weights, [True] * 4),
             (joint, unweighted, z, mu, logvar, None, -1.5, None, None, None, [True, False, False, False]),
             (joint, None, z, mu, logvar, *weights, [False, True, True, True]),
         ],
-        "agg_log_prob_marginals": [(z, mu, logvar, *weights)],
         "interpolate": [tabulated],
         "interpolate_backward": [(many.double(), *tabulated, [True, True, False, True])],
         "agg_log_prob_marginals_backward": [
-            (joint, marginals, joint, marginals, z, mu, logvar, *weights, [True] * 4),
             (None, marginals, joint, marginals, z, mu, logvar, *weights, [False, True, True, False]),
         ],
     }
+    calls = recorded.calls
+    return {op: [*calls.get(op, []), *further.get(op, [])] for op in {*calls, *further}}
 
 
 def test_opcheck(backend: Target) -> None:
@@ -363,7 +399,7 @@ def test_opcheck(backend: Target) -> None:
     assert set(arguments) == registered
     for op, calls in arguments.items():
         for call in calls:
-            given: tuple[Any, ...] = call
+            given = tuple(x.detach() if isinstance(x, Tensor) else x for x in call)
             if not op.endswith("_backward"):  # those refuse to be differentiated
                 given = tuple(x.detach().requires_grad_() if _real(x) else x for x in given)
             torch.library.opcheck(getattr(torch.ops.fastvae, op).default, given, test_utils=checks)
