@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from .declare import declare, declare_backward, empty_gradients, placed
-from .pairs import POSTERIORS, WEIGHTS, ColumnWeights, as_pairs, checked, over_batches, restored, result, save
+from .declare import declare, declare_backward, placed
+from .pairs import INPUTS, POSTERIORS, WEIGHTS, ColumnWeights, as_pairs, checked, over_batches, restored, result, save
 
 # Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
 
@@ -22,13 +22,11 @@ agg_log_prob_op = declare(
 )
 _agg_log_prob_backward = declare_backward(
     f"agg_log_prob_backward(Tensor d_joint, Tensor? joint, {POSTERIORS}, {WEIGHTS}, bool[] wanted) -> Tensor[]",
-    lambda d_joint, joint, z, mu, logvar, log_w, *rest: [
-        *([] if joint is not None else [result(z, z.shape[0])]),
-        *empty_gradients((z, mu, logvar, log_w), rest[-1]),
-    ],
+    INPUTS,
     lambda backend, d_joint, joint, *pairs: backend.agg_log_prob_backward(
         d_joint, joint, as_pairs(pairs[:-1]), pairs[-1]
     ),
+    before=lambda d_joint, joint, z, *_: [result(z, z.shape[0])] if joint is None else [],
 )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from .declare import declare, declare_backward, empty_gradients, placed
-from .pairs import POSTERIORS, WEIGHTS, as_pairs, restored, result, save
+from .declare import declare, declare_backward, placed
+from .pairs import INPUTS, POSTERIORS, WEIGHTS, as_pairs, restored, result, save
 
 # Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
 
@@ -24,9 +24,7 @@ agg_log_prob_marginals_op = declare(
 _agg_log_prob_marginals_backward = declare_backward(
     "agg_log_prob_marginals_backward(Tensor? d_joint, Tensor? d_marginals, Tensor joint, Tensor marginals,"
     f" {POSTERIORS}, {WEIGHTS}, bool[] wanted) -> Tensor[]",
-    lambda d_joint, d_marginals, joint, marginals, z, mu, logvar, log_w, *rest: empty_gradients(
-        (z, mu, logvar, log_w), rest[-1]
-    ),
+    INPUTS,
     lambda backend, d_joint, d_marginals, joint, marginals, *pairs: backend.agg_log_prob_marginals_backward(
         (d_joint, d_marginals), joint, marginals, as_pairs(pairs[:-1]), pairs[-1]
     ),

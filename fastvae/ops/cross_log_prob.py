@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from ..backends.contract import Pairs
 from .checks import accumulated, check_device, check_tensor
-from .declare import declare, declare_backward, empty_gradients, placed
+from .declare import declare, declare_backward, placed
 from .pairs import POSTERIORS, checked, over_batches, result
 
 _cross_log_prob = declare(
@@ -22,7 +22,7 @@ _cross_log_prob = declare(
 )
 _cross_log_prob_backward = declare_backward(
     f"cross_log_prob_backward(Tensor grad, {POSTERIORS}, bool[] wanted) -> Tensor[]",
-    lambda grad, z, mu, logvar, wanted: empty_gradients((z, mu, logvar), wanted),
+    ("z", "mu", "logvar"),
     lambda backend, grad, z, mu, logvar, wanted: backend.cross_log_prob_backward(grad, Pairs(z, mu, logvar), wanted),
 )
 

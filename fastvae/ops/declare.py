@@ -120,8 +120,24 @@ def declare(schema: str, fake: Callable[..., Any], compute: Callable[..., Any] |
     return kind(schema, fake, run)
 
 
-def declare_backward(schema: str, fake: Callable[..., Any], compute: Callable[..., Any] | None = None) -> Op:
-    """Declare an op that computes the gradients of another, and has none itself."""
+def declare_backward(
+    schema: str,
+    inputs: tuple[str, ...],
+    compute: Callable[..., Any] | None = None,
+    before: Callable[..., list[Tensor]] = lambda *_: [],
+) -> Op:
+    """Declare an op that computes the gradients of another, and has none itself.
+
+    Its last argument says which of `inputs`, which are arguments of the schema, want a gradient; the result has these,
+    and what `before` makes room for comes before them.
+    """
+    names = [argument.split()[-1] for argument in schema.partition("(")[2].partition(")")[0].split(",")]
+    places = [names.index(name) for name in inputs]
+
+    def fake(*arguments: Any) -> list[Tensor]:
+        found = [arguments[place] for place, want in zip(places, arguments[-1], strict=True) if want]
+        return [*before(*arguments), *(torch.empty_like(x) for x in found if x is not None)]
+
     return declare(schema, fake, compute, _Backward)
 
 
@@ -156,11 +172,6 @@ def _ordinary(arguments: Sequence[Any]) -> bool:
         elif kind not in _OTHERS:
             return False
     return True
-
-
-def empty_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> list[Tensor]:
-    """The fake result of a backward op: a gradient for each input that wants one."""
-    return [torch.empty_like(x) for x, want in zip(inputs, wanted, strict=True) if want and x is not None]
 
 
 def placed(gradients: Sequence[Tensor | None], wanted: Sequence[bool], n_inputs: int) -> tuple[Tensor | None, ...]:

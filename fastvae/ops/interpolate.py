@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends.contract import accumulation_dtype
-from .declare import declare, declare_backward, empty_gradients, placed
+from .declare import declare, declare_backward, placed
 
 NODES = 16  # points of an interval
 ELEMENTS = 2**17  # elements of a matrix per block, so that it stays in the cache
@@ -131,7 +131,7 @@ interpolation = declare(
 )
 _interpolate_backward = declare_backward(
     f"interpolate_backward(Tensor grad, {_TABULATED}, bool[] wanted) -> Tensor[]",
-    lambda grad, z, mu, logvar, log_w, log_w_all, interpolant, wanted: empty_gradients((z, mu, logvar, log_w), wanted),
+    ("z", "mu", "logvar", "log_w"),
     lambda backend, *arguments: _gradients(*arguments),
 )
 

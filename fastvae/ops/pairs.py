@@ -11,6 +11,7 @@ from ..backends.contract import LogWeights, Pairs, accumulation_dtype
 from .checks import accumulated, check_device, check_indices, check_number, check_posterior, check_tensor, promote
 
 POSTERIORS = "Tensor z, Tensor mu, Tensor logvar"  # of an op's schema: z [S, D]; mu, logvar [N, D]
+INPUTS = ("z", "mu", "logvar", "log_w")  # that may want a gradient
 WEIGHTS = "Tensor? log_w, Scalar? log_w_all, Tensor? own, Scalar? log_w_own, Scalar? log_w_next"  # LogWeights
 
 

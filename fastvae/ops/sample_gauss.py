@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from ..backends.contract import accumulation_dtype
 from .checks import as_rows, check_choice, check_count, check_posterior, check_seed, promote
-from .declare import declare, declare_backward, declare_random, empty_gradients, placed
+from .declare import declare, declare_backward, declare_random, placed
 
 OUTPUTS = ("z", "log_q", "log_p", "kl")
 
@@ -70,7 +70,7 @@ _sample_gauss = declare(
 _sample_gauss_backward = declare_backward(
     "sample_gauss_backward(Tensor? d_z, Tensor? d_log_q, Tensor? d_log_p, Tensor? d_kl, Tensor mu, Tensor logvar,"
     " Tensor seed, SymInt? n_samples, bool[] wanted) -> Tensor[]",
-    lambda d_z, d_log_q, d_log_p, d_kl, mu, logvar, seed, n_samples, wanted: empty_gradients((mu, logvar), wanted),
+    ("mu", "logvar"),
     _compute_backward,
 )
 _draw_seed = declare_random(
