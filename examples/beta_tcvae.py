@@ -43,8 +43,8 @@ class Family(NamedTuple):
 
     def objective(self, beta: float, dataset_size: int) -> Objective:
         if self.alpha is None:
-            return fastvae.ELBO(beta)
-        return fastvae.BetaTCVAE(self.alpha, beta, dataset_size=dataset_size)
+            return fastvae.ELBO(beta=beta)
+        return fastvae.BetaTCVAE(alpha=self.alpha, beta=beta, dataset_size=dataset_size)
 
 
 PLAIN = Family("Nell + β KL", None, (0.75, 1, 1.5, 2), plots.MUTED)

@@ -24,7 +24,7 @@ ESTIMATORS = ("uniform", "stratified", "mss", "mws", "loo")
 
 
 def estimator_weights(
-    estimator: str | None, n_columns: int, dataset_size: int | None = None, own: Tensor | None = None
+    *, estimator: str | None, n_columns: int, dataset_size: int | None = None, own: Tensor | None = None
 ) -> ColumnWeights:
     """The column weights of an estimator of log q(z).
 
@@ -47,7 +47,8 @@ def estimator_weights(
             missing, or −1 in it, where the estimator needs it (values are checked on CPU tensors only).
 
     Example:
-        >>> weights = fastvae.estimator_weights("mss", len(mu), 60_000, own=torch.arange(len(mu)))
+        >>> own = torch.arange(len(mu))
+        >>> weights = fastvae.estimator_weights(estimator="mss", n_columns=len(mu), dataset_size=60_000, own=own)
         >>> log_qz = fastvae.agg_log_prob(z, mu, logvar, weights=weights)
     """
     estimator = check_estimator(estimator, dataset_size)
@@ -155,4 +156,4 @@ def sample_weights(
     if own is None and (z.ndim == mu.ndim + 1 or z.shape[-2] == N):
         n_samples = z.shape[0] if z.ndim == mu.ndim + 1 else 1
         own = torch.arange(n_samples * N, device=z.device) % N
-    return estimator_weights(estimator, N, dataset_size, own)
+    return estimator_weights(estimator=estimator, n_columns=N, dataset_size=dataset_size, own=own)

@@ -56,7 +56,7 @@ def _mean_kernel(z: Tensor, y: Tensor) -> Tensor:
     """mean_ij exp(−pi |z_i − y_j|²), over i ≠ j where y is z."""
     weights = None
     if z is y:
-        weights = estimator_weights("loo", len(z), own=torch.arange(len(z), device=z.device))
+        weights = estimator_weights(estimator="loo", n_columns=len(z), own=torch.arange(len(z), device=z.device))
     logvar = torch.full_like(y, -math.log(2 * math.pi))
     return agg_log_prob(z, y, logvar, weights=weights).exp().mean()
 

@@ -18,7 +18,7 @@ from .schedules import Scheduled, Weight, check_weight
 DIVERGENCES = ("mmd", "agg_kl")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BetaTCVAE(Scheduled):
     """The ELBO with a weight for each term of its KL (Chen et al. 2018), in nats per example.
 
@@ -82,7 +82,7 @@ class BetaTCVAE(Scheduled):
         return loss, {**terms(nell, of_kl.kl), **{name: getattr(of_kl, name) for name in shown}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InfoVAE(Scheduled):
     """The ELBO with weights for the mutual information and the aggregate posterior (Zhao et al. 2019), in nats.
 

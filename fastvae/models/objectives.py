@@ -16,7 +16,7 @@ from .bounds import GRADIENTS, effective_sample_size, mc_iw_elbo
 from .schedules import Scheduled, Weight, check_weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ELBO(Scheduled):
     """The evidence lower bound, negated: loss = Nell + beta · KL, in nats per example.
 

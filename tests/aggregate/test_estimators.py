@@ -55,24 +55,29 @@ def test_weights(estimator: str, B: int, N: int) -> None:
     own = torch.arange(B)
     if estimator == "loo" and B == 1:
         pytest.skip("an error: below")
-    weights = fastvae.estimator_weights(estimator, B, N, own)
+    weights = fastvae.estimator_weights(estimator=estimator, n_columns=B, dataset_size=N, own=own)
     torch.testing.assert_close(log_weights(None, weights, B, B).exp(), weight_matrix(estimator, B, N))
 
 
 def test_default_estimator() -> None:
     own = torch.arange(7)
-    assert fastvae.estimator_weights(None, 7) == fastvae.estimator_weights("uniform", 7)
-    stratified = fastvae.estimator_weights("stratified", 7, 60, own)
-    assert fastvae.estimator_weights(None, 7, 60, own)[2:] == stratified[2:]
-    assert fastvae.estimator_weights(None, 7, 60, own).log_w == stratified.log_w
+    default, uniform = (fastvae.estimator_weights(estimator=name, n_columns=7) for name in (None, "uniform"))
+    assert default == uniform
+    default, stratified = (
+        fastvae.estimator_weights(estimator=name, n_columns=7, dataset_size=60, own=own)
+        for name in (None, "stratified")
+    )
+    assert default[2:] == stratified[2:]
+    assert default.log_w == stratified.log_w
 
 
 @pytest.mark.parametrize("dataset_size", [None, 1, 60])
 def test_one_posterior_cannot_be_left_out(dataset_size: int | None) -> None:
+    own = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"^estimator: 'loo' .*batch of one.*expected at least 2.*drop_last=True"):
-        fastvae.estimator_weights("loo", 1, dataset_size, torch.zeros(1, dtype=torch.int64))
+        fastvae.estimator_weights(estimator="loo", n_columns=1, dataset_size=dataset_size, own=own)
     with pytest.raises(ValueError, match=r"^own: expected"):
-        fastvae.estimator_weights("loo", 7)
+        fastvae.estimator_weights(estimator="loo", n_columns=7)
 
 
 def test_equal_widths_in_one_dimension_are_a_kernel_density_estimate(backend: Target) -> None:
@@ -135,7 +140,7 @@ batches = st.tuples(st.integers(2, 30), st.integers(1, 12), st.sampled_from([0.1
 def terms(inputs: Named, estimator: str, N: int) -> list[Tensor]:
     """(log q(z_i | x_i), joint, marginals) with own(i) = i"""
     B = len(inputs["mu"])
-    weights = fastvae.estimator_weights(estimator, B, N, torch.arange(B))
+    weights = fastvae.estimator_weights(estimator=estimator, n_columns=B, dataset_size=N, own=torch.arange(B))
     return [fastvae.log_prob_gauss(**inputs), *fastvae.agg_log_prob_marginals(**inputs, weights=weights)]
 
 
@@ -176,7 +181,7 @@ def test_identical_posteriors_show_the_row_sums(backend: Target, estimator: str,
     row_sum = 0.0 if estimator in NORMALIZED else -math.log(N)
     torch.testing.assert_close(expected.exact, [prior.sum(-1), prior.sum(-1) + row_sum, prior + row_sum])
     conditional, joint, marginals = terms(inputs, estimator, N)
-    weights = fastvae.estimator_weights(estimator, B, N, torch.arange(B))
+    weights = fastvae.estimator_weights(estimator=estimator, n_columns=B, dataset_size=N, own=torch.arange(B))
     for log_qz in (joint, fastvae.agg_log_prob(**inputs, weights=weights)):
         expected.check([conditional, log_qz, marginals])
 

@@ -132,7 +132,7 @@ def test_anchors(backend: Target, arrays: Named, estimator: str) -> None:
     assert entropy.item() == pytest.approx(expected["entropy"], abs=1e-9)
     assert terms.estimator == kind
     assert terms.saturation.item() == pytest.approx(math.exp(expected["mi"]) / B)
-    weights = fastvae.estimator_weights(kind, B, N, torch.arange(B))
+    weights = fastvae.estimator_weights(estimator=kind, n_columns=B, dataset_size=N, own=torch.arange(B))
     joint, marginals = fastvae.agg_log_prob_marginals(**inputs, weights=weights)
     torch.testing.assert_close(joint, arrays["full_log_qz" if full else f"batch_{kind}_log_qz"], rtol=0, atol=1e-9)
     if full:

@@ -180,7 +180,9 @@ def test_every_estimator(backend: Target, estimator: str | None, dtype: torch.dt
         return
     S, N, D = (500, 7, 1) if backend.slow else (1271, 123, 3)
     inputs = samples(S, N, D, dtype)
-    weights = None if estimator is None else fastvae.estimator_weights(estimator, N, 9 * N, torch.arange(S) % N)
+    weights, own = None, torch.arange(S) % N
+    if estimator is not None:
+        weights = fastvae.estimator_weights(estimator=estimator, n_columns=N, dataset_size=9 * N, own=own)
     expected = Expected(lambda **x: aggregate(**x, weights=weights), inputs, ("z", "mu"))
     tol, logvar = 1e-6 if dtype == torch.float32 else 1e-8, inputs["logvar"].detach()
     got = evaluate(lambda **x: fastvae.agg_log_prob_marginals(**x, weights=weights, method="table", tol=tol), inputs)

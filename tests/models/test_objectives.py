@@ -57,7 +57,7 @@ def handed(log_densities: Sequence[torch.Tensor], context: dict[str, Any]) -> Dr
 @pytest.mark.parametrize("beta", [0.0, 1, 4.0])
 def test_elbo_with_the_closed_form(beta):
     (log_px_z, _, _), context = log_densities, context = hand()
-    loss, terms = ELBO(beta)(handed(log_densities, context))
+    loss, terms = ELBO(beta=beta)(handed(log_densities, context))
     kl = fastvae.kl_gauss(context["mu"], context["logvar"])
     torch.testing.assert_close(terms["nell"], -log_px_z.mean())
     torch.testing.assert_close(terms["kl"], kl)
@@ -88,16 +88,16 @@ def test_a_schedule_has_no_say_in_the_losss_dtype(dtype):
     log_densities, context = hand()
     context = {name: x.to(dtype) if name in ("z", "mu", "logvar") else x for name, x in context.items()}
     for beta in (lambda step: step, lambda step: step.double() / 3, lambda step: step.bfloat16()):
-        assert ELBO(beta)(handed([x.to(dtype) for x in log_densities], context))[0].dtype == dtype
+        assert ELBO(beta=beta)(handed([x.to(dtype) for x in log_densities], context))[0].dtype == dtype
 
 
 def test_numbers_of_any_kind_become_pythons():
     twos: tuple[Any, ...] = (torch.tensor(2.0), torch.tensor(2), np.float16(2), np.int8(2), Fraction(2))
     sizes_of_groups: Any = [np.int64(2), np.uint8(3)]
     for beta in twos:
-        objective = ELBO(beta, free_bits=beta, groups=sizes_of_groups, capacity=beta)
+        objective = ELBO(beta=beta, free_bits=beta, groups=sizes_of_groups, capacity=beta)
         assert [type(x) for x in (objective.beta, objective.free_bits, objective.capacity)] == [float] * 3
-        assert objective == ELBO(2.0, 2.0, (2, 3), 2.0)
+        assert objective == ELBO(beta=2.0, free_bits=2.0, groups=(2, 3), capacity=2.0)
         assert objective.groups is not None
         assert [type(size) for size in objective.groups] == [int, int]
     sizes = (BetaTCVAE(dataset_size=np.int32(2**31 - 1)), InfoVAE(divergence="agg_kl", dataset_size=np.int8(100)))
@@ -107,6 +107,13 @@ def test_numbers_of_any_kind_become_pythons():
     log_densities, context = hand()
     loss, terms = ELBO(beta=lambda step: np.float64(0.5))(handed(log_densities, context))
     torch.testing.assert_close(loss, terms["nell"] + 0.5 * terms["kl"])
+
+
+@pytest.mark.parametrize("objective", [ELBO, BetaTCVAE, InfoVAE])
+def test_weights_are_given_by_name(objective):
+    """`BetaTCVAE(6)` would set alpha."""
+    with pytest.raises(TypeError, match="positional"):
+        objective(0.5)
 
 
 def twice(step):
@@ -122,17 +129,18 @@ class WarmUp:
 
 
 def test_schedules_are_pickled_and_copied():
-    for objective in (ELBO(twice, capacity=WarmUp(9)), InfoVAE(alpha=WarmUp(9)), BetaTCVAE(2.0, dataset_size=9)):
+    tcvae = BetaTCVAE(alpha=2.0, dataset_size=9)
+    for objective in (ELBO(beta=twice, capacity=WarmUp(9)), InfoVAE(alpha=WarmUp(9)), tcvae):
         again = pickle.loads(pickle.dumps(objective))
         assert type(again) is type(objective)
         assert again.schedules() == objective.schedules()
         assert torch.equal(copy.deepcopy(make_vae(objective)).step, make_vae(objective).step)
-    lambdas = ELBO(twice, capacity=lambda step: 3.0 * step)
+    lambdas = ELBO(beta=twice, capacity=lambda step: 3.0 * step)
     with pytest.raises(pickle.PicklingError, match=r"^capacity: .*top level.*__call__.*lambda"):
         pickle.dumps(make_vae(lambdas))
     for copied in (copy.copy(lambdas), copy.deepcopy(lambdas), copy.deepcopy(make_vae(lambdas)).objective):
         assert copied == lambdas
-    warm_up = ELBO(WarmUp(9))
+    warm_up = ELBO(beta=WarmUp(9))
     assert copy.deepcopy(warm_up).beta is not warm_up.beta
 
 
@@ -244,7 +252,7 @@ def test_iwae_stops_the_parameters_of_log_q_alone(gradient):
 def test_beta_tcvae_weighs_the_terms_of_the_kl(estimator):
     log_densities, context = hand()
     size = 100
-    objective = BetaTCVAE(0.5, lambda step: 2.0 * step, 3.0, dataset_size=size, estimator=estimator)
+    objective = BetaTCVAE(alpha=0.5, beta=lambda step: 2.0 * step, gamma=3.0, dataset_size=size, estimator=estimator)
     loss, terms = objective(handed(log_densities, context))
     of_kl = fastvae.kl_decomposition(
         context["z"][0, 0], context["mu"], context["logvar"], dataset_size=size, estimator=estimator
@@ -288,7 +296,7 @@ def test_beta_tcvae_of_unit_weights_is_the_elbo(estimator):
 def test_infovae_weighs_kl_and_divergence(divergence):
     log_densities, context = hand()
     options = {"divergence": divergence, "dataset_size": 100 if divergence == "agg_kl" else None}
-    loss, terms = InfoVAE(0.3, 5.0, **options)(handed(log_densities, context))
+    loss, terms = InfoVAE(alpha=0.3, lambda_=5.0, **options)(handed(log_densities, context))
     kl = fastvae.kl_gauss(context["mu"], context["logvar"])
     torch.testing.assert_close(loss, terms["nell"] + 0.7 * kl + 4.3 * terms[divergence])
     loss, terms = InfoVAE(**options)(handed(log_densities, context))
@@ -297,7 +305,8 @@ def test_infovae_weighs_kl_and_divergence(divergence):
 
 def test_infovaes_agg_kl_is_that_of_the_decomposition():
     log_densities, context = hand(prior=WithoutClosedForm())
-    loss, terms = InfoVAE(0.3, 5.0, "agg_kl", dataset_size=100, estimator="mss")(handed(log_densities, context))
+    objective = InfoVAE(alpha=0.3, lambda_=5.0, divergence="agg_kl", dataset_size=100, estimator="mss")
+    loss, terms = objective(handed(log_densities, context))
     of_kl = fastvae.kl_decomposition(
         context["z"][0, 0], context["mu"], context["logvar"], dataset_size=100, estimator="mss"
     )
@@ -365,8 +374,8 @@ OBJECTIVES: dict[str, Any] = {
     "dreg": IWAE(4, 2, "dreg"),
     "beta-tcvae": BetaTCVAE(beta=lambda step: (step / 9).clamp(max=2), dataset_size=256),
     "beta-tcvae uniform": BetaTCVAE(beta=6, estimator="uniform"),
-    "mmd": InfoVAE(0.5, 10.0),
-    "agg_kl": InfoVAE(0.5, 10.0, "agg_kl", dataset_size=256),
+    "mmd": InfoVAE(alpha=0.5, lambda_=10.0),
+    "agg_kl": InfoVAE(alpha=0.5, lambda_=10.0, divergence="agg_kl", dataset_size=256),
 }
 
 

@@ -313,7 +313,7 @@ def gradients(vae, loss):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_call_changes_nothing(training):
-    vae = make_vae(objective=ELBO(warm_up)).train(training)
+    vae = make_vae(objective=ELBO(beta=warm_up)).train(training)
     if training:
         vae(binary(7, 4, 5))  # from which N(0, I) takes its dimension
     vae.step.fill_(4)
@@ -352,7 +352,7 @@ def test_the_loop_moves_schedules_on():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_and_accumulation_see_one_step(reentrant):
     """Checkpointing calls the module again in the backward, and accumulation calls it several times a step."""
-    vae = make_vae(objective=ELBO(warm_up))
+    vae = make_vae(objective=ELBO(beta=warm_up))
     vae.step.fill_(4)
     x = binary(8, 4, 5).requires_grad_()
     expected = gradients(vae, lambda: vae(x).loss)
@@ -362,7 +362,7 @@ def test_gradient_checkpointing_and_accumulation_see_one_step(reentrant):
         torch.testing.assert_close([p.grad for p in vae.parameters()], [micro_batches * g for g in expected])
 
 
-@pytest.mark.parametrize("objective", [ELBO(warm_up), fastvae.IWAE(4, gradient="dreg")])
+@pytest.mark.parametrize("objective", [ELBO(beta=warm_up), fastvae.IWAE(4, gradient="dreg")])
 @pytest.mark.parametrize("training", [True, False])
 def test_functional_calls_and_their_gradients(objective, training):
     vae = make_vae(objective=objective).train(training)
@@ -442,7 +442,7 @@ def test_older_checkpoints_load(training):
 @pytest.mark.parametrize("likelihood", DATA)
 def test_defaults_are_not_taken_for_what_the_module_has(likelihood, default):
     options, draw, _ = DATA[likelihood]
-    vae = make_vae(likelihood=likelihood, prior=StandardNormal(D), objective=ELBO(warm_up), **options).float()
+    vae = make_vae(likelihood=likelihood, prior=StandardNormal(D), objective=ELBO(beta=warm_up), **options).float()
     x = draw(16, 4, 5).float()
     results = []
     for named in (False, True):
@@ -461,7 +461,7 @@ def test_defaults_are_not_taken_for_what_the_module_has(likelihood, default):
 
 
 def test_on_the_meta_device():
-    for options in ({}, {"likelihood": "gaussian", "learned": True}, {"objective": ELBO(warm_up)}):
+    for options in ({}, {"likelihood": "gaussian", "learned": True}, {"objective": ELBO(beta=warm_up)}):
         vae = make_vae(**options).to("meta")
         repr(vae)
         out = vae(torch.zeros(7, 4, 5, device="meta", dtype=torch.float64))
@@ -474,7 +474,7 @@ def test_on_the_meta_device():
 @pytest.mark.parametrize("likelihood", DATA)
 def test_compiles_to_one_graph(likelihood):
     options, draw, _ = DATA[likelihood]
-    vae = make_vae(likelihood=likelihood, objective=ELBO(warm_up), **options)
+    vae = make_vae(likelihood=likelihood, objective=ELBO(beta=warm_up), **options)
     compiled: Any = torch.compile(vae, fullgraph=True, backend="aot_eager")
     x = draw(31, 4, 5)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -495,7 +495,7 @@ def test_compiles_to_one_graph(likelihood):
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_step_given_as_a_tensor_compiles_to_one_graph():
-    vae = make_vae(objective=ELBO(warm_up))
+    vae = make_vae(objective=ELBO(beta=warm_up))
     compiled = torch.compile(vae, fullgraph=True, backend="eager")
     x = binary(7, 4, 5)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -507,7 +507,7 @@ def test_a_step_given_as_a_tensor_compiles_to_one_graph():
 @pytest.mark.usefixtures("fresh_compiler")
 def test_batches_of_any_size_compile_to_two_graphs():
     counter = torch._dynamo.testing.CompileCounter()
-    vae = make_vae(objective=ELBO(warm_up))
+    vae = make_vae(objective=ELBO(beta=warm_up))
     compiled = torch.compile(vae, fullgraph=True, backend=counter)
     for B in (8, 13, 5, 31, 7, 16, 9, 64, 3, 12):
         x = binary(B, 4, 5)

@@ -118,11 +118,13 @@ def test_a_count_of_numpy_does_not_overflow() -> None:
     """N·M is beyond 32 bits."""
     own = torch.arange(4096)
     for estimator in fastvae.estimators.ESTIMATORS:
-        got = fastvae.estimator_weights(estimator, np.int32(4096), np.int32(1281167), own)
-        expected = fastvae.estimator_weights(estimator, 4096, 1281167, own)
+        got, expected = (
+            fastvae.estimator_weights(estimator=estimator, n_columns=n(4096), dataset_size=n(1281167), own=own)
+            for n in (np.int32, int)
+        )
         assert got[0] == expected[0]
         assert got[2:] == expected[2:]
-    huge = fastvae.estimator_weights("stratified", 4096, 2**62, own)
+    huge = fastvae.estimator_weights(estimator="stratified", n_columns=4096, dataset_size=2**62, own=own)
     assert huge.log_w == pytest.approx(-np.log(4095))
 
 

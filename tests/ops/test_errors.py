@@ -210,7 +210,7 @@ def test_own_columns_of_an_estimator() -> None:
     for estimator in ("stratified", "mss"):
         check(ValueError, "own", "agg_entropy", z=more, estimator=estimator, dataset_size=60)
         with pytest.raises(ValueError, match=r"^own: expected"):
-            fastvae.estimator_weights(estimator, B, 60)
+            fastvae.estimator_weights(estimator=estimator, n_columns=B, dataset_size=60)
     check(ValueError, "own", "agg_entropy", own=torch.arange(B) + 1)
     check(ValueError, "own", "agg_entropy", own=torch.arange(B - 1))
     check(TypeError, "own", "agg_entropy", own=list(range(B)))
@@ -218,9 +218,9 @@ def test_own_columns_of_an_estimator() -> None:
     for estimator in ESTIMATORS:
         for own in ("x", list(range(B)), torch.arange(B).float()):
             with pytest.raises(TypeError, match=r"^own: expected"):
-                fastvae.estimator_weights(estimator, B, 60, wrong(own))
+                fastvae.estimator_weights(estimator=estimator, n_columns=B, dataset_size=60, own=wrong(own))
     with pytest.raises(ValueError, match=r"^n_columns: expected"):
-        fastvae.estimator_weights("uniform", 0)
+        fastvae.estimator_weights(estimator="uniform", n_columns=0)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -233,7 +233,7 @@ def test_a_sample_of_no_column_is_for_estimators_that_weigh_all_alike(estimator:
     else:
         check(ValueError, "own", "agg_entropy", estimator=estimator, dataset_size=60, own=own)
         with pytest.raises(ValueError, match=r"^own: expected columns from 0 to 3, got values from -1"):
-            fastvae.estimator_weights(estimator, B, 60, own)
+            fastvae.estimator_weights(estimator=estimator, n_columns=B, dataset_size=60, own=own)
 
 
 @pytest.mark.parametrize("name", ["agg_entropy", "kl_decomposition"])
@@ -245,7 +245,7 @@ def test_means_of_no_samples(name: str) -> None:
 def test_shapes_and_layouts_of_own() -> None:
     for own, error in ((torch.arange(B)[None], ValueError), (torch.arange(B).to_sparse(), TypeError)):
         with pytest.raises(error, match=r"^own: expected"):
-            fastvae.estimator_weights("mss", B, 60, own)
+            fastvae.estimator_weights(estimator="mss", n_columns=B, dataset_size=60, own=own)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, 1e-39, 10**400])
