@@ -137,8 +137,8 @@ def full_data(N: int, target: str, brute: bool, progress: bool = False) -> Row:
     ours = seconds(lambda: results.append(run("auto")))
     direct = seconds(lambda: run("direct")) if brute else math.nan
     table = table_of(z, mu, logvar)
-    stream = open_posteriors((mu, logvar), None, chunk_size=CHUNK, device=None, progress=False)
-    joint, _ = log_densities(z[:ROWS], Streamed(stream, chunk_size=CHUNK))
+    stream = open_posteriors((mu, logvar))
+    joint, _ = log_densities(z[:ROWS], Streamed(stream, batch_size=CHUNK))
     assert joint is not None
     got = terms(z, mu, logvar, joint, interpolate(table, z)[:ROWS])
     error = (got - terms(z.double(), mu.double(), logvar.double(), *exact(z, mu, logvar))).abs().max()

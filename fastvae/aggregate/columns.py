@@ -66,22 +66,22 @@ class InMemory:
 
 
 class Streamed:
-    """All posteriors of a data set, each of weight 1/N, `chunk_size` at a time; without gradient.
+    """All posteriors of a data set, each of weight 1/N, `batch_size` at a time; without gradient.
 
     Args:
         own: `[S]` int64, the column that each sample's sum leaves out, −1 for none; None where no sum leaves one out.
         progress: show how far a sum is on stderr.
     """
 
-    def __init__(self, posteriors: Posteriors, *, own: Tensor | None = None, chunk_size: int, progress: bool = False):
-        self.posteriors, self.chunk_size, self.progress = posteriors, chunk_size, progress
+    def __init__(self, posteriors: Posteriors, *, own: Tensor | None = None, batch_size: int, progress: bool = False):
+        self.posteriors, self.batch_size, self.progress = posteriors, batch_size, progress
         self.N = len(posteriors.mu)
         log_w_own = None if own is None else -math.inf
         self.weights = LogWeights(log_w_all=-math.log(self.N), own=own, log_w_own=log_w_own)
 
     def log_sum(self, evaluate: Evaluate) -> list[Tensor]:
         totals: list[Tensor] = []
-        for first in shown(range(0, self.N, self.chunk_size), "columns", self.progress):
+        for first in shown(range(0, self.N, self.batch_size), "columns", self.progress):
             mu, logvar = self._read(first)
             parts = [part.double() for part in evaluate(mu, logvar, *self._weights_of(first, len(mu)))]
             for total, part in zip(totals, parts, strict=False):
@@ -90,7 +90,7 @@ class Streamed:
         return totals
 
     def by_dimension(self) -> Iterator[Chunk]:
-        for first in range(0, self.N, self.chunk_size):
+        for first in range(0, self.N, self.batch_size):
             mu, logvar = self._read(first)
             yield transposed(mu, logvar, None)
 
@@ -99,14 +99,14 @@ class Streamed:
 
     def of_samples(self, rows: Tensor) -> "Streamed":
         own = None if self.weights.own is None else self.weights.own[rows]
-        return Streamed(self.posteriors, own=own, chunk_size=self.chunk_size)
+        return Streamed(self.posteriors, own=own, batch_size=self.batch_size)
 
     def interpolate(self, interpolant: Interpolant, z: Tensor) -> Tensor:
         return interpolate(interpolant, z)
 
     def _read(self, first: int) -> tuple[Tensor, ...]:
         """(mu, logvar) of a chunk of columns, the first of which has the number `first`, in one dtype."""
-        return accumulated(*self.posteriors.read(slice(first, first + self.chunk_size)))
+        return accumulated(*self.posteriors.read(slice(first, first + self.batch_size)))
 
     def _weights_of(self, first: int, n: int) -> LogWeights:
         """The weights of the n columns from `first` on, renumbered from 0; own is −1 where it is not among them."""

@@ -17,13 +17,13 @@ from ..protocols import Prior, check_prior
 from .columns import Streamed
 from .decomposition import KLDecomposition, decompose, log_conditional
 from .marginals import check_method, log_densities
-from .posteriors import check_rows, open_posteriors
+from .posteriors import check_rows, open_posteriors, prior_of
 
 
 @torch.no_grad()
 def kl_decomposition_dataset(
-    posteriors: Any,
-    encoder: Any = None,
+    source: Any,
+    data: Any = None,
     *,
     n_samples: int = 1,
     rows: int | Tensor | None = None,
@@ -31,33 +31,33 @@ def kl_decomposition_dataset(
     analytic_conditional: bool = False,
     method: str = "auto",
     tol: float | None = None,
-    chunk_size: int = 4096,
+    batch_size: int = 4096,
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> KLDecomposition:
     """`kl_decomposition` with the whole data set as columns: the exact inner sum over all N posteriors, streamed.
 
-    Takes O(S·N·D) time, most of it for log q(z) where the log q_d(z_d) can be tabulated, and O((S + chunk_size)·D)
+    Takes O(S·N·D) time, most of it for log q(z) where the log q_d(z_d) can be tabulated, and O((S + batch_size)·D)
     memory, S being the number of samples, however many posteriors there are. Samples are
     `reparameterize(mu[rows], logvar[rows], n_samples, seed=seed)`.
 
     Args:
-        posteriors: mu and logvar, `[N, D]` each, as a pair of tensors or of NumPy arrays, memory-mapped ones too; or
-            an iterable of such pairs, batch by batch; or, with an encoder, its inputs: an iterable of batches, such as
-            a DataLoader, or one tensor or array, of which it gets `chunk_size` rows at a time. From a batch that is a
-            tuple or a list, (x, labels), x is taken, a tensor or an array. Batches are read once, so that shuffling
-            does no harm, and their posteriors are written to temporary files: N·D·8 bytes in
-            `tempfile.gettempdir()`, in float32.
-        encoder: from a tensor x to (mu, logvar), such as `vae.encode`; put the module in eval mode before.
+        source: without `data`, the posteriors: mu and logvar, `[N, D]` each, as a pair of tensors or of NumPy arrays,
+            memory-mapped ones too, or an iterable of such pairs, batch by batch. With `data`, a `VAE`, or an encoder, a
+            function or module from a tensor x to (mu, logvar); put a module in eval mode before.
+        data: the examples to encode: an iterable of batches, such as a DataLoader, or one tensor or array, of which
+            `batch_size` rows are encoded at a time. From a batch that is a tuple or a list, (x, labels), x is taken, a
+            tensor or an array. Batches, of examples or of posteriors, are read once, so that shuffling does no harm,
+            and the posteriors are written to temporary files: N·D·8 bytes in `tempfile.gettempdir()`, in float32.
         n_samples: L, samples of each posterior that is sampled.
         rows: the posteriors to sample: None for all of them, so that S = L·N; an int for that many, drawn without
             replacement; or an int64 tensor of row numbers. The columns are all N in any case.
-        prior: p(z), as in `kl_decomposition`, on `device`; None for N(0, I).
+        prior: p(z), as in `kl_decomposition`, on `device`; None for the VAE's, and without a VAE for N(0, I).
         analytic_conditional: as in `kl_decomposition`.
         method, tol: for log q_d(z_id), as in `agg_log_prob_marginals`, except that `"auto"` may tabulate on any device.
-        chunk_size: columns per pass over the samples.
-        device: where to encode and compute; None for where the posteriors are.
+        batch_size: how many rows are in memory at once: inputs, posteriors, or outputs of the decoder.
+        device: where to encode and compute; None for where a module's parameters, or else the posteriors, are.
         seed: for the choice of rows and the samples, not negative.
         progress: show a progress bar on stderr, tqdm's where it is installed.
 
@@ -66,10 +66,10 @@ def kl_decomposition_dataset(
         mi is that of the N examples, in [0, log N] up to Monte Carlo error.
 
     Raises:
-        TypeError: `posteriors` is neither a pair nor iterable, or a part of it is not of floating point, or is a dict
-            or a masked array; or another argument is of a wrong type.
-        ValueError: shapes do not match, no posteriors or dimensions, `rows` past their number, a negative `seed`, a
-            `device` that this machine does not have, or too many samples.
+        TypeError: `source` is neither posteriors nor, with `data`, a VAE or an encoder; a part of the posteriors is not
+            of floating point, or `data` no tensors or arrays; masked arrays; or another argument is of a wrong type.
+        ValueError: a VAE or an encoder without `data`; shapes do not match, no posteriors or dimensions, `rows` past
+            their number, a negative `seed`, a `device` that this machine does not have, or too many samples.
 
     Warns:
         UserWarning: mi is within log 2 of log N, for N of 5 or more. It then says how many examples there are, and
@@ -78,18 +78,19 @@ def kl_decomposition_dataset(
     Source: Zheng, eq. 17-24.
 
     Example:
-        >>> terms = fastvae.kl_decomposition_dataset(DataLoader(data, 256), vae.eval().encode, rows=1000)
+        >>> terms = fastvae.kl_decomposition_dataset(vae.eval(), DataLoader(examples, 256), rows=1000)
         >>> print(f"I(x; z) = {terms.mi:.2f}, TC = {terms.tc:.2f} nats")
     """
     n_samples = check_count("n_samples", n_samples, least=1, most=MOST_SAMPLES)
-    chunk_size = check_count("chunk_size", chunk_size, least=1)
+    batch_size = check_count("batch_size", batch_size, least=1)
     seed = check_count("seed", seed, most=2**64 - 1)
     rows = check_rows(rows)
     analytic_conditional = check_flag("analytic_conditional", analytic_conditional)
     progress = check_flag("progress", progress)
     check_method(method, tol, torch.float32)
+    prior = prior_of(source, prior)
     check_prior(prior)
-    stream = open_posteriors(posteriors, encoder, chunk_size=chunk_size, device=device, progress=progress)
+    stream = open_posteriors(source, data, batch_size=batch_size, device=device, progress=progress)
     N = len(stream.mu)
     mu, logvar = stream.read(stream.choose(rows, seed))  # [R, D]
     check_count("n_samples", n_samples, most=MOST_SAMPLES // mu.numel())
@@ -98,7 +99,7 @@ def kl_decomposition_dataset(
     z = z.flatten(0, 1)  # [S, D]
     joint, marginals = log_densities(
         z,
-        Streamed(stream, chunk_size=chunk_size, progress=progress),
+        Streamed(stream, batch_size=batch_size, progress=progress),
         method=method,
         tol=check_method(method, tol, z.dtype),
     )

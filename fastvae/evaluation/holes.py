@@ -11,9 +11,8 @@ from ..aggregate.columns import Streamed
 from ..aggregate.dataset import warn_if_saturated
 from ..aggregate.decomposition import KLDecomposition, decompose
 from ..aggregate.marginals import log_densities
-from ..aggregate.posteriors import open_posteriors
+from ..aggregate.posteriors import open_posteriors, prior_of
 from ..models.priors import StandardNormal
-from ..models.vae import VAE
 from ..ops.agg_log_prob import agg_log_prob_op
 from ..ops.checks import MOST_SAMPLES, check_count, check_flag, check_number
 from ..ops.cross_log_prob import log_prob_gauss
@@ -65,7 +64,7 @@ def prior_hole(
     n_samples: int = 4096,
     quantile: float = 0.01,
     n_dims: int = 12,
-    chunk_size: int = 4096,
+    batch_size: int = 4096,
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -77,21 +76,18 @@ def prior_hole(
     the neighbourhood of the examples would be a hole. Takes O(n_samples·N·D·n_dims) time.
 
     Args:
-        source: a VAE, or the posteriors (mu, logvar) in a form that `kl_decomposition_dataset` takes; put the VAE in
-            eval mode before.
-        data: with a VAE, its examples: one tensor, or an iterable of batches x or (x, labels), such as a DataLoader.
+        source, data: the posteriors, or a VAE or an encoder and its examples, as in `kl_decomposition_dataset`.
         prior: p(z); None for the VAE's, and without a VAE for N(0, I).
         n_samples: how many samples of the prior; and how many posteriors to sample once each, or all N if fewer.
         quantile: of the data's log q(z), below which there is a hole.
         n_dims: how many dimensions are looked at one by one and in pairs, those with the most information about x.
-        chunk_size: columns per pass over the samples.
-        device: where to encode and compute; None for where the VAE's parameters, or the posteriors, are.
+        batch_size: how many rows are in memory at once: inputs, posteriors, or outputs of the decoder.
+        device: where to encode and compute; None for where a module's parameters, or else the posteriors, are.
         seed: of all samples; torch's generators are left as they were.
         progress: show a progress bar on stderr.
 
     Raises:
-        TypeError, ValueError: as in `kl_decomposition_dataset`; a VAE without data; fewer than two posteriors, or ones
-            that are not finite.
+        TypeError, ValueError: as in `kl_decomposition_dataset`; fewer than two posteriors, or ones that are not finite.
 
     Warns:
         UserWarning: as `kl_decomposition_dataset`, about `terms`.
@@ -106,23 +102,15 @@ def prior_hole(
     """
     n_samples = check_count("n_samples", n_samples, least=1, most=MOST_SAMPLES)
     n_dims = check_count("n_dims", n_dims, least=1)
-    chunk_size = check_count("chunk_size", chunk_size, least=1)
+    batch_size = check_count("batch_size", batch_size, least=1)
     seed = check_count("seed", seed, most=2**64 - 1)
     progress = check_flag("progress", progress)
     quantile = check_number("quantile", quantile)
     if not 0 < quantile < 1:
         raise ValueError(f"quantile: expected a number between 0 and 1, got {quantile}")
-    vae = source if isinstance(source, VAE) else None
-    if vae is None and data is not None:
-        raise ValueError("data: expected None, as source has the posteriors, or a VAE as source")
-    if vae is not None:
-        if data is None:
-            raise ValueError("data: expected the examples to encode, as source is a VAE, got None")
-        prior = vae.prior if prior is None else prior
-        device = next((p.device for p in vae.parameters()), None) if device is None else device
+    prior = prior_of(source, prior)
     check_prior(prior)
-    source, encoder = (source, None) if vae is None else (data, vae.encode)
-    posteriors = open_posteriors(source, encoder, chunk_size=chunk_size, device=device, progress=progress)
+    posteriors = open_posteriors(source, data, batch_size=batch_size, device=device, progress=progress)
     N = len(posteriors.mu)
     if N < 2:
         raise ValueError(f"source: expected at least 2 posteriors, got {N}")
@@ -134,7 +122,7 @@ def prior_hole(
     S, D = z.shape
     own = torch.full((S + n_samples,), -1, dtype=torch.int64, device=z.device)
     own[:S] = torch.as_tensor(rows, device="cpu")
-    columns = Streamed(posteriors, own=own, chunk_size=chunk_size, progress=progress)
+    columns = Streamed(posteriors, own=own, batch_size=batch_size, progress=progress)
     both = torch.cat((z, z_prior))  # [S + n_samples, D]
     joint, marginals = log_densities(both, columns)
     assert joint is not None

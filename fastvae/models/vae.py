@@ -263,7 +263,7 @@ class VAE(CountsSteps):
     @torch.no_grad()
     def fit_prior(
         self,
-        loader: Any,
+        data: Any,
         n_components: int,
         *,
         n_samples: int = 1,
@@ -282,7 +282,8 @@ class VAE(CountsSteps):
         `vae.prior = fastvae.MixturePrior(n_components, D)`.
 
         Args:
-            loader: the examples: an iterable of batches x, or (x, labels), such as a DataLoader; or one tensor.
+            data: the examples, as in `kl_decomposition_dataset`: an iterable of batches x, or (x, labels), such as a
+                DataLoader, or one tensor or array.
             n_components: K.
             n_samples: samples z of each example's posterior, all in memory at once.
             device: where to encode and fit; None for that of the VAE's parameters.
@@ -299,7 +300,7 @@ class VAE(CountsSteps):
         Source: Ghosh et al. 2020, section 4.
 
         Example:
-            >>> vae.eval().fit_prior(DataLoader(data, 256), n_components=50)
+            >>> vae.eval().fit_prior(DataLoader(examples, 256), n_components=50)
             >>> images = vae.sample(64)
         """
         n_components = check_count("n_components", n_components, least=1)
@@ -307,9 +308,7 @@ class VAE(CountsSteps):
         seed = None if seed is None else check_seed("seed", seed)
         check_flag("progress", progress)
         mixture = GaussianMixture(n_components, seed=seed, **mixture_options)
-        if device is None:
-            device = next((p.device for p in self.parameters()), None)
-        posteriors = open_posteriors(loader, self.encode, chunk_size=4096, device=device, progress=progress)
+        posteriors = open_posteriors(self, data, device=device, progress=progress)
         z = reparameterize(*posteriors.read(slice(None)), n_samples, seed=seed)  # [L, N, D]
         mixture.fit(z.flatten(0, 1))
         parameters = (mixture.weights_, mixture.means_, mixture.variances_)

@@ -32,10 +32,10 @@ def z(posteriors: tuple[Tensor, Tensor]) -> Tensor:
     return mu + torch.exp(logvar / 2) * draw(S, D, seed=3)
 
 
-def streamed(posteriors: tuple[Tensor, Tensor], own: Tensor | None = None, chunk_size: int = 41) -> Streamed:
+def streamed(posteriors: tuple[Tensor, Tensor], own: Tensor | None = None, batch_size: int = 41) -> Streamed:
     source = tuple(x.numpy() for x in posteriors)
-    opened = open_posteriors(source, None, chunk_size=chunk_size, device=None, progress=False)
-    return Streamed(opened, own=own, chunk_size=chunk_size)
+    opened = open_posteriors(source)
+    return Streamed(opened, own=own, batch_size=batch_size)
 
 
 def both(posteriors: tuple[Tensor, Tensor], own: Tensor | None) -> list[Columns]:
@@ -95,6 +95,6 @@ def test_each_column_is_read_once_whatever_is_made_of_it(posteriors: tuple[Tenso
         seen.append(len(mu))
         return [mu.amax(0), logvar.amax(0)]
 
-    sums = streamed(posteriors, chunk_size=101).log_sum(evaluate)
+    sums = streamed(posteriors, batch_size=101).log_sum(evaluate)
     assert [len(x) for x in sums] == [D, D]
     assert seen == [101, 101, 98]

@@ -65,11 +65,11 @@ def assert_equal(left: KLDecomposition, right: KLDecomposition, tolerance: float
 # kl_decomposition_dataset
 
 
-@pytest.mark.parametrize("chunk_size", [1, 10, 103, 4096])
-def test_chunks_give_what_one_pass_does(backend: Target, posteriors: tuple[Tensor, Tensor], chunk_size: int) -> None:
+@pytest.mark.parametrize("batch_size", [1, 10, 103, 4096])
+def test_chunks_give_what_one_pass_does(backend: Target, posteriors: tuple[Tensor, Tensor], batch_size: int) -> None:
     populations = (1, None), (2, torch.tensor([7, 102, 7, 0])), (3, None)
     for L, rows in populations[: 2 if backend.slow else 3]:
-        streamed = kl_decomposition_dataset(posteriors, n_samples=L, rows=rows, chunk_size=chunk_size, seed=5)
+        streamed = kl_decomposition_dataset(posteriors, n_samples=L, rows=rows, batch_size=batch_size, seed=5)
         assert_equal(streamed, in_memory(posteriors, L, rows, seed=5))
         assert streamed.mi.dtype == torch.float64
 
@@ -87,7 +87,7 @@ def test_as_many_rows(posteriors: tuple[Tensor, Tensor]) -> None:
 
 def test_priors_and_the_closed_form(posteriors: tuple[Tensor, Tensor]) -> None:
     for options in ({"prior": Correlated(mixing(D))}, {"analytic_conditional": True}):
-        streamed = kl_decomposition_dataset(posteriors, n_samples=2, chunk_size=40, **options)
+        streamed = kl_decomposition_dataset(posteriors, n_samples=2, batch_size=40, **options)
         assert_equal(streamed, in_memory(posteriors, 2, **options))
         assert not any(t.requires_grad for t in streamed[:-1])
 
@@ -99,7 +99,7 @@ def test_memory_mapped_arrays(
     arrays = mapped(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as torch's on arrays that cannot be written to
-        streamed = kl_decomposition_dataset(arrays, rows=50, chunk_size=17, device=posteriors[0].device)
+        streamed = kl_decomposition_dataset(arrays, rows=50, batch_size=17, device=posteriors[0].device)
     wide = np.float64 if dtype == "float64" else np.float32
     tensors = tuple(torch.from_numpy(x.astype(wide)).to(posteriors[0].device) for x in arrays)
     assert_equal(streamed, kl_decomposition_dataset(tensors, rows=50), tolerance)
@@ -112,7 +112,7 @@ def test_arrays_of_another_byte_order_and_of_odd_strides() -> None:
         assert_equal(kl_decomposition_dataset((odd(mu), odd(logvar)), rows=20), expected, 0.0)
         batches = [(odd(mu)[:50], odd(logvar)[:50]), (odd(mu)[50:], odd(logvar)[50:])]
         assert_equal(kl_decomposition_dataset(batches, rows=20), expected, 0.0)
-    assert_equal(kl_decomposition_dataset((mu, logvar), rows=20, chunk_size=2**63 - 1), expected, 0.0)
+    assert_equal(kl_decomposition_dataset((mu, logvar), rows=20, batch_size=2**63 - 1), expected, 0.0)
 
 
 def test_batches_of_an_encoder(posteriors: tuple[Tensor, Tensor]) -> None:
@@ -123,24 +123,24 @@ def test_batches_of_an_encoder(posteriors: tuple[Tensor, Tensor]) -> None:
         calls.append(len(x))
         return x.chunk(2, 1)
 
-    expected = kl_decomposition_dataset(posteriors, rows=40, chunk_size=30)
+    expected = kl_decomposition_dataset(posteriors, rows=40, batch_size=30)
     labelled = DataLoader(TensorDataset(x, torch.arange(N)), batch_size=20)
     once = (part for part in x.split(20))
-    for source in (x, x.split(20), labelled, once):
+    for data in (x, x.split(20), labelled, once):
         calls.clear()
-        assert_equal(kl_decomposition_dataset(source, encoder, rows=40, chunk_size=30), expected, 1e-15)
+        assert_equal(kl_decomposition_dataset(encoder, data, rows=40, batch_size=30), expected, 1e-15)
         assert sum(calls) == N  # each example is encoded once
         assert max(calls) <= 30
     pairs = zip(*(p.split(20) for p in posteriors), strict=True)
     assert_equal(kl_decomposition_dataset(pairs, rows=40), expected)
     arrays = (part.numpy(force=True) for part in x.split(20))
     assert_equal(kl_decomposition_dataset((np.split(a, 2, 1) for a in arrays), rows=40, device=x.device), expected)
-    single = kl_decomposition_dataset(x.float(), encoder, rows=40)
+    single = kl_decomposition_dataset(encoder, x.float(), rows=40)
     assert_equal(single, expected, 1e-5)
 
 
 def test_an_array_of_inputs_is_sliced(posteriors: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    """An array, also one mapped from a read-only file: the encoder gets tensors, `chunk_size` rows at a time."""
+    """An array, also one mapped from a read-only file: the encoder gets tensors, `batch_size` rows at a time."""
     x = torch.cat(posteriors, 1)
     np.save(tmp_path / "x.npy", x.numpy(force=True))
     mapped, sizes = np.load(tmp_path / "x.npy", mmap_mode="r"), []
@@ -152,17 +152,31 @@ def test_an_array_of_inputs_is_sliced(posteriors: tuple[Tensor, Tensor], tmp_pat
     expected = kl_decomposition_dataset(posteriors, rows=40)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for source in (mapped, np.array(mapped), (part for part in np.array_split(mapped, 4))):
+        for data in (mapped, np.array(mapped), (part for part in np.array_split(mapped, 4))):
             sizes.clear()
-            assert_equal(kl_decomposition_dataset(source, encoder, rows=40, chunk_size=40, device=x.device), expected)
+            assert_equal(kl_decomposition_dataset(encoder, data, rows=40, batch_size=40, device=x.device), expected)
             assert sizes in ([40, 40, 23], [26, 26, 26, 25])
 
 
 def test_a_vae_encodes(backend: Target) -> None:
-    vae = VAE(lambda x: (x[:, :2], x[:, 2:4] - 3), nn.Linear(2, 6))
+    """A VAE is evaluated with its own prior, an encoder with N(0, I)."""
+    vae = VAE(lambda x: (x[:, :2], x[:, 2:4] - 3), nn.Linear(2, 6), prior=fastvae.MixturePrior(3, 2))
     x = (draw(50, 6) > 0).float()
-    terms = kl_decomposition_dataset(DataLoader(TensorDataset(x), 16), vae.encode, prior=vae.prior)
-    assert_equal(terms, kl_decomposition_dataset(vae.encode(x)), 1e-5)
+    loader = DataLoader(TensorDataset(x), 16)
+    own, normal = (kl_decomposition_dataset(vae.encode(x), prior=prior) for prior in (vae.prior, None))
+    assert_equal(kl_decomposition_dataset(vae, loader), own, 1e-5)
+    assert_equal(kl_decomposition_dataset(vae.encode, loader), normal, 1e-5)
+    assert_equal(kl_decomposition_dataset(vae, loader, prior=fastvae.StandardNormal(2)), normal, 1e-5)
+    assert abs(own.agg_kl - normal.agg_kl) > 0.01
+
+
+def test_the_other_order_is_seen() -> None:
+    x, encoder = torch.zeros(4, 3), nn.Linear(3, 6)
+    for source, data in ((x, encoder), (DataLoader(TensorDataset(x)), VAE(encoder, encoder)), ([x], lambda x: (x, x))):
+        with pytest.raises(
+            TypeError, match=r"^source: expected a VAE, or an encoder .*got \w+; as data is a \w+, give it first$"
+        ):
+            kl_decomposition_dataset(source, data)
 
 
 def test_anchors(backend: Target) -> None:
@@ -171,7 +185,7 @@ def test_anchors(backend: Target) -> None:
     with np.load(DATA / "anchors.npz") as archive:
         mu, logvar, z, log_qz, log_qzd = (archive[n] for n in ("mu", "logvar", "z", "full_log_qz", "full_log_qzd"))
     L, device = 8, torch.get_default_device()
-    terms = kl_decomposition_dataset((mu, logvar), n_samples=L, chunk_size=500, device=device)
+    terms = kl_decomposition_dataset((mu, logvar), n_samples=L, batch_size=500, device=device)
     conditional = -0.5 * ((z - mu) ** 2 / np.exp(logvar) + logvar + LOG_2PI).sum(1)
     log_pz = -0.5 * (z**2 + LOG_2PI).sum(1)
     of_sample = {"mi": conditional - log_qz, "entropy": -log_qz, "tc": log_qz - log_qzd.sum(1)}
@@ -192,7 +206,7 @@ def test_memory_is_bounded(backend: Target) -> None:
     mu = np.lib.stride_tricks.as_strided(np.arange(n + 2, dtype=np.float32) / n, (n, 3), (4, 4))
     logvar = np.broadcast_to(np.float32(-9.0), (n, 3))
     with Largest() as largest:
-        kl_decomposition_dataset((mu, logvar), rows=100, chunk_size=500, device=torch.get_default_device())
+        kl_decomposition_dataset((mu, logvar), rows=100, batch_size=500, device=torch.get_default_device())
     assert largest.elements <= 500 * 3
 
 
@@ -204,10 +218,10 @@ def test_progress(
         pytest.importorskip("tqdm")
     else:
         monkeypatch.setitem(sys.modules, "tqdm", None)
-    expected = kl_decomposition_dataset(posteriors, chunk_size=10)
+    expected = kl_decomposition_dataset(posteriors, batch_size=10)
     assert capsys.readouterr().err == ""
     pairs = [p.split(20) for p in posteriors]
-    shown = kl_decomposition_dataset(zip(*pairs, strict=True), chunk_size=10, progress=True)
+    shown = kl_decomposition_dataset(zip(*pairs, strict=True), batch_size=10, progress=True)
     assert_equal(shown, expected, 0.0)
     text = capsys.readouterr().err
     assert "encoding" in text
@@ -234,32 +248,39 @@ def broken(batch: Any) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("error", "named", "source", "options"),
     [
-        (TypeError, "posteriors", 3, {}),
-        (TypeError, "posteriors", torch.zeros(4, 3), {}),
-        (TypeError, "posteriors", np.zeros((4, 3)), {}),
-        (TypeError, "posteriors", 3, {"encoder": lambda x: (x, x)}),
-        (TypeError, "posteriors", torch.zeros(4, 3), {"encoder": lambda x: x}),
-        (TypeError, "posteriors", broken(torch.zeros(4, 3)), {}),
-        (TypeError, "posteriors", [{"x": torch.zeros(4, 3)}], {}),
-        (TypeError, "posteriors", [{"x": torch.zeros(4, 3)}], {"encoder": lambda x: (x, x)}),
-        (TypeError, "posteriors", {"x": torch.zeros(4, 3)}, {"encoder": lambda x: (x, x)}),
-        (TypeError, "posteriors", [()], {"encoder": lambda x: (x, x)}),
-        (TypeError, "posteriors", np.full((4, 3), "x"), {"encoder": lambda x: (x, x)}),
-        (TypeError, "posteriors", (np.full((4, 3), None), np.zeros((4, 3))), {}),
-        (TypeError, "posteriors", [(np.zeros((4, 3), np.longdouble), np.zeros((4, 3)))], {}),
-        (ValueError, "posteriors", broken((torch.zeros(4, 2), torch.zeros(4, 2))), {}),
+        (TypeError, "source", 3, {}),
+        (TypeError, "source", torch.zeros(4, 3), {}),
+        (TypeError, "source", np.zeros((4, 3)), {}),
+        (TypeError, "data", lambda x: (x, x), {"data": 3}),
+        (TypeError, "source", lambda x: x, {"data": torch.zeros(4, 3)}),
+        (TypeError, "source", broken(torch.zeros(4, 3)), {}),
+        (TypeError, "source", [{"x": torch.zeros(4, 3)}], {}),
+        (TypeError, "data", lambda x: (x, x), {"data": [{"x": torch.zeros(4, 3)}]}),
+        (TypeError, "data", lambda x: (x, x), {"data": {"x": torch.zeros(4, 3)}}),
+        (TypeError, "data", lambda x: (x, x), {"data": [()]}),
+        (TypeError, "data", lambda x: (x, x), {"data": np.full((4, 3), "x")}),
+        (TypeError, "source", (np.full((4, 3), None), np.zeros((4, 3))), {}),
+        (TypeError, "source", [(np.zeros((4, 3), np.longdouble), np.zeros((4, 3)))], {}),
+        (ValueError, "source", broken((torch.zeros(4, 2), torch.zeros(4, 2))), {}),
         (ValueError, "logvar", broken((torch.zeros(4, 3), torch.zeros(4, 2))), {}),
         (TypeError, "mu", broken(([0.0], [0.0])), {}),
-        (ValueError, "posteriors", [], {}),
-        (ValueError, "posteriors", (torch.zeros(4, 3), torch.zeros(4, 2)), {}),
-        (ValueError, "posteriors", (torch.zeros(3), torch.zeros(3)), {}),
-        (ValueError, "posteriors", (torch.zeros(0, 3), torch.zeros(0, 3)), {}),
+        (ValueError, "source", [], {}),
+        (ValueError, "source", (torch.zeros(4, 3), torch.zeros(4, 2)), {}),
+        (ValueError, "source", (torch.zeros(3), torch.zeros(3)), {}),
+        (ValueError, "source", (torch.zeros(0, 3), torch.zeros(0, 3)), {}),
         (TypeError, "mu", (torch.zeros(4, 3).long(), torch.zeros(4, 3)), {}),
         (TypeError, "logvar", (np.zeros((4, 3)), np.zeros((4, 3), np.int32)), {}),
-        (TypeError, "encoder", [torch.zeros(4, 3)], {"encoder": 3}),
+        (TypeError, "source", 3, {"data": [torch.zeros(4, 3)]}),
+        (TypeError, "source", (torch.zeros(4, 3), torch.zeros(4, 3)), {"data": torch.zeros(4, 3)}),
+        (TypeError, "source", fastvae.VAE, {"data": torch.zeros(4, 3)}),
+        (TypeError, "source", "vae", {}),
+        (ValueError, "data", lambda x: (x, x), {"data": []}),
+        (ValueError, "data", lambda x: (x, x), {}),
+        (ValueError, "data", nn.Sequential(), {}),
+        (ValueError, "data", VAE(nn.Identity(), nn.Identity()), {}),
         (TypeError, "n_samples", None, {"n_samples": 1.5}),
         (ValueError, "n_samples", None, {"n_samples": 0}),
-        (ValueError, "chunk_size", None, {"chunk_size": 0}),
+        (ValueError, "batch_size", None, {"batch_size": 0}),
         (ValueError, "rows", None, {"rows": 0}),
         (ValueError, "rows", None, {"rows": 5}),
         (TypeError, "rows", None, {"rows": 2.5}),
@@ -284,12 +305,12 @@ def broken(batch: Any) -> Iterator[Any]:
         (TypeError, "device", None, {"device": 1.5}),
         (ValueError, "mu", (torch.zeros(4, 3, device="meta"), torch.zeros(4, 3)), {}),
         (TypeError, "logvar", (torch.zeros(4, 3), torch.zeros(4, 3).to_sparse()), {}),
-        (ValueError, "posteriors", (torch.zeros(4, 0), torch.zeros(4, 0)), {}),
-        (ValueError, "posteriors", [(torch.zeros(4, 0), torch.zeros(4, 0))], {}),
-        (TypeError, "posteriors", (np.ma.masked_array(np.zeros((4, 3)), True), np.zeros((4, 3))), {}),
-        (ValueError, "posteriors", torch.zeros(()), {"encoder": lambda x: (x, x)}),
-        (ValueError, "posteriors", torch.zeros(4, 3, device="meta"), {"encoder": lambda x: (x, x)}),
-        (TypeError, "posteriors", torch.zeros(4, 3).to_sparse(), {"encoder": lambda x: (x, x)}),
+        (ValueError, "source", (torch.zeros(4, 0), torch.zeros(4, 0)), {}),
+        (ValueError, "source", [(torch.zeros(4, 0), torch.zeros(4, 0))], {}),
+        (TypeError, "source", (np.ma.masked_array(np.zeros((4, 3)), True), np.zeros((4, 3))), {}),
+        (ValueError, "data", lambda x: (x, x), {"data": torch.zeros(())}),
+        (ValueError, "data", lambda x: (x, x), {"data": torch.zeros(4, 3, device="meta")}),
+        (TypeError, "data", lambda x: (x, x), {"data": torch.zeros(4, 3).to_sparse()}),
     ],
 )
 def test_errors_of_the_data_set(error: type[Exception], named: str, source: Any, options: dict[str, Any]) -> None:
@@ -305,7 +326,7 @@ def test_errors_of_the_data_set(error: type[Exception], named: str, source: Any,
 )
 def test_arguments_are_checked_before_anything_is_encoded(named: str, wrong: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"^{named}: expected"):
-        kl_decomposition_dataset(broken(None), lambda x: pytest.fail("encoded"), **{named: wrong})
+        kl_decomposition_dataset(lambda x: pytest.fail("encoded"), broken(None), **{named: wrong})
 
 
 # active_units

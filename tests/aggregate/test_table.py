@@ -369,13 +369,13 @@ def test_kl_decomposition_takes_it() -> None:
         torch.testing.assert_close(terms[0][:-1], terms[1][:-1], rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("chunk_size", [37, 4096])
-def test_a_data_set_is_tabulated_chunk_by_chunk(chunk_size: int) -> None:
+@pytest.mark.parametrize("batch_size", [37, 4096])
+def test_a_data_set_is_tabulated_chunk_by_chunk(batch_size: int) -> None:
     _, mu, logvar = (x.detach() for x in samples(300, 300, 3, torch.float32).values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         terms = [
-            fastvae.kl_decomposition_dataset((mu, logvar), n_samples=9, method=m, chunk_size=chunk_size)
+            fastvae.kl_decomposition_dataset((mu, logvar), n_samples=9, method=m, batch_size=batch_size)
             for m in ("table", "direct")
         ]
     assert (terms[0].dim_kl != terms[1].dim_kl).any()

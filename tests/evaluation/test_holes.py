@@ -41,14 +41,14 @@ class Aggregate:
         )
 
 
-@pytest.mark.parametrize("chunk_size", [7, 4096])
-def test_every_number_is_what_its_definition_says(chunk_size):
+@pytest.mark.parametrize("batch_size", [7, 4096])
+def test_every_number_is_what_its_definition_says(batch_size):
     mu, logvar = posteriors()
     N, D = mu.shape
     n = N  # all posteriors, and as many samples of the prior
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hole = prior_hole((mu, logvar), n_samples=n, quantile=0.1, chunk_size=chunk_size, seed=3)
+        hole = prior_hole((mu, logvar), n_samples=n, quantile=0.1, batch_size=batch_size, seed=3)
     z = torch.cat((fastvae.reparameterize(mu, logvar, seed=3), hole.z_prior))
     pairs = log_normal(z[:, None], mu, logvar)  # [2n, N, D]
 
@@ -115,7 +115,7 @@ def test_holes_are_found_where_they_are_and_go_when_the_prior_is_fitted():
     vae = VAE(lambda x: x.chunk(2, 1), nn.Linear(3, 6), likelihood="gaussian", prior=StandardNormal(3))
     x = torch.cat((mu, logvar), 1)
     of_vae = prior_hole(vae, x.split(100))
-    assert of_vae.share == before.share
+    assert of_vae.share == prior_hole(vae.encode, x.split(100)).share == before.share
     torch.testing.assert_close(of_vae.log_q_data, before.log_q_data)
     vae.fit_prior(x, 2, seed=0)
     after = prior_hole(vae, x)
@@ -164,8 +164,9 @@ def test_errors_name_the_argument_and_saturation_warns():
     vae = VAE(lambda x: x.chunk(2, 1), nn.Linear(4, 8), likelihood="gaussian")
     for call, error, name in (
         (lambda: prior_hole(vae), ValueError, "data"),
-        (lambda: prior_hole(pair, pair[0]), ValueError, "data"),
-        (lambda: prior_hole(pair[0]), TypeError, "posteriors"),
+        (lambda: prior_hole(pair, pair[0]), TypeError, "source"),
+        (lambda: prior_hole(pair[0], vae), TypeError, "source"),
+        (lambda: prior_hole(pair[0]), TypeError, "source"),
         (lambda: prior_hole(pair, prior=wrong(1.0)), TypeError, "prior"),
         (lambda: prior_hole(pair, n_samples=0), ValueError, "n_samples"),
         (lambda: prior_hole(pair, n_dims=0), ValueError, "n_dims"),

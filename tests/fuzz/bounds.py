@@ -185,7 +185,7 @@ def kl_decomposition_dataset(draw: Draw) -> Call:
         "rows": rows,
         "analytic_conditional": draw.chance(0.3),
         "method": draw.choice(("auto", "direct", "table")),
-        "chunk_size": draw.choice((1, 3, 4096)),
+        "batch_size": draw.choice((1, 3, 4096)),
         "seed": draw.choice((0, 7, 2**40)),
         "progress": False,
     }
@@ -226,7 +226,7 @@ def prior_hole(draw: Draw) -> Call:
         "n_samples": draw.choice((1, 7, 60)),
         "quantile": draw.choice((0.01, 0.5, 0.99)),
         "n_dims": draw.choice((1, 2, 12)),
-        "chunk_size": draw.choice((3, 4096)),
+        "batch_size": draw.choice((3, 4096)),
         "seed": draw.choice((0, 7)),
         "progress": False,
     }

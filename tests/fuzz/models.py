@@ -128,7 +128,7 @@ def vae_methods(draw: Draw) -> Call:
         known = fastvae.decoder_mutual_information(
             model, n, n_samples, proposal=proposal, batch_size=batch_size, seed=seed
         )
-        hole = fastvae.prior_hole(model, [x, x], prior=prior, n_samples=n_samples, seed=seed, chunk_size=batch_size)
+        hole = fastvae.prior_hole(model, [x, x], prior=prior, n_samples=n_samples, seed=seed, batch_size=batch_size)
         return decoded, evidence, likely, known, hole, model.sample(n), model.reconstruct(x)
 
     def check(result: Any, arguments: dict[str, Any]) -> None:

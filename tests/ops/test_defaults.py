@@ -61,10 +61,10 @@ CALLS: dict[str, Callable[..., Any]] = {
     "iw_elbo": lambda z, mu, logvar, p: fastvae.iw_elbo(z, mu, logvar),
     "effective_sample_size": lambda z, mu, logvar, p: fastvae.effective_sample_size(z),
     "kl_decomposition_dataset": lambda z, mu, logvar, p: fastvae.kl_decomposition_dataset(
-        (mu, logvar), n_samples=2, rows=5, chunk_size=4
+        (mu, logvar), n_samples=2, rows=5, batch_size=4
     )[:-1],
     "kl_decomposition_dataset, of an encoder": lambda z, mu, logvar, p: fastvae.kl_decomposition_dataset(
-        z.split(5), lambda x: (x, 0 * x - 1), prior=None
+        lambda x: (x, 0 * x - 1), z.split(5), prior=None
     )[:-1],
     "active_units": lambda z, mu, logvar, p: fastvae.active_units(mu),
     "prior_hole": lambda z, mu, logvar, p: (lambda h: (*h.terms[:-1], *h[1:]))(
@@ -142,13 +142,13 @@ def test_numbers_of_other_kinds_are_pythons() -> None:
         (fastvae.mi_bounds(f(1, 2), 9, dataset_size=i(7)), fastvae.mi_bounds(0.5, 9, dataset_size=7)),
         (
             fastvae.kl_decomposition_dataset(
-                (mu, logvar), n_samples=i(2), rows=np.uint8(5), chunk_size=np.int16(4), seed=i(3)
+                (mu, logvar), n_samples=i(2), rows=np.uint8(5), batch_size=np.int16(4), seed=i(3)
             ),
-            fastvae.kl_decomposition_dataset((mu, logvar), n_samples=2, rows=5, chunk_size=4, seed=3),
+            fastvae.kl_decomposition_dataset((mu, logvar), n_samples=2, rows=5, batch_size=4, seed=3),
         ),
         (
-            fastvae.prior_hole((mu, logvar), n_samples=i(9), quantile=f(1, 4), n_dims=i(2), chunk_size=i(5), seed=i(1)),
-            fastvae.prior_hole((mu, logvar), n_samples=9, quantile=0.25, n_dims=2, chunk_size=5, seed=1),
+            fastvae.prior_hole((mu, logvar), n_samples=i(9), quantile=f(1, 4), n_dims=i(2), batch_size=i(5), seed=i(1)),
+            fastvae.prior_hole((mu, logvar), n_samples=9, quantile=0.25, n_dims=2, batch_size=5, seed=1),
         ),
         (
             fastvae.decoder_mutual_information(vae, i(4), i(64), batch_size=i(100), seed=i(2), proposal="prior"),
