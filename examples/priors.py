@@ -42,11 +42,11 @@ def train(vae: VAE, x: Tensor, steps: int) -> None:
 
 
 @torch.no_grad()
-def bounds(vae: VAE, x: Tensor, n_samples: int) -> tuple[float, float]:
+def bounds(vae: VAE, x: Tensor, n_importance: int) -> tuple[float, float]:
     """The pair (ELBO, importance-weighted bound), in nats per image."""
     torch.manual_seed(0)
     elbo = torch.stack([vae(x).terms["elbo"] for _ in range(64)]).mean()
-    return float(elbo), float(vae.log_likelihood(x, n_samples).log_px.mean())
+    return float(elbo), float(vae.log_likelihood(x, n_importance).log_px.mean())
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def kl_decomposition_dataset(
         prior: p(z), as in `kl_decomposition`, on `device`; None for the VAE's, and without a VAE for N(0, I).
         analytic_conditional: as in `kl_decomposition`.
         method, tol: for log q_d(z_id), as in `agg_log_prob_marginals`, except that `"auto"` may tabulate on any device.
-        batch_size: how many rows are in memory at once: inputs, posteriors, or outputs of the decoder.
+        batch_size: how many inputs, posteriors or decoder outputs are in memory at once.
         device: where to encode and compute; None for where a module's parameters, or else the posteriors, are.
         seed: for the choice of rows and the samples, not negative.
         progress: show a progress bar on stderr, tqdm's where it is installed.

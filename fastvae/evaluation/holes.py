@@ -31,8 +31,8 @@ class PriorHole(NamedTuple):
         share: in all dimensions together, a scalar.
         threshold: the quantile of `log_q_data`, in nats.
         log_q_data: log q(z) of samples of the posteriors, each without its own posterior, `[S]`.
-        log_q_prior: log q(z) of samples of the prior, `[n_samples]`.
-        z_prior: the samples of the prior, `[n_samples, D]`.
+        log_q_prior: log q(z) of samples of the prior, `[n_prior]`.
+        z_prior: the samples of the prior, `[n_prior, D]`.
         dim_share: the share in each dimension alone, `[D]`.
         dims: the `n_dims` dimensions with the most information about x, the one most responsible for holes first.
         share_without: for each of `dims`, the share in all other dimensions: the lower, the more responsible it is.
@@ -61,7 +61,7 @@ def prior_hole(
     data: Any = None,
     *,
     prior: Prior | None = None,
-    n_samples: int = 4096,
+    n_prior: int = 4096,
     quantile: float = 0.01,
     n_dims: int = 12,
     batch_size: int = 4096,
@@ -73,15 +73,15 @@ def prior_hole(
     holes: regions where log q(z) is below the 1st percentile of the encoded data's.
 
     The data's log q(z) leaves out the posterior that each sample was drawn from, as if it were new: otherwise all but
-    the neighbourhood of the examples would be a hole. Takes O(n_samples·N·D·n_dims) time.
+    the neighbourhood of the examples would be a hole. Takes O(n_prior·N·D·n_dims) time.
 
     Args:
         source, data: the posteriors, or a VAE or an encoder and its examples, as in `kl_decomposition_dataset`.
         prior: p(z); None for the VAE's, and without a VAE for N(0, I).
-        n_samples: how many samples of the prior; and how many posteriors to sample once each, or all N if fewer.
+        n_prior: how many samples of the prior; and how many posteriors to sample once each, or all N if fewer.
         quantile: of the data's log q(z), below which there is a hole.
         n_dims: how many dimensions are looked at one by one and in pairs, those with the most information about x.
-        batch_size: how many rows are in memory at once: inputs, posteriors, or outputs of the decoder.
+        batch_size: how many inputs, posteriors or decoder outputs are in memory at once.
         device: where to encode and compute; None for where a module's parameters, or else the posteriors, are.
         seed: of all samples; torch's generators are left as they were.
         progress: show a progress bar on stderr.
@@ -100,7 +100,7 @@ def prior_hole(
         >>> after = fastvae.prior_hole(vae, data)
         >>> print(f"from holes: {before.share:.0%} of the samples, and now {after.share:.0%}")
     """
-    n_samples = check_count("n_samples", n_samples, least=1, most=MOST_SAMPLES)
+    n_prior = check_count("n_prior", n_prior, least=1, most=MOST_SAMPLES)
     n_dims = check_count("n_dims", n_dims, least=1)
     batch_size = check_count("batch_size", batch_size, least=1)
     seed = check_count("seed", seed, most=2**64 - 1)
@@ -115,15 +115,15 @@ def prior_hole(
     if N < 2:
         raise ValueError(f"source: expected at least 2 posteriors, got {N}")
 
-    rows = posteriors.choose(min(N, n_samples), seed)
+    rows = posteriors.choose(min(N, n_prior), seed)
     mu, logvar = posteriors.read(rows)  # [S, D]
     z = reparameterize(mu, logvar, seed=seed)
-    z_prior = _sampled(prior, n_samples, z, seed)
+    z_prior = _sampled(prior, n_prior, z, seed)
     S, D = z.shape
-    own = torch.full((S + n_samples,), -1, dtype=torch.int64, device=z.device)
+    own = torch.full((S + n_prior,), -1, dtype=torch.int64, device=z.device)
     own[:S] = torch.as_tensor(rows, device="cpu")
     columns = Streamed(posteriors, own=own, batch_size=batch_size, progress=progress)
-    both = torch.cat((z, z_prior))  # [S + n_samples, D]
+    both = torch.cat((z, z_prior))  # [S + n_prior, D]
     joint, marginals = log_densities(both, columns)
     assert joint is not None
     terms, known = _terms(z, mu, logvar, joint[:S], marginals[:S], prior, N)
@@ -136,7 +136,7 @@ def prior_hole(
 
     without_own = math.log(N / (N - 1))  # makes of the data's log q a mean over the N − 1 columns that are not its own
 
-    def holes(log_q: Tensor) -> tuple[Tensor, Tensor]:  # [k, S + n_samples]
+    def holes(log_q: Tensor) -> tuple[Tensor, Tensor]:  # [k, S + n_prior]
         return _thresholds_and_shares(log_q[:, :S] + without_own, log_q[:, S:], quantile)
 
     threshold, share = holes(joint[None])
@@ -163,7 +163,7 @@ def prior_hole(
 def _sampled(prior: Prior | None, n: int, z: Tensor, seed: int) -> Tensor:
     """Samples of the prior `[n, D]`, in the dtype and on the device of z; a prior of None is N(0, I)."""
     D = z.shape[1]
-    check_count("n_samples", n, most=MOST_SAMPLES // D)
+    check_count("n_prior", n, most=MOST_SAMPLES // D)
     with seeded(seed, z.device), z.device:
         z_prior = (StandardNormal(D) if prior is None else prior).sample(n).to(z)
     if z_prior.shape != (n, D):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._warnings import warn
-from ..models.vae import PROPOSALS, VAE
+from ..models.vae import PROPOSALS, VAE, warn_if_few
 from ..ops.checks import MOST_SAMPLES, check_choice, check_count, check_number
 from .seeded import seeded
 
@@ -18,7 +18,7 @@ class DecoderMI(NamedTuple):
     Attributes:
         mi: the estimate, a scalar.
         standard_error: of the mean over the drawn x, a scalar; the bias of log p(x) is not in it.
-        ess: the effective sample size of each log p(x), `[n]`.
+        ess: the effective sample size of each log p(x), `[n_prior]`.
     """
 
     mi: Tensor
@@ -95,24 +95,31 @@ def mi_bounds(
 
 @torch.no_grad()
 def decoder_mutual_information(
-    vae: VAE, n: int = 256, n_samples: int = 1024, *, proposal: str = "posterior", batch_size: int = 4096, seed: int = 0
+    vae: VAE,
+    *,
+    n_prior: int = 256,
+    n_importance: int = 1024,
+    proposal: str = "posterior",
+    batch_size: int = 4096,
+    seed: int = 0,
 ) -> DecoderMI:
     """I_dec(x; z) = E log p(x|z) / p(x) over the model's own samples, z ~ p(z) and x ~ p(x|z), in nats.
 
     log p(x) is importance-sampled by `vae.log_likelihood`, which in expectation is too low; so mi is too high, until
-    `n_samples` are enough. Takes n·n_samples passes of an example through the decoder.
+    `n_importance` are enough. Takes n_prior·n_importance passes of an example through the decoder.
 
     Args:
         vae: one whose likelihood has `sample`; put it in eval mode before.
-        n: how many x are drawn.
-        n_samples: importance samples for each x.
-        proposal, batch_size: as in `vae.log_likelihood`. The encoder may know the model's samples less well than
-            the data; `"prior"` leaves it out.
+        n_prior: how many z are drawn from the prior, and an x from each.
+        n_importance: importance samples of each x.
+        proposal: as in `vae.log_likelihood`. The encoder may know the model's samples less well than the data;
+            `"prior"` leaves it out.
+        batch_size: how many inputs, posteriors or decoder outputs are in memory at once.
         seed: of all draws; torch's generators are left as they were.
 
     Raises:
         TypeError: `vae` is not a VAE, or its likelihood has no `sample`; or a number is not an integer.
-        ValueError: `n` below 2, a negative seed, or as in `vae.log_likelihood`.
+        ValueError: `n_prior` below 2, a negative seed, or as in `vae.log_likelihood`.
 
     Warns:
         UserWarning: as `vae.log_likelihood` does where log p(x) is too low: mi is then too high.
@@ -123,8 +130,8 @@ def decoder_mutual_information(
         >>> mi, error, _ = fastvae.decoder_mutual_information(vae.eval())
         >>> print(f"I_dec(x; z) = {mi:.2f} ± {error:.2f} nats")
     """
-    n = check_count("n", n, least=2, most=MOST_SAMPLES)
-    n_samples = check_count("n_samples", n_samples, least=1)
+    n_prior = check_count("n_prior", n_prior, least=2, most=MOST_SAMPLES)
+    n_importance = check_count("n_importance", n_importance, least=1)
     batch_size = check_count("batch_size", batch_size, least=1)
     seed = check_count("seed", seed, most=2**64 - 1)
     check_choice("proposal", proposal, PROPOSALS)
@@ -134,15 +141,18 @@ def decoder_mutual_information(
         got = type(vae.likelihood).__name__
         raise TypeError(f"vae: expected a VAE whose likelihood has sample, got likelihood {got}")
     device = next((p.device for p in vae.parameters()), torch.device("cpu"))
-    rows = min(batch_size, n)
+    information, sizes = [], []  # log p(x|z) / p(x) of each x, and its effective sample size
     with seeded(seed, device):
-        z = vae._sample_prior(n)
-        x = torch.cat([vae.likelihood.sample(vae.decoder(part)) for part in z.split(rows)])
-        log_px, ess = vae.log_likelihood(x, n_samples, proposal=proposal, batch_size=batch_size)
-        parts = zip(x.split(rows), z.split(rows), strict=True)
-        log_px_z = torch.cat([vae.log_px_z(*part) for part in parts])
-    mi = (log_px_z - log_px).double()
-    return DecoderMI(mi.mean(), mi.std() / math.sqrt(n), ess)
+        for first in range(0, n_prior, batch_size):
+            z = vae._sample_prior(min(batch_size, n_prior - first))
+            x = vae.likelihood.sample(vae.decoder(z))
+            vae._check(x)
+            log_px, ess = vae._log_likelihood(x, n_importance, proposal, batch_size)
+            information.append((vae.log_px_z(x, z) - log_px).double())
+            sizes.append(ess)
+    mi, ess = torch.cat(information), torch.cat(sizes)
+    warn_if_few(ess, n_importance)
+    return DecoderMI(mi.mean(), mi.std() / math.sqrt(n_prior), ess)
 
 
 def _checked_scalar(name: str, value: Any, finite: bool = False) -> float | Tensor:

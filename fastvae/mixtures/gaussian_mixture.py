@@ -197,13 +197,13 @@ class GaussianMixture:
         q = _checked_shares(q, points, len(mixture.weights))
         return self.complete_log_likelihood(x, q) + entropy(q.double()).mean().item()
 
-    def sample(self, n_samples: int = 1, *, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    def sample(self, n: int = 1, *, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Draw points `[n, D]`, in the dtype of those in the fit; returns them and their components `[n]`."""
-        n_samples = check_count("n_samples", n_samples, least=1, most=MOST_SAMPLES)
+        n = check_count("n", n, least=1, most=MOST_SAMPLES)
         seed = None if seed is None else check_seed("seed", seed)
         mixture = self._fitted()
         generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
-        labels = torch.multinomial(mixture.weights.cpu(), n_samples, True, generator=generator)
+        labels = torch.multinomial(mixture.weights.cpu(), n, True, generator=generator)
         labels = labels.to(mixture.means.device)
         x = reparameterize(mixture.means[labels], mixture.variances[labels].log(), seed=seed)
         return x.to(self._dtype), labels

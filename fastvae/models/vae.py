@@ -58,7 +58,7 @@ class LogLikelihood(NamedTuple):
 
     Attributes:
         log_px: log p(x) of each example, in nats `[B]`; −inf where no sample gave x a probability.
-        ess: the effective sample size of its importance weights `[B]`, from 1 to n_samples, 0 where log_px is −inf.
+        ess: the effective sample size of its importance weights `[B]`, from 1 to n_importance, 0 where log_px is −inf.
     """
 
     log_px: Tensor
@@ -195,21 +195,21 @@ class VAE(CountsSteps):
 
     @torch.no_grad()
     def log_likelihood(
-        self, x: Tensor, n_samples: int, *, proposal: str = "posterior", batch_size: int = 4096
+        self, x: Tensor, n_importance: int, *, proposal: str = "posterior", batch_size: int = 4096
     ) -> LogLikelihood:
         """log p(x) of each example by importance sampling, log 1/n sum_n p(x|z_n) p(z_n) / r(z_n), without gradient.
 
-        It is a lower bound in expectation that rises to log p(x) as n_samples grows. The effective sample size says
+        It is a lower bound in expectation that rises to log p(x) as n_importance grows. The effective sample size says
         whether it has got there: near 1, one sample has all the weight, and log p(x) is higher.
 
         Args:
             x: `[B, ...]`, any number of examples.
-            n_samples: samples of each example.
+            n_importance: importance samples of each example.
             proposal: r(z): `"posterior"`, q(z|x), which needs few samples where it is near p(z|x); `"prior"`, p(z),
-                which leaves the encoder out, decodes each sample once for `batch_size` examples, and needs far
+                which leaves the encoder out, decodes each sample once for up to `batch_size` examples, and needs far
                 too many samples where p(z|x) is narrow. The examples' errors are then correlated.
-            batch_size: how many pairs of a sample and an example are in memory at once; does not change the result's
-                distribution.
+            batch_size: how many inputs, posteriors or decoder outputs are in memory at once. The result's distribution
+                is the same.
 
         Raises:
             TypeError: x is not a floating-point tensor, or a number not an integer.
@@ -226,29 +226,11 @@ class VAE(CountsSteps):
             >>> bits = -log_px.mean() / math.log(2) / x[0].numel()
         """
         self._check(x)
-        n_samples = check_count("n_samples", n_samples, least=1)
+        n_importance = check_count("n_importance", n_importance, least=1)
         batch_size = check_count("batch_size", batch_size, least=1)
         check_choice("proposal", proposal, PROPOSALS)
-        results = []
-        for part in x.split(batch_size):
-            posterior = self.encode(part) if proposal == "posterior" else None
-            at_once = max(1, batch_size // max(1, len(part)))
-            # log sum w and log sum w², [B] from the first
-            total = squares = torch.full((), -math.inf, dtype=torch.float64, device=x.device)
-            for first in range(0, n_samples, at_once):
-                log_w = self._log_w(part, posterior, min(at_once, n_samples - first))  # [n, B]
-                dtype, log_w = log_w.dtype, log_w.double()
-                total = torch.logaddexp(total, log_w.logsumexp(0))
-                squares = torch.logaddexp(squares, (2 * log_w).logsumexp(0))
-            ess = (2 * total - squares).exp().masked_fill(total == -math.inf, 0.0)
-            results.append(torch.stack((total - math.log(n_samples), ess)).to(dtype))
-        log_px, ess = torch.cat(results, 1)
-        typical = 1 / ess.reciprocal().mean()
-        if typical < 5:
-            warn(
-                f"log_px: rests on an effective sample size of {typical:.1f} of {n_samples}, so it is too low, by an"
-                " amount that cannot be told; take more n_samples, or another proposal"
-            )
+        log_px, ess = self._log_likelihood(x, n_importance, proposal, batch_size)
+        warn_if_few(ess, n_importance)
         return LogLikelihood(log_px, ess)
 
     @torch.no_grad()
@@ -331,6 +313,23 @@ class VAE(CountsSteps):
         """E[x|z] at the mean of each posterior, the shape of x."""
         return self.decode(self.encode(x)[0])
 
+    def _log_likelihood(self, x: Tensor, n_importance: int, proposal: str, batch_size: int) -> Tensor:
+        """log p(x) and the effective sample size of each example, `[2, B]`, of arguments that are checked."""
+        results = []
+        for part in x.split(batch_size):
+            posterior = self.encode(part) if proposal == "posterior" else None
+            at_once = max(1, batch_size // max(1, len(part)))
+            # log sum w and log sum w², [B] from the first
+            total = squares = torch.full((), -math.inf, dtype=torch.float64, device=x.device)
+            for first in range(0, n_importance, at_once):
+                log_w = self._log_w(part, posterior, min(at_once, n_importance - first))  # [n, B]
+                dtype, log_w = log_w.dtype, log_w.double()
+                total = torch.logaddexp(total, log_w.logsumexp(0))
+                squares = torch.logaddexp(squares, (2 * log_w).logsumexp(0))
+            ess = (2 * total - squares).exp().masked_fill(total == -math.inf, 0.0)
+            results.append(torch.stack((total - math.log(n_importance), ess)).to(dtype))
+        return torch.cat(results, 1)
+
     def _log_w(self, x: Tensor, posterior: tuple[Tensor, Tensor] | None, n: int) -> Tensor:
         """n log importance weights of each example, `[n, B]`, for z drawn from its posterior, or from the prior."""
         if posterior is None:
@@ -364,3 +363,13 @@ class VAE(CountsSteps):
             return
         self.likelihood.check(x)
         self._checked = True
+
+
+def warn_if_few(ess: Tensor, n_importance: int) -> None:
+    """Warn where log p(x) rests on too small an effective sample size, that of each example being given."""
+    typical = 1 / ess.reciprocal().mean()
+    if typical < 5:
+        warn(
+            f"log_px: rests on an effective sample size of {typical:.1f} of {n_importance}, so it is too low, by an"
+            " amount that cannot be told; take a larger n_importance, or another proposal"
+        )

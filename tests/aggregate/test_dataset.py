@@ -384,7 +384,7 @@ def linear_gaussian(s: float, wrong: float = 0.0) -> tuple[VAE, float]:
 def test_mutual_information_of_a_linear_decoder(backend: Target, s: float, wrong: float) -> None:
     vae, exact = linear_gaussian(s, wrong)
     n = 200 if backend.slow else 2000
-    got = decoder_mutual_information(vae, n, 200 if wrong else 8, batch_size=10_000)
+    got = decoder_mutual_information(vae, n_prior=n, n_importance=200 if wrong else 8, batch_size=10_000)
     assert abs(got.mi - exact) < 4 * got.standard_error + (0.01 if wrong else 0)
     assert 0 < got.standard_error < 2.2 / math.sqrt(n)
     assert got.ess.shape == (n,)
@@ -392,16 +392,27 @@ def test_mutual_information_of_a_linear_decoder(backend: Target, s: float, wrong
 
 def test_mutual_information_by_the_prior(backend: Target) -> None:
     vae, exact = linear_gaussian(1.0)
-    got = decoder_mutual_information(vae, 500, 4000, proposal="prior")
+    got = decoder_mutual_information(vae, n_prior=500, n_importance=4000, proposal="prior")
     assert abs(got.mi - exact) < 4 * got.standard_error + 0.01
 
 
 def test_mutual_information_is_drawn_by_its_seed() -> None:
     vae, _ = linear_gaussian(0.3, 0.5)
     before = torch.get_rng_state()
-    mi = [decoder_mutual_information(vae, 20, 50, seed=seed).mi for seed in (0, 0, 1)]
+    mi = [decoder_mutual_information(vae, n_prior=20, n_importance=50, seed=seed).mi for seed in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), before)
     assert mi[0] == mi[1] != mi[2]
+
+
+def test_mutual_information_is_drawn_in_batches() -> None:
+    """No more rows than `batch_size` are decoded at once, and the estimate is as good."""
+    vae, exact = linear_gaussian(0.3)
+    rows = []
+    vae.decoder.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    got = decoder_mutual_information(vae, n_prior=500, n_importance=8, batch_size=60)
+    assert max(rows) <= 60
+    assert got.ess.shape == (500,)
+    assert abs(got.mi - exact) < 4 * got.standard_error
 
 
 def test_mutual_information_of_pixels() -> None:
@@ -413,22 +424,22 @@ def test_mutual_information_of_pixels() -> None:
             decoder.weight.data.fill_(weight)
             decoder.bias.data.zero_()
             vae = VAE(lambda x: None, decoder, likelihood=likelihood, prior=fastvae.StandardNormal(1), **options)
-            got = decoder_mutual_information(vae, 300, 500, proposal="prior")
+            got = decoder_mutual_information(vae, n_prior=300, n_importance=500, proposal="prior")
             assert got.mi.item() == pytest.approx(bits * math.log(2), abs=0.05)
 
 
 def test_too_few_importance_samples_are_warned_of() -> None:
     vae, _ = linear_gaussian(0.01)
     with pytest.warns(UserWarning, match=r"^log_px: .*effective sample size of 1\.\d of 20"):
-        decoder_mutual_information(vae, 50, 20, proposal="prior")
+        decoder_mutual_information(vae, n_prior=50, n_importance=20, proposal="prior")
 
 
 def test_errors_of_the_decoders_information() -> None:
     vae, _ = linear_gaussian(1.0)
     for error, named, options in (
-        (ValueError, "n", {"n": 1}),
-        (TypeError, "n", {"n": 2.5}),
-        (ValueError, "n_samples", {"n_samples": 0}),
+        (ValueError, "n_prior", {"n_prior": 1}),
+        (TypeError, "n_prior", {"n_prior": 2.5}),
+        (ValueError, "n_importance", {"n_importance": 0}),
         (ValueError, "proposal", {"proposal": "q"}),
         (TypeError, "seed", {"seed": 0.5}),
         (ValueError, "seed", {"seed": -1}),

@@ -48,7 +48,7 @@ def test_every_number_is_what_its_definition_says(batch_size):
     n = N  # all posteriors, and as many samples of the prior
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hole = prior_hole((mu, logvar), n_samples=n, quantile=0.1, batch_size=batch_size, seed=3)
+        hole = prior_hole((mu, logvar), n_prior=n, quantile=0.1, batch_size=batch_size, seed=3)
     z = torch.cat((fastvae.reparameterize(mu, logvar, seed=3), hole.z_prior))
     pairs = log_normal(z[:, None], mu, logvar)  # [2n, N, D]
 
@@ -86,7 +86,7 @@ def test_the_terms_are_those_of_the_decomposition(prior):
     mu, logvar = posteriors()
     if prior:
         prior = MixturePrior(5, 4).double()
-    hole = prior_hole((mu, logvar), prior=prior, n_samples=5000, seed=2)
+    hole = prior_hole((mu, logvar), prior=prior, n_prior=5000, seed=2)
     expected = kl_decomposition_dataset((mu, logvar), prior=prior, seed=2)
     for name in ("mi", "agg_kl", "tc", "dim_kl", "prior_factorization", "kl", "entropy", "saturation"):
         torch.testing.assert_close(getattr(hole.terms, name), getattr(expected, name), msg=name)
@@ -95,7 +95,7 @@ def test_the_terms_are_those_of_the_decomposition(prior):
 
 def test_the_aggregate_posterior_has_no_holes():
     mu, logvar = posteriors(N=2000, logvar=0.5)  # they overlap: one posterior more or less does not matter
-    hole = prior_hole((mu, logvar), prior=Aggregate(mu, logvar), n_samples=2000)
+    hole = prior_hole((mu, logvar), prior=Aggregate(mu, logvar), n_prior=2000)
     error = math.sqrt(2 * 0.01 / 2000)  # of the share, and of the quantile
     assert abs(hole.share - 0.01) < 4 * error
     assert (hole.dim_share - 0.01).abs().max() < 5 * error
@@ -126,7 +126,7 @@ def test_holes_are_found_where_they_are_and_go_when_the_prior_is_fitted():
 
 def test_some_of_many_posteriors():
     mu, logvar = posteriors(N=300, D=7)
-    hole = prior_hole((mu, logvar), n_samples=50, n_dims=3)
+    hole = prior_hole((mu, logvar), n_prior=50, n_dims=3)
     assert hole.log_q_data.shape == hole.log_q_prior.shape == (50,)
     assert hole.dims.shape == hole.share_without.shape == (3,)
     assert hole.pairs.shape == (3, 2)
@@ -136,7 +136,7 @@ def test_some_of_many_posteriors():
 
 def test_one_dimension():
     mu, logvar = posteriors(D=1)
-    hole = prior_hole((mu, logvar), n_samples=200)
+    hole = prior_hole((mu, logvar), n_prior=200)
     assert hole.share == hole.dim_share[0]
     assert hole.pairs.shape == (0, 2)
     assert hole.dims.tolist() == [0]
@@ -147,7 +147,7 @@ def test_generators_are_left_as_they_were_and_the_seed_decides():
     torch.manual_seed(0)
     expected = torch.randn(3)
     torch.manual_seed(0)
-    shares = [prior_hole(pair, n_samples=500, seed=seed).z_prior for seed in (0, 0, 1)]
+    shares = [prior_hole(pair, n_prior=500, seed=seed).z_prior for seed in (0, 0, 1)]
     assert torch.equal(torch.randn(3), expected)
     assert torch.equal(shares[0], shares[1])
     assert not torch.equal(shares[0], shares[2])
@@ -168,13 +168,13 @@ def test_errors_name_the_argument_and_saturation_warns():
         (lambda: prior_hole(pair[0], vae), TypeError, "source"),
         (lambda: prior_hole(pair[0]), TypeError, "source"),
         (lambda: prior_hole(pair, prior=wrong(1.0)), TypeError, "prior"),
-        (lambda: prior_hole(pair, n_samples=0), ValueError, "n_samples"),
+        (lambda: prior_hole(pair, n_prior=0), ValueError, "n_prior"),
         (lambda: prior_hole(pair, n_dims=0), ValueError, "n_dims"),
         (lambda: prior_hole(pair, quantile=1.0), ValueError, "quantile"),
         (lambda: prior_hole((pair[0][:1], pair[1][:1])), ValueError, "source"),
         (lambda: prior_hole((pair[0] * math.nan, pair[1])), ValueError, "source"),
         (lambda: prior_hole(pair, prior=StandardNormal(3)), ValueError, "prior"),
-        (lambda: prior_hole(pair, n_samples=2**62), ValueError, "n_samples"),
+        (lambda: prior_hole(pair, n_prior=2**62), ValueError, "n_prior"),
         (lambda: prior_hole(pair, seed=-1), ValueError, "seed"),
         (lambda: prior_hole(pair, progress=wrong("no")), TypeError, "progress"),
         (lambda: prior_hole(pair, device="gpu"), ValueError, "device"),
@@ -189,7 +189,7 @@ def test_errors_name_the_argument_and_saturation_warns():
 def test_the_picture(tmp_path):
     plots = pytest.importorskip("fastvae.evaluation.plots")
     mu, logvar = two_modes()
-    hole = prior_hole((mu, logvar), n_samples=500)
+    hole = prior_hole((mu, logvar), n_prior=500)
     figures = []
 
     def draw(figure):
@@ -203,5 +203,5 @@ def test_the_picture(tmp_path):
     assert maps.axes[0].get_title() == f"{hole.pair_share[0].item():.1%} from holes"
     words = [text.get_text() for text in histogram.axes[0].texts]
     assert words == [f"{hole.share.item():.1%} of the samples\nare from holes"]
-    flat = prior_hole((mu[:, :1], logvar[:, :1]), n_samples=500)
+    flat = prior_hole((mu[:, :1], logvar[:, :1]), n_prior=500)
     plots.save(tmp_path / "flat.png", (4, 4), lambda figure: plots.plot_prior_hole(figure, flat, mu, logvar))

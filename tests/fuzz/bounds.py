@@ -223,7 +223,7 @@ def prior_hole(draw: Draw) -> Call:
     source = as_source(draw)
     arguments = {
         **{name: x.to(draw.dtypes[0]) for name, x in draw.posteriors(N, D).items()},
-        "n_samples": draw.choice((1, 7, 60)),
+        "n_prior": draw.choice((1, 7, 60)),
         "quantile": draw.choice((0.01, 0.5, 0.99)),
         "n_dims": draw.choice((1, 2, 12)),
         "batch_size": draw.choice((3, 4096)),
@@ -245,4 +245,4 @@ def prior_hole(draw: Draw) -> Call:
         shares = torch.cat((hole.dim_share, hole.share_without, hole.pair_share))
         assert ((shares >= 0) & (shares <= 1)).all(), "a share is not from 0 to 1"
 
-    return Call(function, arguments, check=None if draw.extreme else check, costly=("n_samples", "n_dims"))
+    return Call(function, arguments, check=None if draw.extreme else check, costly=("n_prior", "n_dims"))

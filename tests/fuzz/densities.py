@@ -125,12 +125,12 @@ def gaussian_mixture(draw: Draw) -> Call:
         "init": draw.choice(("kmeans++", "random")),
         "reg_covar": draw.choice((1e-6, 1e-3)),
         "seed": draw.choice((0, 7, 2**40)),
-        "n_samples": draw.choice((1, 7)),
+        "n": draw.choice((1, 7)),
     }
 
-    def function(x: Any, n_components: Any, n_samples: Any, **options: Any) -> Any:
+    def function(x: Any, n_components: Any, n: Any, **options: Any) -> Any:
         fitted = fastvae.GaussianMixture(n_components, **options).fit(x)
-        drawn, labels = fitted.sample(n_samples, seed=options["seed"])
+        drawn, labels = fitted.sample(n, seed=options["seed"])
         return fitted, drawn, labels, fitted.predict(x), fitted.partial_fit(x).score(x)
 
     def check(result: Any, arguments: dict[str, Any]) -> None:
@@ -142,11 +142,11 @@ def gaussian_mixture(draw: Draw) -> Call:
         x = arguments["x"].double()
         log_p = aggregate(x, fitted.means_, fitted.variances_.log(), fitted.weights_.log())[0]
         close("score", score, log_p.mean())
-        assert drawn.shape == (arguments["n_samples"], D), "the shape of a sample"
+        assert drawn.shape == (arguments["n"], D), "the shape of a sample"
         for at in (labels, predicted):
             assert ((at >= 0) & (at < K)).all(), "a component that is none"
 
-    costly = ("max_iter", "n_init", "n_samples")
+    costly = ("max_iter", "n_init", "n")
     return Call(function, arguments, check=None if draw.extreme else check, costly=costly)
 
 

@@ -112,6 +112,8 @@ def vae_methods(draw: Draw) -> Call:
         "z": draw.normal(B, LATENTS).float(),
         "n": draw.choice((2, 5)),
         "n_samples": draw.choice((1, 9)),
+        "n_prior": draw.choice((2, 5)),
+        "n_importance": draw.choice((1, 9)),
         "proposal": draw.choice(("posterior", "prior")),
         "batch_size": draw.choice((1, 3, 4096)),
         "n_components": 2,
@@ -120,15 +122,22 @@ def vae_methods(draw: Draw) -> Call:
     }
 
     def function(
-        x: Any, z: Any, n: Any, n_samples: Any, proposal: Any, batch_size: Any, n_components: Any, seed: Any, prior: Any
+        x: Any,
+        z: Any,
+        n: Any,
+        n_samples: Any,
+        n_prior: Any,
+        n_components: Any,
+        seed: Any,
+        prior: Any,
+        **importance: Any,
     ) -> Any:
         decoded, evidence = model.decode(z), model.log_px_z(x, z)
-        likely = model.log_likelihood(x, n_samples, proposal=proposal, batch_size=batch_size)
+        likely = model.log_likelihood(x, **importance)
         model.fit_prior([x, x], n_components, n_samples=n_samples, seed=seed)
-        known = fastvae.decoder_mutual_information(
-            model, n, n_samples, proposal=proposal, batch_size=batch_size, seed=seed
-        )
-        hole = fastvae.prior_hole(model, [x, x], prior=prior, n_samples=n_samples, seed=seed, batch_size=batch_size)
+        known = fastvae.decoder_mutual_information(model, n_prior=n_prior, seed=seed, **importance)
+        batch_size = importance["batch_size"]
+        hole = fastvae.prior_hole(model, [x, x], prior=prior, n_prior=n_prior, seed=seed, batch_size=batch_size)
         return decoded, evidence, likely, known, hole, model.sample(n), model.reconstruct(x)
 
     def check(result: Any, arguments: dict[str, Any]) -> None:
@@ -138,7 +147,7 @@ def vae_methods(draw: Draw) -> Call:
         mean = output if kind == "gaussian" else output.sigmoid() * options.get("total_count", 1)
         close("decode", decoded, mean)
         assert likely.log_px.shape == likely.ess.shape == (B,), "the shape of log_px"
-        assert (likely.ess <= arguments["n_samples"] * 1.001).all(), "more effective samples than samples"
+        assert (likely.ess <= arguments["n_importance"] * 1.001).all(), "more effective samples than samples"
         assert sampled.shape == (arguments["n"], PIXELS), "the shape of sample"
         assert reconstructed.shape == x.shape, "the shape of reconstruct"
         for tensor in tensors_of((likely, hole.terms, reconstructed, sampled)):
@@ -148,7 +157,7 @@ def vae_methods(draw: Draw) -> Call:
         function,
         arguments,
         check=None if draw.extreme else check,
-        costly=("n_samples", "n"),
+        costly=("n_samples", "n", "n_prior", "n_importance"),
         draws=True,
         own_device=True,
     )

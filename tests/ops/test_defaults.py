@@ -1,6 +1,7 @@
 """Functions of data sets and of whole batches compute where their inputs are and in their dtype, whatever torch's
 defaults; and take counts and numbers of other kinds."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -68,7 +69,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     )[:-1],
     "active_units": lambda z, mu, logvar, p: fastvae.active_units(mu),
     "prior_hole": lambda z, mu, logvar, p: (lambda h: (*h.terms[:-1], *h[1:]))(
-        fastvae.prior_hole((mu, logvar), prior=fastvae.DiagonalGaussian(D), n_samples=8)
+        fastvae.prior_hole((mu, logvar), prior=fastvae.DiagonalGaussian(D), n_prior=8)
     ),
     "GaussianMixture": lambda z, mu, logvar, p: fitted(z, "kmeans++"),
     "GaussianMixture, random": lambda z, mu, logvar, p: fitted(z, "random"),
@@ -133,7 +134,7 @@ def test_numbers_of_other_kinds_are_pythons() -> None:
     z, mu, logvar, _ = inputs()
     i: Any = np.int64
     f: Any = Fraction
-    vae = model()
+    decoded = functools.partial(fastvae.decoder_mutual_information, model(), proposal="prior")
     for left, right in (
         (fastvae.entropy(z.softmax(1), i(0)), fastvae.entropy(z.softmax(1), 0)),
         (fastvae.effective_sample_size(z, i(1)), fastvae.effective_sample_size(z, 1)),
@@ -147,12 +148,12 @@ def test_numbers_of_other_kinds_are_pythons() -> None:
             fastvae.kl_decomposition_dataset((mu, logvar), n_samples=2, rows=5, batch_size=4, seed=3),
         ),
         (
-            fastvae.prior_hole((mu, logvar), n_samples=i(9), quantile=f(1, 4), n_dims=i(2), batch_size=i(5), seed=i(1)),
-            fastvae.prior_hole((mu, logvar), n_samples=9, quantile=0.25, n_dims=2, batch_size=5, seed=1),
+            fastvae.prior_hole((mu, logvar), n_prior=i(9), quantile=f(1, 4), n_dims=i(2), batch_size=i(5), seed=i(1)),
+            fastvae.prior_hole((mu, logvar), n_prior=9, quantile=0.25, n_dims=2, batch_size=5, seed=1),
         ),
         (
-            fastvae.decoder_mutual_information(vae, i(4), i(64), batch_size=i(100), seed=i(2), proposal="prior"),
-            fastvae.decoder_mutual_information(vae, 4, 64, batch_size=100, seed=2, proposal="prior"),
+            decoded(n_prior=i(4), n_importance=i(64), batch_size=i(100), seed=i(2)),
+            decoded(n_prior=4, n_importance=64, batch_size=100, seed=2),
         ),
     ):
         for a, b in zip(tensors(left), tensors(right), strict=True):
