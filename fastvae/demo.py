@@ -21,6 +21,7 @@ from .aggregate.decomposition import kl_decomposition
 from .backends import name_for
 from .evaluation import plots
 from .models.vae import VAE
+from .ops.checks import drawn_seed
 from .ops.kl_gauss import kl_gauss
 from .ops.sample_gauss import reparameterize
 
@@ -163,7 +164,7 @@ def draw(vae: VAE, x: Tensor, labels: Tensor, held_out: Tensor, history: tuple, 
     return [f"{name}.png" for name in (*pictures, "demo")]
 
 
-def run(epochs: int = 40, seconds: float = 60.0, out: str = "demo-out", seed: int = 0) -> Terms:
+def run(epochs: int = 40, seconds: float = 60.0, out: str = "demo-out", seed: int | None = 0) -> Terms:
     """Train, print and draw; return the held-out terms at the end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # layers this small gain nothing from a second, and lose where the machine is busy
@@ -173,8 +174,8 @@ def run(epochs: int = 40, seconds: float = 60.0, out: str = "demo-out", seed: in
         torch.set_num_threads(threads)
 
 
-def _run(epochs: int, seconds: float, out: Path, seed: int) -> Terms:
-    torch.manual_seed(seed)
+def _run(epochs: int, seconds: float, out: Path, seed: int | None) -> Terms:
+    torch.manual_seed(drawn_seed(seed))
     x, held_out, labels, held_out_labels = load()
     vae = VAE(Encoder(), make_decoder(), likelihood="binomial", total_count=COUNT)
     n, backend = len(held_out), name_for(torch.device("cpu"))

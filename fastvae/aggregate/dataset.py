@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._warnings import warn
-from ..ops.checks import MOST_SAMPLES, check_count, check_flag
+from ..ops.checks import MOST_SAMPLES, check_count, check_flag, drawn_seed
 from ..ops.sample_gauss import reparameterize
 from ..protocols import Prior, check_prior
 from .columns import Streamed
@@ -33,7 +33,7 @@ def kl_decomposition_dataset(
     tol: float | None = None,
     batch_size: int = 4096,
     device: torch.device | str | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     progress: bool = False,
 ) -> KLDecomposition:
     """`kl_decomposition` with the whole data set as columns: the exact inner sum over all N posteriors, streamed.
@@ -58,7 +58,7 @@ def kl_decomposition_dataset(
         method, tol: for log q_d(z_id), as in `agg_log_prob_marginals`, except that `"auto"` may tabulate on any device.
         batch_size: how many inputs, posteriors or decoder outputs are in memory at once.
         device: where to encode and compute; None for where a module's parameters, or else the posteriors, are.
-        seed: for the choice of rows and the samples, not negative.
+        seed: for the choice of rows and the samples; None draws one from torch's generator.
         progress: show a progress bar on stderr, tqdm's where it is installed.
 
     Returns:
@@ -69,7 +69,7 @@ def kl_decomposition_dataset(
         TypeError: `source` is neither posteriors nor, with `data`, a VAE or an encoder; a part of the posteriors is not
             of floating point, or `data` no tensors or arrays; masked arrays; or another argument is of a wrong type.
         ValueError: a VAE or an encoder without `data`; shapes do not match, no posteriors or dimensions, `rows` past
-            their number, a negative `seed`, a `device` that this machine does not have, or too many samples.
+            their number, a `seed` beyond 64 bits, a `device` that this machine does not have, or too many samples.
 
     Warns:
         UserWarning: mi is within log 2 of log N, for N of 5 or more. It then says how many examples there are, and
@@ -83,7 +83,7 @@ def kl_decomposition_dataset(
     """
     n_samples = check_count("n_samples", n_samples, least=1, most=MOST_SAMPLES)
     batch_size = check_count("batch_size", batch_size, least=1)
-    seed = check_count("seed", seed, most=2**64 - 1)
+    seed = drawn_seed(seed)
     rows = check_rows(rows)
     analytic_conditional = check_flag("analytic_conditional", analytic_conditional)
     progress = check_flag("progress", progress)

@@ -14,7 +14,7 @@ from ..aggregate.marginals import log_densities
 from ..aggregate.posteriors import open_posteriors, prior_of
 from ..models.priors import StandardNormal
 from ..ops.agg_log_prob import agg_log_prob_op
-from ..ops.checks import MOST_SAMPLES, check_count, check_flag, check_number
+from ..ops.checks import MOST_SAMPLES, check_count, check_flag, check_number, drawn_seed
 from ..ops.cross_log_prob import log_prob_gauss
 from ..ops.sample_gauss import reparameterize
 from ..protocols import Prior, check_prior
@@ -66,7 +66,7 @@ def prior_hole(
     n_dims: int = 12,
     batch_size: int = 4096,
     device: torch.device | str | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     progress: bool = False,
 ) -> PriorHole:
     """How far the prior is from the aggregate posterior q(z) of a data set, and which share of its samples is from
@@ -83,7 +83,7 @@ def prior_hole(
         n_dims: how many dimensions are looked at one by one and in pairs, those with the most information about x.
         batch_size: how many inputs, posteriors or decoder outputs are in memory at once.
         device: where to encode and compute; None for where a module's parameters, or else the posteriors, are.
-        seed: of all samples; torch's generators are left as they were.
+        seed: of all samples, which leaves torch's generators as they were; None draws one from torch's generator.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -103,7 +103,7 @@ def prior_hole(
     n_prior = check_count("n_prior", n_prior, least=1, most=MOST_SAMPLES)
     n_dims = check_count("n_dims", n_dims, least=1)
     batch_size = check_count("batch_size", batch_size, least=1)
-    seed = check_count("seed", seed, most=2**64 - 1)
+    seed = drawn_seed(seed)
     progress = check_flag("progress", progress)
     quantile = check_number("quantile", quantile)
     if not 0 < quantile < 1:

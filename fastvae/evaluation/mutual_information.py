@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._warnings import warn
 from ..models.vae import PROPOSALS, VAE, warn_if_few
-from ..ops.checks import MOST_SAMPLES, check_choice, check_count, check_number
+from ..ops.checks import MOST_SAMPLES, check_choice, check_count, check_number, drawn_seed
 from .seeded import seeded
 
 
@@ -101,7 +101,7 @@ def decoder_mutual_information(
     n_importance: int = 1024,
     proposal: str = "posterior",
     batch_size: int = 4096,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> DecoderMI:
     """I_dec(x; z) = E log p(x|z) / p(x) over the model's own samples, z ~ p(z) and x ~ p(x|z), in nats.
 
@@ -115,11 +115,11 @@ def decoder_mutual_information(
         proposal: as in `vae.log_likelihood`. The encoder may know the model's samples less well than the data;
             `"prior"` leaves it out.
         batch_size: how many inputs, posteriors or decoder outputs are in memory at once.
-        seed: of all draws; torch's generators are left as they were.
+        seed: of all draws, which leaves torch's generators as they were; None draws one from torch's generator.
 
     Raises:
         TypeError: `vae` is not a VAE, or its likelihood has no `sample`; or a number is not an integer.
-        ValueError: `n_prior` below 2, a negative seed, or as in `vae.log_likelihood`.
+        ValueError: `n_prior` below 2, a `seed` beyond 64 bits, or as in `vae.log_likelihood`.
 
     Warns:
         UserWarning: as `vae.log_likelihood` does where log p(x) is too low: mi is then too high.
@@ -133,7 +133,7 @@ def decoder_mutual_information(
     n_prior = check_count("n_prior", n_prior, least=2, most=MOST_SAMPLES)
     n_importance = check_count("n_importance", n_importance, least=1)
     batch_size = check_count("batch_size", batch_size, least=1)
-    seed = check_count("seed", seed, most=2**64 - 1)
+    seed = drawn_seed(seed)
     check_choice("proposal", proposal, PROPOSALS)
     if not isinstance(vae, VAE):
         raise TypeError(f"vae: expected a VAE, got {type(vae).__name__}")

@@ -10,7 +10,16 @@ from torch import Tensor
 from .._warnings import warn
 from ..backends.contract import accumulation_dtype
 from ..ops.categorical import entropy
-from ..ops.checks import MOST_SAMPLES, check_choice, check_count, check_device, check_number, check_seed, check_tensor
+from ..ops.checks import (
+    MOST_SAMPLES,
+    check_choice,
+    check_count,
+    check_device,
+    check_number,
+    check_seed,
+    check_tensor,
+    drawn_seed,
+)
 from ..ops.sample_gauss import reparameterize
 from . import em
 from . import runs as em_runs
@@ -37,7 +46,7 @@ class GaussianMixture:
             points. All components have the variance of the points about their nearest mean. Or the parameters to
             start from, tensors (weights `[K]`, means `[K, D]`, variances `[K, D]`).
         reg_covar: added to each variance, and so the whole variance of a component with one point.
-        seed: of the starts; None draws them from torch's generator.
+        seed: of the starts; None draws one from torch's generator.
 
     Arguments are kept as they are given, and checked by `fit` and `partial_fit`.
 
@@ -198,11 +207,12 @@ class GaussianMixture:
         return self.complete_log_likelihood(x, q) + entropy(q.double()).mean().item()
 
     def sample(self, n: int = 1, *, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Draw points `[n, D]`, in the dtype of those in the fit; returns them and their components `[n]`."""
+        """Draw points `[n, D]`, in the dtype of those in the fit; returns them and their components `[n]`. For a `seed`
+        of None torch's generator draws one."""
         n = check_count("n", n, least=1, most=MOST_SAMPLES)
-        seed = None if seed is None else check_seed("seed", seed)
+        seed = drawn_seed(seed)
         mixture = self._fitted()
-        generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         labels = torch.multinomial(mixture.weights.cpu(), n, True, generator=generator)
         labels = labels.to(mixture.means.device)
         x = reparameterize(mixture.means[labels], mixture.variances[labels].log(), seed=seed)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._warnings import warn
 from ..backends.contract import accumulation_dtype
-from ..ops.checks import check_tensor, check_values
+from ..ops.checks import check_tensor, check_values, drawn_seed
 from . import em
 from .em import Mixture
 
@@ -25,7 +25,8 @@ class Options(NamedTuple):
     seed: int | None
 
     def generator(self) -> torch.Generator | None:
-        return None if self.seed is None else torch.Generator("cpu").manual_seed(self.seed)
+        """What draws the starts; None where the start is given."""
+        return None if isinstance(self.init, Mixture) else torch.Generator("cpu").manual_seed(drawn_seed(self.seed))
 
 
 class Run(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 from .._warnings import warn
 from ..aggregate.posteriors import open_posteriors
 from ..mixtures.gaussian_mixture import GaussianMixture
-from ..ops.checks import as_rows, check_choice, check_count, check_flag, check_seed, check_tensor
+from ..ops.checks import as_rows, check_choice, check_count, check_flag, check_tensor, drawn_seed
 from ..ops.declare import has_values
 from ..ops.sample_gauss import reparameterize, sample_gauss
 from ..protocols import (
@@ -270,7 +270,7 @@ class VAE(CountsSteps):
             n_samples: samples z of each example's posterior, all in memory at once.
             device: where to encode and fit; None for that of the VAE's parameters.
             progress: show a progress bar on stderr.
-            seed: of the samples and of the fit; None draws from torch's generator.
+            seed: of the samples and of the fit; None draws one from torch's generator.
             **mixture_options: of `GaussianMixture`: `tol`, `max_iter`, `n_init`, `init`, `reg_covar`.
 
         Returns:
@@ -287,7 +287,7 @@ class VAE(CountsSteps):
         """
         n_components = check_count("n_components", n_components, least=1)
         n_samples = check_count("n_samples", n_samples, least=1)
-        seed = None if seed is None else check_seed("seed", seed)
+        seed = drawn_seed(seed)
         check_flag("progress", progress)
         mixture = GaussianMixture(n_components, seed=seed, **mixture_options)
         posteriors = open_posteriors(self, data, device=device, progress=progress)

@@ -111,6 +111,13 @@ def check_seed(name: str, value: Any) -> int:
     return check_count(name, value, least=-(2**63), most=2**64 - 1)
 
 
+def drawn_seed(seed: Any) -> int:
+    """The seed, checked; for None one from torch's generator of the CPU, so that `torch.manual_seed` governs."""
+    if seed is None:
+        return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+    return check_seed("seed", seed)
+
+
 def check_number(
     name: str,
     value: Any,

@@ -289,7 +289,7 @@ def broken(batch: Any) -> Iterator[Any]:
         (ValueError, "rows", None, {"rows": torch.tensor([-1])}),
         (TypeError, "prior", None, {"prior": 1.0}),
         (TypeError, "seed", None, {"seed": 1.5}),
-        (ValueError, "seed", None, {"seed": -1}),
+        (ValueError, "seed", None, {"seed": -(2**63) - 1}),
         (ValueError, "seed", None, {"seed": 2**64}),
         (ValueError, "n_samples", None, {"n_samples": 2**62}),
         (ValueError, "n_samples", None, {"n_samples": 2**39}),
@@ -321,7 +321,7 @@ def test_errors_of_the_data_set(error: type[Exception], named: str, source: Any,
 
 @pytest.mark.parametrize(
     ("named", "wrong"),
-    [("prior", 1.0), ("prior", fastvae.StandardNormal), ("seed", -1), ("rows", 0), ("rows", torch.tensor([-1]))],
+    [("prior", 1.0), ("prior", fastvae.StandardNormal), ("seed", 2**64), ("rows", 0), ("rows", torch.tensor([-1]))],
     ids=str,
 )
 def test_arguments_are_checked_before_anything_is_encoded(named: str, wrong: Any) -> None:
@@ -442,7 +442,7 @@ def test_errors_of_the_decoders_information() -> None:
         (ValueError, "n_importance", {"n_importance": 0}),
         (ValueError, "proposal", {"proposal": "q"}),
         (TypeError, "seed", {"seed": 0.5}),
-        (ValueError, "seed", {"seed": -1}),
+        (ValueError, "seed", {"seed": 2**64}),
     ):
         with pytest.raises(error, match=rf"^{named}: expected"):
             decoder_mutual_information(vae, **options)

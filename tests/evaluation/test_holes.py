@@ -175,7 +175,7 @@ def test_errors_name_the_argument_and_saturation_warns():
         (lambda: prior_hole((pair[0] * math.nan, pair[1])), ValueError, "source"),
         (lambda: prior_hole(pair, prior=StandardNormal(3)), ValueError, "prior"),
         (lambda: prior_hole(pair, n_prior=2**62), ValueError, "n_prior"),
-        (lambda: prior_hole(pair, seed=-1), ValueError, "seed"),
+        (lambda: prior_hole(pair, seed=2**64), ValueError, "seed"),
         (lambda: prior_hole(pair, progress=wrong("no")), TypeError, "progress"),
         (lambda: prior_hole(pair, device="gpu"), ValueError, "device"),
     ):

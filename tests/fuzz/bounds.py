@@ -186,7 +186,7 @@ def kl_decomposition_dataset(draw: Draw) -> Call:
         "analytic_conditional": draw.chance(0.3),
         "method": draw.choice(("auto", "direct", "table")),
         "batch_size": draw.choice((1, 3, 4096)),
-        "seed": draw.choice((0, 7, 2**40)),
+        "seed": draw.choice((0, 7, -3, 2**40)),
         "progress": False,
     }
 
@@ -227,7 +227,7 @@ def prior_hole(draw: Draw) -> Call:
         "quantile": draw.choice((0.01, 0.5, 0.99)),
         "n_dims": draw.choice((1, 2, 12)),
         "batch_size": draw.choice((3, 4096)),
-        "seed": draw.choice((0, 7)),
+        "seed": draw.choice((0, 7, -3, None)),
         "progress": False,
     }
 
@@ -245,4 +245,10 @@ def prior_hole(draw: Draw) -> Call:
         shares = torch.cat((hole.dim_share, hole.share_without, hole.pair_share))
         assert ((shares >= 0) & (shares <= 1)).all(), "a share is not from 0 to 1"
 
-    return Call(function, arguments, check=None if draw.extreme else check, costly=("n_prior", "n_dims"))
+    return Call(
+        function,
+        arguments,
+        check=None if draw.extreme else check,
+        costly=("n_prior", "n_dims"),
+        draws=arguments["seed"] is None,
+    )

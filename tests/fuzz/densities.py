@@ -124,7 +124,7 @@ def gaussian_mixture(draw: Draw) -> Call:
         "n_init": draw.choice((1, 2)),
         "init": draw.choice(("kmeans++", "random")),
         "reg_covar": draw.choice((1e-6, 1e-3)),
-        "seed": draw.choice((0, 7, 2**40)),
+        "seed": draw.choice((0, 7, -3, 2**40, None)),
         "n": draw.choice((1, 7)),
     }
 
@@ -147,7 +147,8 @@ def gaussian_mixture(draw: Draw) -> Call:
             assert ((at >= 0) & (at < K)).all(), "a component that is none"
 
     costly = ("max_iter", "n_init", "n")
-    return Call(function, arguments, check=None if draw.extreme else check, costly=costly)
+    checked = None if draw.extreme else check
+    return Call(function, arguments, check=checked, costly=costly, draws=arguments["seed"] is None)
 
 
 # Priors and likelihoods.

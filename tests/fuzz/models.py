@@ -117,7 +117,7 @@ def vae_methods(draw: Draw) -> Call:
         "proposal": draw.choice(("posterior", "prior")),
         "batch_size": draw.choice((1, 3, 4096)),
         "n_components": 2,
-        "seed": draw.choice((0, 7, 2**40)),
+        "seed": draw.choice((0, 7, -3, 2**40, None)),
         "prior": draw.choice((None, prior)),
     }
 
