@@ -128,7 +128,7 @@ def mc_iw_elbo(
     return _log_mean_w(_log_w(log_px_z, log_pz, log_qz_x, "kmB"), z, gradient).mean(0)
 
 
-def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
+def effective_sample_size(log_w: Tensor, dim: int = -1) -> Tensor:
     """How many equal weights would do as well: (sum w)² / sum w², from 1 to the number of weights.
 
     Args:
@@ -146,7 +146,7 @@ def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
     Source: Kong 1992.
 
     Example:
-        >>> fastvae.effective_sample_size(log_px_z + log_pz - log_qz_x)  # [m, B] to [B]
+        >>> fastvae.effective_sample_size(log_px_z + log_pz - log_qz_x, dim=0)  # [m, B] to [B]
     """
     check_tensor("log_w", log_w)
     dim = check_axis(dim, log_w)

@@ -320,11 +320,11 @@ def test_effective_sample_size():
         [[0.0, -1e4, -math.inf, math.log(3.0)], [0.0, 0.0, -math.inf, 0.0], [0.0, -math.inf, -math.inf, -math.inf]]
     )
     expected = torch.tensor([3.0, 1.0, 0.0, 16 / 10])
-    torch.testing.assert_close(effective_sample_size(log_w), expected)
-    torch.testing.assert_close(effective_sample_size(log_w.T + 500, dim=1), expected)
+    torch.testing.assert_close(effective_sample_size(log_w, dim=0), expected)
+    torch.testing.assert_close(effective_sample_size(log_w.T + 500), expected)
     assert effective_sample_size(log_w.half()).dtype == torch.float32
     w = torch.randn(7, 31, dtype=torch.float64).exp()
-    torch.testing.assert_close(effective_sample_size(w.log()), w.sum(0) ** 2 / (w**2).sum(0))
+    torch.testing.assert_close(effective_sample_size(w.log()), w.sum(-1) ** 2 / (w**2).sum(-1))
 
 
 # Errors.

@@ -229,7 +229,7 @@ def test_log_likelihood_streams():
         rows.clear()
         result = vae.log_likelihood(x, 101, proposal="prior", batch_size=batch_size)
         torch.testing.assert_close(result.log_px, log_w.logsumexp(0) - math.log(101))
-        torch.testing.assert_close(result.ess, fastvae.effective_sample_size(log_w))
+        torch.testing.assert_close(result.ess, fastvae.effective_sample_size(log_w, dim=0))
         assert max(rows) == at_once
 
 
