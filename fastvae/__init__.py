@@ -7,12 +7,12 @@ from .aggregate import estimators
 from .aggregate.dataset import kl_decomposition_dataset
 from .aggregate.decomposition import KLDecomposition, kl_decomposition
 from .aggregate.estimators import agg_entropy, estimator_weights
-from .aggregate.marginals import agg_log_prob_marginals
+from .aggregate.marginals import AggregateLogProb, agg_log_prob_marginals
 from .aggregate.mmd import mmd
 from .backends.use import precision, use, use_backend
 from .evaluation.active_units import active_units
 from .evaluation.holes import PriorHole, prior_hole
-from .evaluation.mutual_information import DecoderMI, decoder_mutual_information, mi_bounds
+from .evaluation.mutual_information import DecoderMI, MIBounds, decoder_mutual_information, mi_bounds
 from .mixtures import em
 from .mixtures.gaussian_mixture import GaussianMixture
 from .models import bounds, likelihoods, objectives, priors
@@ -36,6 +36,7 @@ __all__ = [
     "ELBO",
     "IWAE",
     "VAE",
+    "AggregateLogProb",
     "BetaTCVAE",
     "ColumnWeights",
     "DecoderMI",
@@ -47,6 +48,7 @@ __all__ = [
     "KLDecomposition",
     "Likelihood",
     "LogLikelihood",
+    "MIBounds",
     "MixturePrior",
     "Objective",
     "Prior",

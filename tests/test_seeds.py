@@ -40,7 +40,7 @@ def mixture(init: str, method: str, seed: Any) -> Tensor:
     return getattr(fitted, method)(posteriors()[0]).means_
 
 
-DRAWN: dict[str, Callable[[Any], Tensor]] = {
+DRAWN: dict[str, Callable[[Any], Any]] = {
     "reparameterize": lambda seed: fastvae.reparameterize(*posteriors(), seed=seed),
     "sample_gauss": lambda seed: fastvae.sample_gauss(*posteriors(), seed=seed).log_q,
     "kl_decomposition_dataset": lambda seed: fastvae.kl_decomposition_dataset(posteriors(), rows=9, seed=seed).entropy,

@@ -6,7 +6,7 @@
 `log_densities` is the one place that chooses, for batches, data sets and prior holes.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,18 @@ from .table import override, tabulate
 METHODS = ("auto", "direct", "table")
 
 
+class AggregateLogProb(NamedTuple):
+    """The result of `agg_log_prob_marginals`, in nats, in float32 (float64 for float64 inputs).
+
+    Attributes:
+        joint: log sum_j w_ij q(z_i | x_j) of each sample, `[S]`.
+        marginals: log sum_j w_ij q(z_id | x_jd) of each sample and dimension, `[S, D]`.
+    """
+
+    joint: Tensor
+    marginals: Tensor
+
+
 def agg_log_prob_marginals(
     z: Tensor,
     mu: Tensor,
@@ -31,7 +43,7 @@ def agg_log_prob_marginals(
     weights: ColumnWeights | None = None,
     method: str = "auto",
     tol: float | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> AggregateLogProb:
     """The joint log sum_j w_ij q(z_i | x_j) and, for each dimension, log sum_j w_ij q(z_id | x_jd), in nats.
 
     Never forms `[S, N]` or `[S, N, D]`. A marginal is a function of one variable, so where there are many samples it
@@ -46,7 +58,7 @@ def agg_log_prob_marginals(
             also the maximum, or 1e-12 for float64. Its gradients are exactly those of the interpolant.
 
     Returns:
-        (joint `[S]`, marginals `[S, D]`) in float32 (float64 for float64 inputs).
+        AggregateLogProb: `joint` `[S]` and `marginals` `[S, D]`, in float32 (float64 for float64 inputs).
 
     Raises:
         TypeError, ValueError: as in `agg_log_prob`; an unknown `method`, or `"table"` under the compiler; `tol` not
@@ -55,8 +67,8 @@ def agg_log_prob_marginals(
     Source: Chen et al. 2018; Zheng, eq. 21.
 
     Example:
-        >>> joint, marginals = fastvae.agg_log_prob_marginals(z, mu, logvar)
-        >>> total_correlation = (joint - marginals.sum(-1)).mean()
+        >>> log_q = fastvae.agg_log_prob_marginals(z, mu, logvar)
+        >>> total_correlation = (log_q.joint - log_q.marginals.sum(-1)).mean()
     """
     z, mu, logvar, log_weights = checked(z, mu, logvar, weights)
     tol = check_method(method, tol, z.dtype)
@@ -67,7 +79,7 @@ def agg_log_prob_marginals(
     if method == "auto" and (z.device.type != "cpu" or affordable(z.shape[-2], mu.shape[-2], z.dtype) <= 0):
         method = "direct"
     if method == "direct":
-        return over_batches(agg_log_prob_marginals_op, z, mu, logvar, *log_weights)
+        return AggregateLogProb(*over_batches(agg_log_prob_marginals_op, z, mu, logvar, *log_weights))
 
     def of_a_batch(z: Tensor, mu: Tensor, logvar: Tensor, *fields: Any) -> tuple[Tensor | None, Tensor]:
         joint, marginals = log_densities(z, InMemory(mu, logvar, LogWeights(*fields)), method=method, tol=tol)
@@ -77,7 +89,7 @@ def agg_log_prob_marginals(
     z, mu, logvar = accumulated(z, mu, logvar)
     if log_weights.log_w is not None:
         log_weights = log_weights._replace(log_w=log_weights.log_w.to(z.dtype))
-    return over_batches(of_a_batch, z, mu, logvar, *log_weights)
+    return AggregateLogProb(*over_batches(of_a_batch, z, mu, logvar, *log_weights))
 
 
 def log_densities(

@@ -12,6 +12,18 @@ from ..ops.checks import MOST_SAMPLES, check_choice, check_count, check_number, 
 from .seeded import seeded
 
 
+class MIBounds(NamedTuple):
+    """The result of `mi_bounds`, in nats: tensors where the arguments that they are from are, else Python floats.
+
+    Attributes:
+        lower: H_data − Nell.
+        upper: Div, the mean KL(q(z|x) ‖ p(z)).
+    """
+
+    lower: float | Tensor
+    upper: float | Tensor
+
+
 class DecoderMI(NamedTuple):
     """The estimate of I_dec(x; z) by Monte Carlo, in nats.
 
@@ -33,8 +45,8 @@ def mi_bounds(
     h_data: float | Tensor | None = None,
     dataset_size: int | None = None,
     likelihood: Any = "discrete",
-) -> tuple[float | Tensor, float | Tensor]:
-    """The bounds (lower, upper) of H_data − Nell ≤ I_enc(x; z) ≤ Div, in nats.
+) -> MIBounds:
+    """The bounds of the mutual information, H_data − Nell ≤ I_enc(x; z) ≤ Div, in nats.
 
     Args:
         nell: mean −log p(x|z), summed over the elements of x; not negative where p(x|z) is a probability.
@@ -43,6 +55,9 @@ def mi_bounds(
         dataset_size: N, instead of `h_data`, for H_data = log N: right for N distinct examples of discrete data, which
             are then the whole population.
         likelihood: `"discrete"`, `"density"`, or a likelihood such as `vae.likelihood`, which says so itself.
+
+    Returns:
+        MIBounds: `lower` = H_data − Nell and `upper` = Div, tensors where `nell`, `h_data` or `div` are.
 
     Raises:
         TypeError: an argument is not a number or a tensor of one element, or not a likelihood.
@@ -57,7 +72,8 @@ def mi_bounds(
 
     Example:
         >>> out = vae(x)
-        >>> lower, upper = fastvae.mi_bounds(out.nell, out.kl, dataset_size=60_000, likelihood=vae.likelihood)
+        >>> bounds = fastvae.mi_bounds(out.nell, out.kl, dataset_size=60_000, likelihood=vae.likelihood)
+        >>> print(f"{bounds.lower:.2f} <= I(x; z) <= {bounds.upper:.2f} nats")
     """
     nell, div = _checked_scalar("nell", nell), _checked_scalar("div", div)
     h_data = None if h_data is None else _checked_scalar("h_data", h_data, finite=True)
@@ -90,7 +106,7 @@ def mi_bounds(
             f"the bounds of I(x; z) cross: H_data - Nell = {low:.4g} is above Div = {high:.4g};"
             " but for Monte Carlo error, nell, div and h_data cannot be of the same data, in nats per example"
         )
-    return lower, upper
+    return MIBounds(lower, upper)
 
 
 @torch.no_grad()
@@ -127,8 +143,8 @@ def decoder_mutual_information(
     Source: Zheng, eq. 3-6.
 
     Example:
-        >>> mi, error, _ = fastvae.decoder_mutual_information(vae.eval())
-        >>> print(f"I_dec(x; z) = {mi:.2f} ± {error:.2f} nats")
+        >>> of_decoder = fastvae.decoder_mutual_information(vae.eval())
+        >>> print(f"I_dec(x; z) = {of_decoder.mi:.2f} ± {of_decoder.standard_error:.2f} nats")
     """
     n_prior = check_count("n_prior", n_prior, least=2, most=MOST_SAMPLES)
     n_importance = check_count("n_importance", n_importance, least=1)

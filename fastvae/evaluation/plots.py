@@ -99,8 +99,8 @@ def aggregate(figure: Any, mu: Tensor, logvar: Tensor, labels: Tensor, reach: fl
     mu, logvar = mu[:, dims], logvar[:, dims]  # the marginal of a mixture is the mixture of the marginals
     z = torch.linspace(-reach, reach, 141)
     density = agg_log_prob(torch.cartesian_prod(z, z), mu, logvar).exp().view(len(z), -1).T
-    _, log_marginals = agg_log_prob_marginals(z[:, None].expand(-1, 2), mu, logvar)  # [141, 2]
-    across, up = log_marginals.exp().T.numpy()
+    log_q = agg_log_prob_marginals(z[:, None].expand(-1, 2), mu, logvar)
+    across, up = log_q.marginals.exp().T.numpy()  # [141] each
     line, prior = z.numpy(), StandardNormal().marginal_log_prob(z).exp().numpy()
 
     left, right = figure.subplots(1, 2)

@@ -35,7 +35,7 @@ class _Mixture(nn.Module):
         `agg_log_prob_marginals`."""
         log_w, mu, logvar = self._components_for(z)
         rows = z.reshape(-1, z.shape[-1])
-        return agg_log_prob_marginals(rows, mu, logvar, weights=ColumnWeights(log_w))[1].reshape(z.shape)
+        return agg_log_prob_marginals(rows, mu, logvar, weights=ColumnWeights(log_w)).marginals.reshape(z.shape)
 
     def sample(self, n: int) -> Tensor:
         """Draw `[n, D]` with torch's generator; differentiable in mu and logvar.

@@ -55,3 +55,40 @@ def test_independent_dimensions_have_no_total_correlation(backend: Target) -> No
     z = samples(31, 35, 2, torch.float64)["z"].detach()
     joint, marginals = fastvae.agg_log_prob_marginals(z, grid, torch.full_like(grid, -0.5))
     torch.testing.assert_close(joint, marginals.sum(-1))
+
+
+@pytest.mark.parametrize("method", ["direct", "table", "auto"])
+def test_the_two_have_names(method: str) -> None:
+    inputs = [x.detach() for x in samples(97, 23, 5, torch.float32).values()]
+    result = fastvae.agg_log_prob_marginals(*inputs, method=method)
+    assert isinstance(result, fastvae.AggregateLogProb)
+    joint, marginals = result
+    assert result.joint is joint
+    assert result.marginals is marginals
+    assert (joint.shape, marginals.shape) == ((97,), (97, 5))
+
+
+@pytest.mark.parametrize("batch", [(2, 3), (0,), (3, 0)])
+def test_the_two_have_names_for_batches(batch: tuple[int, ...]) -> None:
+    z, mu, logvar = torch.zeros(*batch, 7, 4), torch.ones(*batch, 5, 4), torch.zeros(*batch, 5, 4)
+    result = fastvae.agg_log_prob_marginals(z, mu, logvar)
+    assert isinstance(result, fastvae.AggregateLogProb)
+    assert (result.joint.shape, result.marginals.shape) == ((*batch, 7), (*batch, 7, 4))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_two_have_names_under_transforms(compiled: bool) -> None:
+    z, mu, logvar = (x.detach() for x in samples(31, 23, 5, torch.float64).values())
+
+    def correlation(z: Tensor) -> Tensor:
+        log_q = fastvae.agg_log_prob_marginals(z, mu, logvar)
+        return (log_q.joint - log_q.marginals.sum(-1)).mean()
+
+    wanted = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(correlation(wanted), wanted)
+    gradient: Any = torch.func.grad(correlation)
+    whole: Any = fastvae.agg_log_prob_marginals
+    if compiled:
+        gradient, whole = (torch.compile(f, fullgraph=True, backend="eager") for f in (gradient, whole))
+    torch.testing.assert_close(gradient(z), expected)
+    assert isinstance(whole(z, mu, logvar), fastvae.AggregateLogProb)

@@ -112,7 +112,7 @@ def test_errors_name_the_argument(call, error, name):
 
 
 def test_bounds() -> None:
-    assert mi_bounds(3.0, 7.0, h_data=9.0) == (6.0, 7.0)
+    assert mi_bounds(3.0, 7.0, h_data=9.0) == fastvae.MIBounds(lower=6.0, upper=7.0) == (6.0, 7.0)
     assert mi_bounds(3.0, 7.0, dataset_size=1000) == (math.log(1000) - 3.0, 7.0)
     assert mi_bounds(3.0, 7.0, dataset_size=1000, likelihood=Bernoulli()) == (math.log(1000) - 3.0, 7.0)
     for density in ("density", Gaussian()):
