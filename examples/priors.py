@@ -66,7 +66,7 @@ def main() -> None:
     }
     print("| prior | ELBO | IW bound | KL(q(z) ‖ p(z)) | from holes | after `fit_prior` |")
     print("|---|--:|--:|--:|--:|--:|")
-    shown: list[tuple[fastvae.PriorHole, Tensor, Tensor]] = []
+    shown: list[tuple[fastvae.PriorHole, VAE, Tensor]] = []
     for name, make in priors.items():
         torch.manual_seed(0)
         encoder = demo.Encoder()
@@ -82,9 +82,7 @@ def main() -> None:
             flush=True,
         )
         if not shown:
-            with torch.no_grad():
-                posteriors = vae.encode(x)
-            shown = [(before, *posteriors), (after, *posteriors)]
+            shown = [(before, vae, x), (after, vae, x)]
 
     def draw(figure: Any) -> None:
         titles = ("Prior N(0, I)", f"The same VAE, its prior a mixture of {FITTED} fitted to q(z)")

@@ -142,14 +142,12 @@ def train(vae: VAE, x: Tensor, held_out: Tensor, epochs: int, seconds: float) ->
 
 def draw(vae: VAE, x: Tensor, labels: Tensor, held_out: Tensor, history: tuple, folder: Path) -> list[str]:
     """Write the pictures, and return their names. x and labels: all digits."""
-    with torch.no_grad():
-        posteriors = vae.encode(x)
     shown = held_out[:36]
     pictures = {
         "reconstructions": ((7, 4), partial(plots.reconstructions, x=shown, means=vae.reconstruct(shown))),
         "samples": ((7, 4), partial(plots.samples, means=vae.sample(72))),
         "terms": ((9, 4), partial(plots.terms, held_out=history[0], train=history[1], population=len(held_out))),
-        "aggregate": ((9, 4.6), partial(plots.aggregate, mu=posteriors[0], logvar=posteriors[1], labels=labels)),
+        "aggregate": ((9, 4.6), partial(plots.aggregate, source=vae, data=x, labels=labels)),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, (size, picture) in pictures.items():

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..aggregate.marginals import agg_log_prob_marginals
+from ..aggregate.posteriors import open_posteriors
 from ..models.priors import StandardNormal
 from ..ops.agg_log_prob import agg_log_prob
 from ..ops.kl_gauss import kl_gauss
@@ -92,9 +93,10 @@ def terms(figure: Any, held_out: Sequence[Any], train: Sequence[Any], population
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def aggregate(figure: Any, mu: Tensor, logvar: Tensor, labels: Tensor, reach: float = 3.5) -> None:
-    """Draw q(z), the mean of the posteriors mu, logvar `[N, D]`, over p(z) = N(0, I), in the two dimensions with the
-    largest KL; and the posteriors' means by their labels `[N]`."""
+def aggregate(figure: Any, source: Any, data: Any = None, *, labels: Tensor, reach: float = 3.5) -> None:
+    """Draw q(z), the mean of the posteriors, over p(z) = N(0, I), in the two dimensions with the largest KL; and the
+    posteriors' means by their labels `[N]`. source, data: as in `kl_decomposition_dataset`, in the labels' order."""
+    mu, logvar = _posteriors(source, data)
     dims = kl_gauss(mu, logvar, reduction="none").mean(0).topk(2).indices.sort().values
     mu, logvar = mu[:, dims], logvar[:, dims]  # the marginal of a mixture is the mixture of the marginals
     z = torch.linspace(-reach, reach, 141)
@@ -135,17 +137,17 @@ def aggregate(figure: Any, mu: Tensor, logvar: Tensor, labels: Tensor, reach: fl
     left.legend(frameon=False, loc="lower left", fontsize=8, borderaxespad=0.2)
 
 
-def plot_prior_hole(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_pairs: int = 3) -> None:
+def plot_prior_hole(figure: Any, hole: PriorHole, source: Any, data: Any = None, *, n_pairs: int = 3) -> None:
     """Draw the prior's holes, as `prior_hole` found them: density maps of q(z) over those of p(z) in the pairs of
     dimensions with the largest shares, and histograms of log q(z) of data and of the prior's samples.
 
     The line is each pair's threshold. Outside of it is the hole, and the prior's samples there are drawn.
-    p(z) is a kernel density estimate from its samples. mu, logvar `[N, D]`: the posteriors.
+    p(z) is a kernel density estimate from its samples. source, data: as `prior_hole` was given them.
     """
     n_pairs = min(n_pairs, len(hole.pairs))
     if n_pairs:
         maps, histogram = figure.subfigures(1, 2, width_ratios=(n_pairs, 1.6))
-        _pair_maps(maps, hole, mu.cpu(), logvar.cpu(), n_pairs)
+        _pair_maps(maps, hole, *_posteriors(source, data), n_pairs)
     else:
         histogram = figure
 
@@ -164,6 +166,13 @@ def plot_prior_hole(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_
     axes.annotate(f"{float(hole.share):.1%} of the samples\nare from holes", (threshold, 0.97), xytext=(-6, 0), **place)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.84), fontsize=9)
     axes.set(xlim=(low, high), xlabel="nats", ylabel="share", title="log q(z)")
+
+
+@torch.no_grad()
+def _posteriors(source: Any, data: Any) -> tuple[Tensor, Tensor]:
+    """mu and logvar `[N, D]` of all posteriors, on the CPU."""
+    mu, logvar = open_posteriors(source, data).read(slice(None))
+    return mu.cpu(), logvar.cpu()
 
 
 def _pair_maps(figure: Any, hole: PriorHole, mu: Tensor, logvar: Tensor, n_pairs: int) -> None:

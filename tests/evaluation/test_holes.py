@@ -193,7 +193,7 @@ def test_the_picture(tmp_path):
     figures = []
 
     def draw(figure):
-        plots.plot_prior_hole(figure, hole, mu, logvar, n_pairs=2)
+        plots.plot_prior_hole(figure, hole, (mu, logvar), n_pairs=2)
         figures.append(figure)
 
     plots.save(tmp_path / "hole.png", (11, 4.4), draw)
@@ -204,4 +204,4 @@ def test_the_picture(tmp_path):
     words = [text.get_text() for text in histogram.axes[0].texts]
     assert words == [f"{hole.share.item():.1%} of the samples\nare from holes"]
     flat = prior_hole((mu[:, :1], logvar[:, :1]), n_prior=500)
-    plots.save(tmp_path / "flat.png", (4, 4), lambda figure: plots.plot_prior_hole(figure, flat, mu, logvar))
+    plots.save(tmp_path / "flat.png", (4, 4), lambda figure: plots.plot_prior_hole(figure, flat, (mu, logvar)))
