@@ -147,7 +147,7 @@ LONG_FILES = (
     "cold_start",
     "compile",
     "cuda",
-    "cuda_kernels",
+    "cuda_on_host",
     "demo",
     "examples",
     "fuzz",
@@ -192,7 +192,7 @@ def _takes_long(item: pytest.Item) -> bool:
 
 
 # Files in which many tests look at what was made once, at some cost: they are run by one worker.
-OF_ONE_WORKER = ("test_triton_compile", "test_cold_start", "test_cuda_kernels", "test_bounds")
+OF_ONE_WORKER = ("test_triton_compile", "test_cold_start", "test_cuda_on_host", "test_bounds")
 
 
 BACKEND = re.compile(rf"(?<=[\[-])({'|'.join(map(re.escape, TARGETS))})(?=[\]-])")  # in the name of a test

@@ -5,8 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.ops import OPS
+
 FUZZ = Path(__file__).parent / "fuzz"
 SEED, COUNT = 0, 3000  # a number of calls, and not of seconds, so that every machine makes the same
+
+
+def test_every_op_is_generated() -> None:
+    surfaces = (FUZZ / "kernels.py").read_text()
+    assert [name for name in OPS if f"@surface\ndef {name}(" not in surfaces] == []
 
 
 def test_generated_calls() -> None:
