@@ -22,6 +22,7 @@ from torch.autograd import Function
 
 from ..backends.contract import accumulation_dtype
 from .declare import declare, declare_backward, placed
+from .pairs import INPUTS
 
 NODES = 16  # points of an interval
 ELEMENTS = 2**17  # elements of a matrix per block, so that it stays in the cache
@@ -131,7 +132,7 @@ interpolation = declare(
 )
 _interpolate_backward = declare_backward(
     f"interpolate_backward(Tensor grad, {_TABULATED}, bool[] wanted) -> Tensor[]",
-    ("z", "mu", "logvar", "log_w"),
+    INPUTS,
     lambda backend, *arguments: _gradients(*arguments),
 )
 
