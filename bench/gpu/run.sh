@@ -131,16 +131,16 @@ case $part in
     step ncu-cuda 35 "$python" -m bench.gpu.profile cuda "$work"
     ;;
   tests)
+    alone=tests/backends/test_on_gpu.py
     workers=$(($(nproc) - 2 < 14 ? $(nproc) - 2 : 14)) # none where there are two cores
-    files=(cuda triton triton_early_exit agg_log_prob agg_log_prob_marginals kl_gauss sample_gauss cross_log_prob)
-    files+=(every_op precision extremes) # those that run a compiler of C++ are not among them
-    chosen='(cuda or triton) and not inductor and not more_elements'
+    files=(tests/ops/test_*.py tests/backends/test_{on_gpu,triton,precision}.py)
+    chosen='(on_gpu or cuda or triton) and not inductor and not more_elements' # inductor runs a compiler of C++
     large=(more_elements_than_32_bits_count more_elements_of_columns_than_32_bits_count)
     # One that is short stands for the large ones in a rehearsal.
-    [ -z "$trial" ] || files=(cuda) chosen='test_cuda_graph and kl_gauss' large=(a_graph_draws_anew_at_each_replay) workers=2
+    [ -z "$trial" ] || files=("$alone") chosen='test_cuda_graph and kl_gauss' large=(a_graph_draws_anew_at_each_replay) workers=2
     pytest=("$python" -m pytest -v -rfEs --tb=short -p no:cacheprovider)
     export FASTVAE_HYPOTHESIS=gpu FASTVAE_BACKEND='' FASTVAE_REQUIRE_GPU=1
-    grace=12 step pytest 110 "${pytest[@]}" -n $workers -k "$chosen" $(printf 'tests/*/test_%s.py ' "${files[@]}")
+    grace=12 step pytest 110 "${pytest[@]}" -n $workers -k "$chosen" "${files[@]}"
     for tool in memcheck racecheck; do # without the cache of memory each tensor has bounds of its own
       wants=('all 6 ops' 'ERROR SUMMARY: 0 errors') limit=35 options=(--report-api-errors no)
       [ $tool = memcheck ] || wants[1]='RACECHECK SUMMARY: 0 hazards' limit=40 options=()
@@ -149,7 +149,7 @@ case $part in
     done
     for name in "${large[@]}"; do # most of the memory, so alone
       wants=('[^0-9]2 passed') # on both backends
-      grace=12 step "$name" 30 "${pytest[@]}" "tests/backends/test_cuda.py::test_$name"
+      grace=12 step "$name" 30 "${pytest[@]}" "$alone::test_$name"
     done
     { # where its own summary is missing, what it said before
       grep -hE '^(FAILED|ERROR|SKIPPED .*room)|^=+ .*(passed|failed|skipped|error).* in [0-9]' "$work"/*.txt

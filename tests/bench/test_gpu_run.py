@@ -331,7 +331,7 @@ def test_tests_that_hang(tmp_path: Path) -> None:
     status, said = result(started("tests", tmp_path, **more))
     assert status == 1
     assert "s, TIMED OUT" in said
-    assert said.count("FAILED tests/backends/test_cuda.py::test_cuda_graph[triton-kl_gauss]") == 1
+    assert said.count("FAILED tests/backends/test_on_gpu.py::test_cuda_graph[triton-kl_gauss]") == 1
     assert "memcheck: 0 s, NOT STARTED" in said
 
 
