@@ -6,7 +6,7 @@ whose own figure is fastvae's; the others' are in its `extra_info`, and in the t
     pytest bench --benchmark-disable                   a trial: the smallest cases, checked and not measured
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,8 +15,8 @@ import torch
 from .cases import MEMORY_TARGETS, TARGETS, Case, cases, smallest
 from .cpu import report
 from .cpu.contest import TOO_SLOW, measure, try_out
-from .cpu.machine import Ceilings, ceilings, describe, why_not
-from .harness import Prepare
+from .cpu.machine import ceilings, describe, why_not
+from .harness import Ceilings, Run
 
 Contest = Callable[[Case], None]
 BACKEND = "native"  # that computes what is called fastvae here
@@ -70,8 +70,8 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
     def run(case: Case) -> None:
         benchmark.group = f"{case.name}, {case.mode}"
 
-        def clock(ready: Prepare, rounds: int) -> Sequence[float]:
-            benchmark.pedantic(lambda timed: timed(), setup=lambda: ((ready(),), {}), rounds=rounds)
+        def clock(runs: Iterator[Run], rounds: int) -> Sequence[float]:
+            benchmark.pedantic(lambda run: run(), setup=lambda: ((next(runs),), {}), rounds=rounds)
             return benchmark.stats.stats.data
 
         if _trial(request.config):

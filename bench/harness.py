@@ -1,28 +1,36 @@
-"""Racing functions against each other: what is timed, interleaved repeats, memory, limits."""
+"""Racing functions against each other: what is timed, interleaved repeats, ceilings, memory, limits."""
 
 import contextlib
 import ctypes
 import gc
+import math
 import random
 import re
 import resource
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Run = Callable[[], object]  # what is timed
 Prepare = Callable[[], Run]  # what must be done before, untimed
-Clock = Callable[[Prepare, int], Sequence[float]]  # the times of so many runs, in seconds
+Name = TypeVar("Name", bound=Hashable)
+Time = TypeVar("Time")
 
-LEAST, MOST = 3, 300  # repeats
-LONG = 0.5  # seconds; a longer run, which varies less, is repeated once
-SHORT = 0.01  # seconds; the time of a shorter run depends on what ran before
+LEAST = 3  # repeats
+
+
+class Ceilings(NamedTuple):
+    """The most that a machine can do per second: a CPU on all threads that torch uses, or a GPU."""
+
+    fma: float  # float32 fused multiply-adds
+    exponentials: float  # float32: a CPU's by our own polynomial in registers, a GPU's the hardware's 2^x
+    bandwidth: float  # bytes, read plus written, of a copy much larger than the caches
 
 
 # What is timed.
@@ -89,58 +97,53 @@ def seconds(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(repeats: int, *runs: Run) -> list[float]:
-    """The median time of each."""
-    times = [[seconds(run) for run in runs] for _ in range(repeats)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
-
-
-def by_hand(ready: Prepare, rounds: int) -> list[float]:
-    return [seconds(ready()) for _ in range(rounds)]
-
-
 def race(
-    prepares: dict[str, Prepare],
-    estimates: dict[str, float],
-    refresh: Callable[[int], None] = lambda _: None,
-    clock: Clock = by_hand,
-    budget: float = 0.15,
-) -> dict[str, list[float]]:
-    """The times of each: as many as fit into `budget` seconds of its own by `estimates` of one, prepared.
+    repeats: dict[Name, int],
+    once: Callable[[Name, int], Time],
+    lead: Callable[[Iterator[int]], Sequence[Time]] | None = None,
+    limit: float = math.inf,
+) -> dict[Name, list[Time]]:
+    """The times of each, where `once(name, n)` times a run in round n.
 
-    The first takes part in every round, timed by `clock`; the others' repeats are spread evenly over the rounds, in an
-    order that changes. A short run follows one of its own that is not timed, so that nobody finds the caches and the
-    threads as another has left them. Before each run `refresh(round)` writes the inputs anew.
+    There are as many rounds as repeats of the first, who takes part in all. The others' repeats are spread evenly over
+    them. The order in a round changes; but where the first is timed by `lead`, its turn is the last: `lead` goes
+    through the rounds, each of which it gets when the others have had their turns. No round begins after `limit`
+    seconds, but for the first LEAST.
     """
-    first, *others = prepares
-    least = {name: 2 if estimate > LONG else LEAST for name, estimate in estimates.items()}
-    repeats = {name: min(MOST, max(least[name], int(budget / estimates[name]))) for name in prepares}
-    rounds = repeats[first]
-    times: dict[str, list[float]] = {name: [] for name in prepares}
+    times: dict[Name, list[Time]] = {name: [] for name in repeats}
+    if not repeats:
+        return times
+    first = next(iter(repeats))
     order = random.Random(0)
-    number = iter(range(rounds))
+    until = time.perf_counter() + limit
 
-    def prepared(name: str, n: int) -> Run:
-        if estimates[name] < SHORT:
-            refresh(n)
-            prepares[name]()()
-        refresh(n)
-        return prepares[name]()
+    def rounds() -> Iterator[int]:
+        for n in range(repeats[first]):
+            if n >= LEAST and time.perf_counter() > until:
+                return
+            due = [name for name in repeats if _due(n, min(repeats[name], repeats[first]), repeats[first])]
+            due = due[1:] if lead else due
+            for name in order.sample(due, len(due)):
+                times[name].append(once(name, n))
+            yield n
 
-    def ready() -> Run:
-        n = next(number)
-        due = [name for name in others if _due(n, min(repeats[name], rounds), rounds)]
-        for name in order.sample(due, len(due)):
-            times[name].append(seconds(prepared(name, n)))
-        return prepared(first, n)
-
-    times[first] = list(clock(ready, rounds))
+    if lead:
+        times[first] = list(lead(rounds()))
+    else:
+        for _ in rounds():
+            pass
     return times
 
 
 def _due(n: int, repeats: int, rounds: int) -> bool:
     """Tells whether a contestant takes part in round n, when its repeats are spread evenly over the rounds."""
     return (n + 1) * repeats // rounds > n * repeats // rounds
+
+
+def in_turns(repeats: int, *runs: Run) -> list[float]:
+    """The median time of each."""
+    times = race(dict.fromkeys(range(len(runs)), repeats), lambda k, n: seconds(runs[k]))
+    return [statistics.median(found) for found in times.values()]
 
 
 # Memory, and limits.

@@ -13,7 +13,6 @@ import contextlib
 import json
 import math
 import os
-import random
 import re
 import shutil
 import statistics
@@ -25,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..harness import race
 from .calls import CALLS, SMALL
 from .report import table, time_text
 
@@ -140,7 +140,6 @@ class Worker:
 
 
 def compare(base: Revision, new: Revision, calls: Sequence[str]) -> dict[str, Difference]:
-    order = random.Random(0)
     found = {}
     with contextlib.ExitStack() as stack:
         workers = [Worker(revision) for revision in (base, base, new)]
@@ -148,11 +147,12 @@ def compare(base: Revision, new: Revision, calls: Sequence[str]) -> dict[str, Di
             stack.callback(worker.close)
         for call in calls:
             count = max(1, int(TURN / max(min(worker.run(call, 5)) for worker in workers)))
-            times: list[list[float]] = [[] for _ in workers]
-            for _ in range(ROUNDS):
-                for n in order.sample(range(len(workers)), len(workers)):
-                    times[n].append(statistics.median(workers[n].run(call, count + 1)[1:]))
-            found[call] = difference(*times)
+
+            def once(worker: Worker, _: int, call: str = call, count: int = count) -> float:
+                return statistics.median(worker.run(call, count + 1)[1:])
+
+            times = race(dict.fromkeys(workers, ROUNDS), once)
+            found[call] = difference(*times.values())
     return found
 
 

@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ import fastvae
 from ..accuracy import Results, Truth
 from ..cases import Case
 from ..harness import (
+    LEAST,
     MODES,
-    Clock,
+    Ceilings,
     Prepare,
-    by_hand,
+    Run,
     give_back,
     memory_limit,
     peak_extra_bytes,
@@ -25,16 +26,26 @@ from ..harness import (
     seconds,
     time_limit,
 )
-from .machine import Ceilings
+from .machine import slowness
+
+Clock = Callable[[Iterator[Run], int], Sequence[float]]  # the times in seconds of so many runs, each prepared
 
 FRESH = 3  # inputs take turns
 MEMORY = 4 * 2**30  # what a call may allocate
 SECONDS = 4.0  # what a peer's call may take, to judge by the size before; on a slower machine, so much more
+MOST = 300  # repeats
+BUDGET = 0.15  # seconds of repeats of a contestant
+LONG = 0.5  # seconds; a longer run, which varies less, is repeated once
+SHORT = 0.01  # seconds; the time of a shorter run depends on what ran before
 PATIENCE = 40.0  # seconds, for the calls before the race, compilation included; likewise
 TOO_SLOW = "too slow"
 
 _compiled_for: list[object] = [None]
 _pace: dict[tuple[str, str, str], float] = {}  # seconds per element, by op, mode and contestant
+
+
+def by_hand(runs: Iterator[Run], rounds: int) -> list[float]:
+    return [seconds(run) for run in runs]
 
 
 def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand) -> dict[str, Any]:
@@ -46,8 +57,8 @@ def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand
     `clock` is for fastvae's times, and is not used where fastvae is left out.
     """
     op = case.op
-    slowness = ceilings.slowness if ceilings else 1.0
-    patience = slowness * PATIENCE
+    factor = slowness(ceilings) if ceilings else 1.0
+    patience = factor * PATIENCE
     if _compiled_for[0] != (case.name, case.size):  # each size is compiled for as if it were the only one
         torch._dynamo.reset()
         _compiled_for[0] = (case.name, case.size)
@@ -70,7 +81,7 @@ def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand
         if isinstance(function, str):
             results[name] = {"why_not": function}
             continue
-        if expected > slowness * SECONDS and name != "fastvae":
+        if expected > factor * SECONDS and name != "fastvae":
             results[name] = {"why_not": f"not run: about {expected:.0f} s a call"}
             continue
         prepare = MODES[case.mode](function, *leaves)
@@ -95,7 +106,7 @@ def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand
             results[name] = {"why_not": f"not installed: {error.name}"}
     give_back()
     clock = clock if "fastvae" in prepares else by_hand
-    for name, times in (race(prepares, estimates, refresh, clock) if prepares else {}).items():
+    for name, times in raced(prepares, estimates, refresh, clock).items():
         low, median, high = statistics.quantiles(times, n=4)
         results[name] |= {"median": median, "low": low, "high": high, "repeats": len(times)}
     work: dict[str, Any] | None = None
@@ -104,6 +115,33 @@ def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand
         if ceilings:
             work["rate"] = getattr(ceilings, op.ceiling)
     return {"op": case.name, "size": list(case.size), "mode": case.mode, "work": work, "results": results}
+
+
+def raced(
+    prepares: dict[str, Prepare],
+    estimates: dict[str, float],
+    refresh: Callable[[int], None] = lambda _: None,
+    clock: Clock = by_hand,
+    budget: float = BUDGET,
+) -> dict[str, list[float]]:
+    """The times of each: as many as fit into `budget` seconds of its own by `estimates` of one, prepared; the first's
+    by `clock`. A short run follows one of its own that is not timed, so that nobody finds the caches and the threads as
+    another has left them. Before each run `refresh(round)` writes the inputs anew."""
+    least = {name: 2 if estimate > LONG else LEAST for name, estimate in estimates.items()}
+    repeats = {name: min(MOST, max(least[name], int(budget / estimates[name]))) for name in prepares}
+
+    def prepared(name: str, n: int) -> Run:
+        if estimates[name] < SHORT:
+            refresh(n)
+            prepares[name]()()
+        refresh(n)
+        return prepares[name]()
+
+    def lead(rounds: Iterator[int]) -> Sequence[float]:
+        first = next(iter(repeats))
+        return clock((prepared(first, n) for n in rounds), repeats[first])
+
+    return race(repeats, lambda name, n: seconds(prepared(name, n)), lead)
 
 
 def try_out(case: Case) -> dict[str, dict[str, Any]]:

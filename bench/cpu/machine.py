@@ -8,32 +8,25 @@ import shlex
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from fastvae import backends
 from fastvae.backends import native_library
 
+from ..harness import Ceilings
+
 HERE = Path(__file__).parent
 VERSIONS = ("torch", "numpy", "pykeops", "scikit-learn")
 
 
-class Ceilings(NamedTuple):
-    """The most that this machine can do per second, on all threads that torch uses."""
-
-    fma: float  # float32 fused multiply-adds
-    exponentials: float  # float32, by our own polynomial in registers
-    bandwidth: float  # bytes, read plus written, of a copy much larger than the caches
-
-    @property
-    def slowness(self) -> float:
-        """The factor by which this machine is slower than the one for which the limits in seconds were chosen, in what
-        it is worst at; 1 on a faster one."""
-        return max(1.0, *(theirs / ours for theirs, ours in zip(OF_THE_LIMITS, self, strict=True)))
-
-
 OF_THE_LIMITS = Ceilings(fma=116e9, exponentials=11.6e9, bandwidth=30.6e9)  # results/amd-epyc-2-threads
+
+
+def slowness(found: Ceilings) -> float:
+    """The factor by which a machine is slower than the one for which the limits in seconds were chosen, in what it is
+    worst at; 1 on a faster one."""
+    return max(1.0, *(theirs / ours for theirs, ours in zip(OF_THE_LIMITS, found, strict=True)))
 
 
 def why_not(backend: str, device: str = "cpu") -> str:

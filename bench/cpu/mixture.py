@@ -11,7 +11,6 @@ import argparse
 import functools
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from fastvae import GaussianMixture
 
-from ..harness import peak_extra_bytes
+from ..harness import peak_extra_bytes, race, seconds
 from .machine import why_not
 
 N, D, K, ITERATIONS = 100_000, 32, 64, 20
@@ -51,12 +50,8 @@ def peer(x: Tensor, start: Start, iterations: int) -> Any:
 
 def seconds_per_iteration(fit: Callable[[int], Any]) -> float:
     """The time of a fit beyond that of a fit of one iteration, per further iteration."""
-    times = []
-    for iterations in (1, ITERATIONS):
-        start = time.perf_counter()
-        fit(iterations)
-        times.append(time.perf_counter() - start)
-    return (times[1] - times[0]) / (ITERATIONS - 1)
+    one, all_ = (seconds(functools.partial(fit, iterations)) for iterations in (1, ITERATIONS))
+    return (all_ - one) / (ITERATIONS - 1)
 
 
 def main() -> None:
@@ -82,10 +77,7 @@ def main() -> None:
             warm_up(x[:1000], start, 2)  # what is loaded and kept at a first call
         memory = {name: peak_extra_bytes(functools.partial(fit, 2)) for name, fit in fits.items()}
         log_p = {name: fit(2).lower_bound_ for name, fit in fits.items()}
-        times: dict[str, list[float]] = {name: [] for name in fits}
-        for _ in range(options.repeats):
-            for name, fit in fits.items():
-                times[name].append(seconds_per_iteration(fit))
+        times = race(dict.fromkeys(fits, options.repeats), lambda name, _: seconds_per_iteration(fits[name]))
     medians = {name: statistics.median(t) for name, t in times.items()}
     fastest = medians["fastvae, float32"]
     print(f"{N:,} points, D {D}, K {K}, {ITERATIONS} iterations, {options.threads} threads\n")
