@@ -1,26 +1,16 @@
-"""Measures what a GPU can do: bytes copied, fused multiply-adds and exponentials per second, by small Triton
-kernels, and the multiply-adds of matrix products, by torch."""
+"""Measures what a GPU can do: its ceilings, by small Triton kernels, and matrix products, by torch."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-Seconds = Callable[[Callable[[], object]], float]  # times a launch
+from ..harness import Ceilings, Run
 
-
-class Ceilings(NamedTuple):
-    """The most that the GPU can do per second."""
-
-    copy: float  # bytes, read plus written, of a copy much larger than the cache
-    fma: float  # float32
-    ex2: float  # the hardware's 2^x, float32
-    bf16: float  # multiply-adds of a matrix product
-    tf32: float
-    fp32: float
+Seconds = Callable[[Run], float]  # times a launch
 
 
 @triton.jit
@@ -56,22 +46,25 @@ def ceilings(device: str, seconds: Seconds, small: bool = False) -> Ceilings:
     n, programs, repeats, block = (1 << 12, 2, 2, 256) if small else (1 << 29, 132 * 64, 2048, 2048)
     x = torch.randn(n, device=device)
     y = torch.empty_like(x)
-    copy = 8 * n / seconds(lambda: _copy[(triton.cdiv(n, block),)](x, y, n, block))
-    copy = max(copy, 8 * n / seconds(lambda: y.copy_(x)))
+    bandwidth = 8 * n / seconds(lambda: _copy[(triton.cdiv(n, block),)](x, y, n, block))
+    bandwidth = max(bandwidth, 8 * n / seconds(lambda: y.copy_(x)))
     out: Tensor = torch.empty(programs * block, device=device)
     count = 16 * repeats * programs * block
     fma = count / seconds(lambda: _fma[(programs,)](out, 0.999, 1e-3, repeats, block))
-    ex2 = count / 4 / seconds(lambda: _ex2[(programs,)](out, max(1, repeats // 4), block))
-    return Ceilings(copy, fma, ex2, *(product(device, seconds, kind, small) for kind in ("bf16", "tf32", "fp32")))
+    exponentials = count / 4 / seconds(lambda: _ex2[(programs,)](out, max(1, repeats // 4), block))
+    return Ceilings(fma, exponentials, bandwidth)
 
 
-def product(device: str, seconds: Seconds, kind: str, small: bool) -> float:
-    """Multiply-adds per second of a product of two square matrices."""
+def products(device: str, seconds: Seconds, small: bool = False) -> dict[str, float]:
+    """Multiply-adds per second of products of two square matrices, by the kind of number."""
     n = 32 if small else 8192
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+    found = {}
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
     try:
-        return n**3 / seconds(lambda: a @ a)
+        for kind in ("bf16", "tf32", "fp32"):
+            a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+            torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+            found[kind] = n**3 / seconds(functools.partial(torch.matmul, a, a))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+    return found

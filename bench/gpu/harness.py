@@ -14,13 +14,14 @@ from torch import Tensor
 import fastvae
 from fastvae.backends.settings import switch
 
-from ..harness import Run
+from ..harness import Run, race
+from .jobs import RACE, said
 
 TRIAL = bool(switch("FASTVAE_TRIAL"))
 DEVICE = "cuda"
 CLOCK = 2e9  # cycles per second that the sleeping kernel counts, at most
 CALLS = 2 if TRIAL else 20  # behind one sleep, where a call is too short for events; the queue holds 1,024 kernels
-RACE = "race"  # no contestant, but all of them in turns
+MOST = 1 if TRIAL else 100  # repeats
 LONGEST = 0.2  # seconds of sleep; who needs more waits for the device within the call
 
 
@@ -76,38 +77,38 @@ def best(run: Run) -> float:
     return min(once(run).device for _ in range(1 if TRIAL else 8))
 
 
-def race(
+def raced(
     runs: dict[str, Run],
-    seconds: float,
+    limit: float,
     about_to: Callable[[str], None] = lambda name: None,
     cold: bool = True,
 ) -> dict[str, Time | str]:
-    """Interleaved repeats of each, or why there are none. `about_to` is told who is next for the first time."""
+    """Medians of interleaved repeats of each, in `limit` seconds, or why there are none. `about_to` is told who is next
+    for the first time."""
     flush = torch.zeros(1 if TRIAL else 1 << 25, dtype=torch.int64, device=DEVICE) if cold else None  # 256 MiB
-    times: dict[str, list[Time]] = {}
     failed: dict[str, Time | str] = {}
     for name, run in runs.items():
         about_to(name)
         try:
             run(), run()
             torch.cuda.synchronize()
-            times[name] = []
         except Exception as error:
             torch.cuda.synchronize()  # raises where nothing more can be computed by this process
-            failed[name] = f"{type(error).__name__}: {error}"[:300]
-    sleep = dict.fromkeys(times, 1e-3)
-    until = time.perf_counter() + seconds
-    for round_ in range(1 if TRIAL else 100):
-        if round_ >= 3 and time.perf_counter() > until:
-            break
-        if round_ == 1:
-            about_to(RACE)
-        for name in times:
-            if round_ == 0:
-                about_to(name)
-            found = once(runs[name], flush, sleep[name])
-            sleep[name] = min(LONGEST, max(2e-4, 2 * found.host))
-            times[name].append(found)
+            failed[name] = said(error)
+    sleep = {name: 1e-3 for name in runs if name not in failed}
+    told = ""
+
+    def timed(name: str, n: int) -> Time:
+        nonlocal told
+        mark = name if n == 0 else RACE
+        if mark != told:
+            about_to(mark)
+        told = mark
+        found = once(runs[name], flush, sleep[name])
+        sleep[name] = min(LONGEST, max(2e-4, 2 * found.host))
+        return found
+
+    times = race(dict.fromkeys(sleep, MOST), timed, limit=limit)
     about_to(RACE)
     return {name: medians(found) for name, found in times.items()} | failed
 

@@ -19,7 +19,7 @@ import torch
 
 from fastvae.backends.settings import switch
 
-from .harness import RACE
+RACE = "race"  # no contestant, but all of them in turns
 
 
 class Result(NamedTuple):
@@ -78,15 +78,19 @@ class Work:
     def _watch(self, child: int, until: float, stall: float) -> str:
         """Waits for the process; how it ended, or an empty string if it ended well."""
         while True:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(status)
-                return "" if code == 0 else f"FAULT (exit status {code})"
             late = time.monotonic() > until
-            if late or time.time() - self._path("json").stat().st_mtime > stall:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return "out of time" if late else f"HANG (over {stall:g} s)"
+            stalled = time.time() - self._path("json").stat().st_mtime > stall
+            status = exit_status(child, late or stalled)
+            if status == 0:
+                return ""
+            if status is not None:
+                return (
+                    "out of time"
+                    if late
+                    else f"HANG (over {stall:g} s)"
+                    if stalled
+                    else f"FAULT (exit status {status})"
+                )
             time.sleep(0.02)
 
     def _work(self) -> None:
@@ -166,6 +170,14 @@ def import_all() -> None:
     """Imports what each process would import by itself."""
     for module in ("triton", "torch.fx.experimental.symbolic_shapes", "fastvae.backends.triton"):
         importlib.import_module(module)
+
+
+def exit_status(child: int, late: bool) -> int | None:
+    """The exit status of a forked process that has ended, or that is killed as it is late; None while it runs."""
+    if late:
+        os.kill(child, signal.SIGKILL)
+    ended, status = os.waitpid(child, 0 if late else os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
 
 
 def said(error: BaseException) -> str:

@@ -23,11 +23,11 @@ from torch import Tensor
 
 import fastvae
 
-from ..harness import forward, forward_backward
+from ..harness import Ceilings, forward, forward_backward
 from ..inputs import posteriors, samples_and_posteriors
-from .ceilings import Ceilings, ceilings
+from .ceilings import ceilings, products
 from .harness import DEVICE, TRIAL, best, on_backend, peak
-from .jobs import Job, Progress, Result, Work
+from .jobs import Job, Progress, Result, Work, said
 from .rows import BACKENDS, peers_table, shown, small_table, table
 
 CHECKED: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
@@ -41,11 +41,10 @@ KINDS = ("", ", early exit", ", graph")  # of contestants that are a backend
 
 
 def measured_ceilings(progress: Progress) -> Result:
-    found = ceilings(DEVICE, best, TRIAL)
-    line = f"Ceilings: copy {found.copy / 1e12:.2f} TB/s, " + ", ".join(
-        f"{name} {getattr(found, name) / 1e12:.3g}e12/s" for name in found._fields[1:]
-    )
-    return Result([line], [line], [], found._asdict())
+    found, rates = ceilings(DEVICE, best, TRIAL), products(DEVICE, best, TRIAL)
+    most = ", ".join(f"{name} {rate / 1e12:.3g}e12/s" for name, rate in found._asdict().items())
+    line = f"Ceilings: {most}; matrix products: {', '.join(f'{k} {rate / 1e12:.3g}e12/s' for k, rate in rates.items())}"
+    return Result([line], [line], [], {"ceilings": found._asdict(), "products": rates})
 
 
 def determinism(backend: str, progress: Progress) -> Result:
@@ -65,7 +64,7 @@ def determinism(backend: str, progress: Progress) -> Result:
             same[name] = all(torch.equal(a, b) for _ in range(REPEATS) for a, b in zip(run(), first, strict=True))
         except Exception as error:
             torch.cuda.synchronize()
-            same[name] = f"{type(error).__name__}: {error}"[:200]
+            same[name] = said(error)
     failures = [
         f"{name} on {backend}: {'not deterministic' if how is False else how}"
         for name, how in same.items()
@@ -142,7 +141,7 @@ def checks() -> list[Job]:
 def known_ceilings(folder: Path) -> Ceilings | None:
     """The ceilings that the part `checks` has measured."""
     try:
-        return Ceilings(**json.loads((folder / "checks.json").read_text())["done"]["ceilings"]["numbers"])
+        return Ceilings(**json.loads((folder / "checks.json").read_text())["done"]["ceilings"]["numbers"]["ceilings"])
     except (OSError, KeyError, TypeError):
         return None
 

@@ -12,10 +12,9 @@ import fastvae
 
 from .. import peers
 from ..cpu.early_exit import population
-from ..harness import Run, forward, forward_backward, max_error
+from ..harness import Ceilings, Run, forward, forward_backward, max_error
 from ..inputs import posteriors, samples_and_posteriors
-from .ceilings import Ceilings
-from .harness import CALLS, DEVICE, TRIAL, Time, graphed, on_backend, race, repeated
+from .harness import CALLS, DEVICE, TRIAL, Time, graphed, on_backend, raced, repeated
 from .jobs import Job, Progress, Result, said
 
 BACKENDS = ("triton", "cuda")
@@ -98,16 +97,16 @@ def early_exit(D: int, active: int, logvar: float, backward: bool) -> Row:
 ROWS = [
     Row(AGG, (16384, 64), False, "fma", 2, 0.75),
     Row(AGG, (16384, 64), True, "fma", 8, 0.55),
-    Row(MARGINALS, (8192, 32), False, "ex2", 1, 0.85),
-    Row(MARGINALS, (8192, 32), True, "ex2", 2, 0.60),
+    Row(MARGINALS, (8192, 32), False, "exponentials", 1, 0.85),
+    Row(MARGINALS, (8192, 32), True, "exponentials", 2, 0.60),
     Row(AGG, (16384, 10), False, "fma", 2),
     Row(AGG, (16384, 10), True, "fma", 8),
-    Row("kl_gauss", BIG, False, "copy", 8, 0.85),
-    Row("kl_gauss", BIG, True, "copy", 24, 0.80),
-    Row("reparameterize", BIG, False, "copy", 12, 0.85),
-    Row("reparameterize", BIG, True, "copy", 28, 0.80),
-    Row("sample_gauss", BIG, False, "copy", 12, 0.85),
-    Row("sample_gauss", BIG, True, "copy", 28, 0.80),
+    Row("kl_gauss", BIG, False, "bandwidth", 8, 0.85),
+    Row("kl_gauss", BIG, True, "bandwidth", 24, 0.80),
+    Row("reparameterize", BIG, False, "bandwidth", 12, 0.85),
+    Row("reparameterize", BIG, True, "bandwidth", 28, 0.80),
+    Row("sample_gauss", BIG, False, "bandwidth", 12, 0.85),
+    Row("sample_gauss", BIG, True, "bandwidth", 28, 0.80),
     *(early_exit(*case, backward) for case in ((128, 20, -3.0), (64, 64, 0.0)) for backward in (False, True)),
     Row("agg_log_prob, tf32x3", (16384, 64), False, "fma", 2, backends=("triton",)),
 ]
@@ -164,7 +163,7 @@ def large(row: Row, ceiling: Ceilings | None, progress: Progress) -> Result:
     inputs = row.inputs()
     ours = row.ours(inputs)
     runs = ours | {name: row.run(inputs, peer) for name, peer in row.peers.items()}
-    times = raced(runs, progress)
+    times = all_but_bad(runs, progress)
     work = row.amount * float(row.here[0]) * row.here[1] * (row.here[0] if row.of_pairs else 1)
     unit = getattr(ceiling, row.ceiling, math.nan) if row.ceiling and ceiling else math.nan
     errors = errors_of(row, inputs, [name for name in runs if isinstance(times[name], Time)])
@@ -195,9 +194,9 @@ def large(row: Row, ceiling: Ceilings | None, progress: Progress) -> Result:
     return Result(lines, [summary], failures, numbers)
 
 
-def raced(runs: dict[str, Run], progress: Progress, cold: bool = True) -> dict[str, Time | str]:
+def all_but_bad(runs: dict[str, Run], progress: Progress, cold: bool = True) -> dict[str, Time | str]:
     """Races `runs`, without those that ended a process before; times in the order of `runs`."""
-    times = race({n: r for n, r in runs.items() if n not in progress.bad}, SECONDS, progress.about_to, cold)
+    times = raced({n: r for n, r in runs.items() if n not in progress.bad}, SECONDS, progress.about_to, cold)
     return {name: times.get(name, progress.bad.get(name, "")) for name in runs}
 
 
@@ -231,7 +230,7 @@ def small(row: Row, progress: Progress) -> Result:
     for name, (run, on) in functions.items():
         runs[name] = on(repeated(run))
         runs[f"{name}, graph"] = replayed(on(run))
-    times = raced(runs, progress, cold=False)
+    times = all_but_bad(runs, progress, cold=False)
     lines: list[str] = []
     parts: list[str] = []
     failures: list[str] = []

@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -27,7 +26,7 @@ from torch import Tensor
 import fastvae
 
 from .harness import DEVICE, TRIAL
-from .jobs import import_all, said
+from .jobs import exit_status, import_all, said
 
 LIMIT = float(os.environ.get("FASTVAE_STALL", "25"))  # seconds of each
 AT_A_TIME = 4 if TRIAL else 12  # each compiles what Triton has not compiled yet
@@ -218,19 +217,17 @@ def verdicts(todo: Sequence[Trial], folder: Path, report: Callable[[dict[str, li
             running[start(trial, verdict)] = (trial, verdict, time.monotonic())
         time.sleep(0.02)
         for child, (trial, verdict, begin) in list(running.items()):
-            ended, status = os.waitpid(child, os.WNOHANG)
             seconds = time.monotonic() - begin
-            if not ended and seconds < LIMIT:
+            status = exit_status(child, late := seconds > LIMIT)
+            if status is None:
                 continue
             del running[child]
-            if not ended:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+            if late and status != 0:
                 how, what = "HANG", "killed"
             elif verdict.exists():
                 how, what = json.loads(verdict.read_text())
             else:
-                how, what = "FAULT", f"exit status {os.waitstatus_to_exitcode(status)}"
+                how, what = "FAULT", f"exit status {status}"
             verdict.unlink(missing_ok=True)
             found[trial.title] = [how, what, f"{seconds:.1f} s"]
             report(found)
