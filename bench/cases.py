@@ -1,8 +1,9 @@
-"""The cases that are measured: every op with its sizes and peers, and the ratios to reach. The suites and the report
-read this."""
+"""The one table of what is raced: every op with its inputs, sizes, work and peers. The suites, the races on GPUs, the
+checks there and the report read this."""
 
 import functools
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 import fastvae
+from fastvae.backends.contract import REDUCTIONS
 
 from . import peers, training
 from .accuracy import ROWS
-from .inputs import SEED, binary_images, posteriors, samples_and_posteriors
+from .inputs import SEED, binary_images, population, posteriors, samples_and_posteriors
 
 FORWARD, BACKWARD, BOTH, STEP = "forward", "backward", "forward + backward", "step"
 Size = tuple[int, int]
@@ -23,16 +25,18 @@ Contestants = dict[str, Callable[..., Any] | str]  # by name, fastvae first; a s
 class Op(NamedTuple):
     """An op to measure.
 
-    contestants: the contestants by name, made for a size (B, D). inputs: the tensors, made from B, D and a seed.
-    sizes: by mode, smallest first. elements: the number at a size that the cost is in proportion to. work: by mode, how
-    many of `ceiling`'s units an element needs. exact, rowwise and hidden: as in `accuracy.Truth`; without `exact` the
+    contestants: the contestants by name, made for a size (B, D). inputs: the tensors, made from B, D, a seed and a
+    device; where there are samples z, they come first. sizes: by mode, smallest first, on a CPU. elements: the number
+    at a size that the cost is in proportion to. ceiling: the field of `harness.Ceilings` that bounds the op. work: by
+    mode, how many of its units an element needs. exact, rowwise and hidden: as in `accuracy.Truth`; without `exact` the
     reference backend is the truth. part: takes a contestant and gives the part of it that is checked, where all of it
     in float64 would take too long. forward_only: contestants that have no gradient. yardsticks: contestants that
-    compute something else, of which only the time counts.
+    compute something else, of which only the time counts. checked: the function of the inputs that is checked on a GPU,
+    if that is more than what is raced. on_gpu: the peers that are raced on a GPU too, at a size near the ceiling.
     """
 
     contestants: Callable[[int, int], Contestants]
-    inputs: Callable[[int, int, int], tuple[Tensor, ...]]
+    inputs: Callable[..., tuple[Tensor, ...]]
     sizes: dict[str, list[Size]]
     elements: Callable[[int, int], float]
     ceiling: str = ""
@@ -43,6 +47,13 @@ class Op(NamedTuple):
     part: Callable[..., Any] | None = None
     forward_only: tuple[str, ...] = ()
     yardsticks: tuple[str, ...] = ()
+    checked: Callable[..., Any] | None = None
+    on_gpu: tuple[str, ...] = ()
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether each of B samples meets each of B posteriors."""
+        return self.elements(2, 1) == 4 * self.elements(1, 1)
 
 
 class Case(NamedTuple):
@@ -54,15 +65,15 @@ class Case(NamedTuple):
 
     @property
     def op(self) -> Op:
-        return OPS[self.name]
+        return ChainMap(OPS, COMPOSED, VARIANTS)[self.name]
 
     def __str__(self) -> str:
-        return f"{self.mode}-{self.size[0]}x{self.size[1]}"
+        return f"{self.name}-{self.mode}-{self.size[0]}x{self.size[1]}"
 
 
 def cases(name: str) -> Iterator[Case]:
     """The cases of an op, smallest first; the modes of a size follow each other, and share what is compiled."""
-    op = OPS[name]
+    op = (OPS | COMPOSED)[name]
     sizes = sorted({size for sizes in op.sizes.values() for size in sizes}, key=lambda size: op.elements(*size))
     return (Case(name, size, mode) for size in sizes for mode in op.sizes if size in op.sizes[mode])
 
@@ -82,9 +93,22 @@ def _sample_all(mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
     return tuple(fastvae.sample_gauss(mu, logvar))  # type: ignore[arg-type]
 
 
-def _drawn(B: int, D: int, seed: int = SEED) -> tuple[Tensor, Tensor, Tensor]:
+def _kl_of_all_reductions(mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
+    return tuple(fastvae.kl_gauss(mu, logvar, reduction=reduction) for reduction in REDUCTIONS)
+
+
+def _two_samples(mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
+    return tuple(fastvae.sample_gauss(mu, logvar, 2, seed=1))  # type: ignore[arg-type]
+
+
+def _on_tensor_cores(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    with fastvae.precision("tf32x3"):
+        return fastvae.agg_log_prob(z, mu, logvar)
+
+
+def _drawn(B: int, D: int, seed: int = SEED, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Posteriors [B, D], and the z that `_decomposition_dataset` draws from them."""
-    mu, logvar = posteriors(B, D, seed)
+    mu, logvar = posteriors(B, D, seed, device)
     return fastvae.reparameterize(mu, logvar, seed=SEED), mu, logvar
 
 
@@ -130,8 +154,9 @@ def _elements(B: int, D: int) -> float:
 
 ELEMENTWISE: list[Size] = [(128, 32), (1024, 32), (8192, 64), (65536, 128)]
 
-# Work per element: FMAs, 2 forward and 6 backward; exponentials, one each way; bytes that must move.
-OPS = {
+# Work per element: FMAs, 2 forward and 6 backward; exponentials, one each way, of which a pair's joint needs one too;
+# bytes that must move.
+OPS: dict[str, Op] = {
     "kl_gauss": Op(
         _always(
             fastvae=fastvae.kl_gauss,
@@ -144,6 +169,8 @@ OPS = {
         _elements,
         "bandwidth",
         {FORWARD: 8, BACKWARD: 16, BOTH: 24},
+        checked=_kl_of_all_reductions,
+        on_gpu=("eager", "compiled"),
     ),
     "reparameterize": Op(
         _always(
@@ -160,6 +187,8 @@ OPS = {
         exact=lambda *x: _sample_exactly(*x)[0],
         rowwise=2,
         hidden=_noise,
+        checked=functools.partial(fastvae.reparameterize, seed=1),
+        on_gpu=("eager", "compiled"),
     ),
     "sample_gauss": Op(
         _always(
@@ -176,6 +205,7 @@ OPS = {
         exact=_sample_exactly,
         rowwise=2,
         hidden=_noise,
+        checked=_two_samples,
     ),
     "cross_log_prob": Op(
         _always(
@@ -221,6 +251,7 @@ OPS = {
         rowwise=1,
         forward_only=("sklearn_gmm", "matrix_product"),
         yardsticks=("matrix_product",),
+        on_gpu=("compiled_gemm", "compiled_broadcast"),
     ),
     "agg_log_prob_marginals": Op(
         _always(
@@ -241,7 +272,12 @@ OPS = {
         "exponentials",
         {FORWARD: 1, BACKWARD: 1, BOTH: 2},
         rowwise=1,
+        on_gpu=("compiled_marginals",),
     ),
+}
+
+# What is made of many ops.
+COMPOSED: dict[str, Op] = {
     "training_step": Op(
         training.contestants,  # type: ignore[arg-type]
         binary_images,
@@ -269,52 +305,17 @@ OPS = {
     ),
 }
 
-# The targets: how many times slower than fastvae a peer is; and the peak extra memory, in bytes.
-TARGETS: dict[Case, dict[str, float]] = {
-    Case("agg_log_prob", (4096, 32), FORWARD): {
-        "compiled_gemm": 4,
-        "compiled_broadcast": 6,
-        "keops": 12,
-        "eager_gemm": 18,
+# The joint on other inputs, by other means, or against another peer, on GPUs.
+JOINT = OPS["agg_log_prob"]
+VARIANTS: dict[str, Op] = {
+    **{
+        f"agg_log_prob, {active} active, logvar {logvar}": JOINT._replace(
+            inputs=functools.partial(population, active=active, logvar=logvar)
+        )
+        for active, logvar in ((20, -3), (64, 0))
     },
-    Case("agg_log_prob", (4096, 128), FORWARD): {
-        "compiled_gemm": 2,
-        "compiled_broadcast": 2,
-        "keops": 2,
-        "matrix_product": 1 / 1.1,
-    },
-    Case("agg_log_prob", (256, 10), FORWARD): dict.fromkeys(
-        ("compiled_gemm", "compiled_broadcast", "keops", "eager_gemm", "eager_broadcast"), 3.0
+    "agg_log_prob, tf32x3": JOINT._replace(contestants=_always(fastvae=_on_tensor_cores)),
+    "agg_log_prob, attention": JOINT._replace(
+        contestants=_always(fastvae=fastvae.agg_log_prob, flex_attention=peers.agg_attention)
     ),
-    Case("agg_log_prob", (256, 10), BOTH): dict.fromkeys(
-        ("compiled_gemm", "compiled_broadcast", "keops", "eager_gemm", "eager_broadcast"), 4.0
-    ),
-    Case("agg_log_prob", (2048, 32), BOTH): {"compiled_gemm": 1.6, "compiled_broadcast": 12, "keops": 15},
-    Case("agg_log_prob_marginals", (2048, 32), FORWARD): {"compiled_marginals": 3, "eager_broadcast": 25},
-    Case("agg_log_prob_marginals", (2048, 32), BOTH): {"compiled_marginals": 7, "eager_broadcast": 50},
-    Case("reparameterize", (8192, 64), FORWARD): {"eager": 5},
-    Case("reparameterize", (8192, 64), BOTH): {"eager": 3.5},
-    Case("reparameterize", (128, 32), BOTH): {"eager": 1.5},
-    Case("kl_gauss", (8192, 64), BOTH): {"eager": 2.5, "compiled": 1.3},
-    Case("kl_gauss", (128, 32), BOTH): {"eager": 2},
 }
-MEMORY_TARGETS: dict[Case, float] = {Case("agg_log_prob_marginals", (16384, 32), BOTH): 64 * 2**20}
-
-# For the README.
-HEADLINES = (
-    Case("agg_log_prob", (256, 10), FORWARD),
-    Case("agg_log_prob", (4096, 32), FORWARD),
-    Case("agg_log_prob", (2048, 32), BOTH),
-    Case("agg_log_prob_marginals", (2048, 32), FORWARD),
-    Case("agg_log_prob_marginals", (2048, 32), BOTH),
-    Case("cross_log_prob", (1024, 32), BOTH),
-    Case("kl_gauss", (128, 32), BOTH),
-    Case("kl_gauss", (65536, 128), BOTH),
-    Case("reparameterize", (128, 32), BOTH),
-    Case("reparameterize", (8192, 64), BOTH),
-    Case("sample_gauss", (8192, 64), BOTH),
-    Case("training_step", (256, 10), STEP),
-    Case("training_step", (2048, 10), STEP),
-    Case("full_dataset", (16_000, 10), FORWARD),
-    Case("full_dataset", (60_000, 10), FORWARD),
-)

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import MEMORY_TARGETS, TARGETS, Case, cases, smallest
+from .cases import COMPOSED, OPS, Case, cases, smallest
 from .cpu import report
 from .cpu.contest import TOO_SLOW, measure, try_out
 from .cpu.machine import ceilings, describe, why_not
 from .harness import Ceilings, Run
+from .targets import MEMORY_TARGETS, TARGETS
 
 Contest = Callable[[Case], None]
 BACKEND = "native"  # that computes what is called fastvae here
@@ -30,9 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Gives each test every case of the op that it is named for."""
+    """Gives a test every case there is, an op's after another's."""
     if "case" in metafunc.fixturenames:
-        found = cases(metafunc.function.__name__.removeprefix("bench_"))
+        found = [case for name in (*OPS, *COMPOSED) for case in cases(name)]
         marks = {case: [pytest.mark.target] for case in (*TARGETS, *MEMORY_TARGETS)}
         metafunc.parametrize("case", [pytest.param(c, marks=marks.get(c, ()), id=str(c)) for c in found])
 

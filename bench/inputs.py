@@ -27,7 +27,22 @@ def samples_and_posteriors(B: int, D: int, seed: int = SEED, device: str = "cpu"
     return samples(mu, logvar, seed), mu, logvar
 
 
-def binary_images(B: int, D: int, seed: int = SEED) -> tuple[Tensor]:
+def population(
+    N: int, D: int, seed: int = SEED, device: str = "cpu", *, active: int, logvar: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z, mu, logvar [N, D], each z from its own posterior. In so many dimensions, which are drawn, logvar is about the
+    value given; in the others all posteriors are nearly N(0, I)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    inactive = torch.randperm(D, generator=generator, device=device)[active:]
+    mu = torch.randn(N, D, generator=generator, device=device)
+    widths = torch.full((N, D), float(logvar), device=device)
+    mu[:, inactive] *= 0.01
+    widths[:, inactive] = 0
+    widths += 0.1 * torch.randn(N, D, generator=generator, device=device)
+    return samples(mu, widths, seed), mu, widths
+
+
+def binary_images(B: int, D: int, seed: int = SEED, device: str = "cpu") -> tuple[Tensor]:
     """x [B, 784] in {0, 1}, as many ones as in handwritten digits; D, the number of latents, is the model's."""
-    generator = torch.Generator().manual_seed(seed)
-    return ((torch.rand(B, 784, generator=generator) < 0.13).float(),)
+    generator = torch.Generator(device).manual_seed(seed)
+    return ((torch.rand(B, 784, generator=generator, device=device) < 0.13).float(),)

@@ -98,6 +98,18 @@ def agg_keops(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     return log_q.logsumexp(dim=1)[:, 0] - math.log(mu.shape[0])
 
 
+def agg_attention(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """log q(z) [S] as the log-sum-exp that attention has anyway: the expanded square as queries, keys and a bias."""
+    from torch.nn.attention import flex_attention as flex
+
+    precision = torch.exp(-logvar)
+    bias = -0.5 * (mu.square() * precision + logvar + LOG_2PI).sum(-1)
+    q, k = torch.cat((z.square(), z), -1)[None, None], torch.cat((-0.5 * precision, mu * precision), -1)[None, None]
+    attend = torch.compile(flex.flex_attention, dynamic=False)
+    _, lse = attend(q, k, k, score_mod=lambda score, b, h, i, j: score + bias[j], scale=1.0, return_lse=True)  # type: ignore
+    return lse[0, 0] - math.log(mu.shape[0])
+
+
 def agg_sklearn(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     """log q(z) [S] of scikit-learn's mixture with these components; without gradient."""
     from sklearn.mixture import GaussianMixture

@@ -2,6 +2,7 @@
 of a call's name and a number of runs, and answers each with a line of as many times in seconds. It imports
 nothing of this folder, so that it runs with the fastvae of any revision."""
 
+import inspect
 import json
 import sys
 import time
@@ -50,10 +51,9 @@ def prepared(call: Call) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
     mu, logvar, eps = (torch.randn(call.B, call.D, generator=generator) for _ in range(3))
     logvar = logvar / 2 - 2
-    of_posteriors = call.function in ("kl_gauss", "reparameterize", "sample_gauss")
-    inputs = [mu, logvar] if of_posteriors else [mu + eps * (logvar / 2).exp(), mu, logvar]
-    inputs = [x.requires_grad_(call.backward) for x in inputs]
     function = getattr(fastvae, call.function)
+    samples = [mu + eps * (logvar / 2).exp()] if "z" in inspect.signature(function).parameters else []
+    inputs = [x.requires_grad_(call.backward) for x in (*samples, mu, logvar)]
 
     def results() -> list[torch.Tensor]:
         found = function(*inputs)

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..cases import HEADLINES, MEMORY_TARGETS, OPS, TARGETS, Case
+from ..cases import COMPOSED, OPS, STEP, Case
+from ..targets import HEADLINES, MEMORY_TARGETS, TARGETS
 from .scaling import DECADES, FLAT, exponent, flat_from
 
 BENCH = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def load(paths: Iterable[Path]) -> Results:
             cases[Case(measured["op"], tuple(measured["size"]), measured["mode"])] = measured
     if any(machine != machines[0] for machine in machines):
         raise ValueError(f"files of different machines or versions: {machines}")
-    known = [case for name in OPS for case in cases if case.name == name]
+    known = [case for name in (*OPS, *COMPOSED) for case in cases if case.name == name]
     commit = ", ".join(dict.fromkeys(commits))
     return Results(machines[0], commit, max(dates), {c: cases[c] for c in known}, list(scaling.values()))
 
@@ -129,9 +130,9 @@ def mark(result: dict[str, Any]) -> str:
 
 def size_text(case: Case) -> str:
     B, D = case.size
-    if case.name in ("kl_gauss", "reparameterize", "sample_gauss"):
-        return f"[{B:,}, {D}]"
-    return f"B {B:,}, D {D}" if case.name == "training_step" else f"{B:,} × {B:,}, D {D}"
+    if case.mode == STEP:
+        return f"B {B:,}, D {D}"
+    return f"{B:,} × {B:,}, D {D}" if case.op.of_pairs else f"[{B:,}, {D}]"
 
 
 # Tables, in Markdown.

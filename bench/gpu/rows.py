@@ -11,9 +11,8 @@ from torch import Tensor
 import fastvae
 
 from .. import peers
-from ..cpu.early_exit import population
 from ..harness import Ceilings, Run, forward, forward_backward, max_error
-from ..inputs import posteriors, samples_and_posteriors
+from ..inputs import population, posteriors, samples_and_posteriors
 from .harness import CALLS, DEVICE, TRIAL, Time, graphed, on_backend, raced, repeated
 from .jobs import Job, Progress, Result, said
 
@@ -53,7 +52,7 @@ class Row(NamedTuple):
         S, D = self.here
         if self.population:
             active, logvar = self.population
-            return [x.to(DEVICE) for x in population(S, D, min(active, D), logvar)]
+            return list(population(S, D, device=DEVICE, active=min(active, D), logvar=logvar))
         return list((samples_and_posteriors if self.of_pairs else posteriors)(S, D, device=DEVICE))
 
     def run(self, inputs: list[Tensor], function: Callable[..., Any] | None = None) -> Run:

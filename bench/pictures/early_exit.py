@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastvae.evaluation.plots import DATA, MODEL, MUTED, save
 
-from ..cpu.early_exit import population, run, visited
+from ..cpu.early_exit import run, visited
+from ..inputs import population
 
 N, D = 4096, 64
 ROWS, COLUMNS, LOOK = 6, 32, 8  # a tile, and the dimensions between two looks at it
@@ -29,7 +30,7 @@ ACTIVE = {4: "#b5d3ee", 8: "#6fa6d9", 16: DATA, 32: "#12305a", 64: "black"}  # d
 def bounds(active: int, logvar: float) -> Tensor:
     """[tiles, D] of the first rows: how far the terms of a tile's pairs are above what is known of their row's sum, at
     most, in nats, after each dimension in the kernel's order. The first tile holds the rows' own columns."""
-    z, mu, widths = (x.detach().double() for x in population(N, D, active, logvar))
+    z, mu, widths = (x.detach().double() for x in population(N, D, active=active, logvar=logvar))
     order = (mu.var(0) / widths.mean(0).exp()).argsort(descending=True)
     squares = ((z[:ROWS, None] - mu) ** 2 / (2 * widths.exp()))[..., order].cumsum(-1)  # [6, N, D]
     log_c = -0.5 * (widths + math.log(2 * math.pi)).sum(-1)
@@ -59,7 +60,7 @@ def draw_tiles(axes: Any, tiles: int, active: int, logvar: float) -> None:
 def draw_shares(axes: Any) -> None:
     """A line for each number of active dimensions."""
     for active, color in ACTIVE.items():
-        calls = [run(population(N, D, active, logvar), False, True) for logvar in LOGVARS]
+        calls = [run(population(N, D, active=active, logvar=logvar), False, True) for logvar in LOGVARS]
         shares = [visited(call)[1] for call in calls]
         axes.plot(LOGVARS, shares, "o-", color=color, ms=3.5, lw=1.5, label=f"{active} active", zorder=-active)
     axes.axhline(LOOK / D, color=MUTED, lw=1, ls="--")

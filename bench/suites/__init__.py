@@ -1,1 +1,1 @@
-"""The benchmarks, one file per operation: `pytest bench/ --benchmark-only`."""
+"""The benchmarks, of ops and of how their cost grows: `pytest bench/ --benchmark-only`."""

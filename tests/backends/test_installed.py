@@ -96,7 +96,7 @@ print(compiled(mu, logvar).item(), fastvae.kl_gauss(mu, logvar).item())
 """
 MEASURING = """
 import pytest
-raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "bench/suites/bench_kl_gauss.py", "--benchmark-only"]))
+raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "bench", "-k", "kl_gauss", "--benchmark-only"]))
 """
 
 

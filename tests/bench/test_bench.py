@@ -23,11 +23,13 @@ import fastvae
 from bench import cases, harness, peers
 from bench import conftest as bench_conftest
 from bench.accuracy import ROWS, Error, Truth
-from bench.cases import BOTH, FORWARD, HEADLINES, MEMORY_TARGETS, OPS, TARGETS, Case
-from bench.cpu import contest, machine, report
+from bench.cases import BOTH, COMPOSED, FORWARD, OPS, Case
+from bench.cpu import calls, contest, machine, report
 from bench.inputs import posteriors, samples_and_posteriors
 from bench.pictures import races as pictures
+from bench.targets import HEADLINES, MEMORY_TARGETS, TARGETS
 from fastvae import backends
+from fastvae.backends import contract
 
 MEBIBYTE = 2**20
 REPORTS = sorted(report.BENCH.glob("results/*/results.json"))
@@ -195,9 +197,10 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+ALL = OPS | COMPOSED
 CONTESTANTS = [
     pytest.param(name, who, mode, id=f"{name}-{who}-{mode}")
-    for name, op in OPS.items()
+    for name, op in ALL.items()
     for who, function in op.contestants(5, 3).items()
     if not isinstance(function, str) and who not in op.yardsticks
     for mode in ((FORWARD, BOTH) if BOTH in op.sizes and who not in op.forward_only else op.sizes)
@@ -211,7 +214,7 @@ CONTESTANTS = [
 def test_every_contestant_is_the_reference_in_float64(name: str, who: str, mode: str) -> None:
     if who == "keops":
         pytest.importorskip("pykeops")
-    op, (B, D) = OPS[name], (5, 3)
+    op, (B, D) = ALL[name], (5, 3)
     inputs = [x.double() for x in op.inputs(B, D, 0)]
     if name == "full_dataset":  # which samples by itself
         inputs[0] = fastvae.reparameterize(inputs[1], inputs[2], seed=0)
@@ -328,7 +331,7 @@ def test_no_other_backend_is_called_fastvae() -> None:
         pytest.skip(backends.status("native").detail)
     with fastvae.use_backend(None):
         assert machine.why_not("native") == ""
-    items = [types.SimpleNamespace(path=report.BENCH / "suites" / "bench_kl_gauss.py")]
+    items = [types.SimpleNamespace(path=report.BENCH / "suites" / "bench_ops.py")]
     option = types.SimpleNamespace(collectonly=False)
     session: Any = types.SimpleNamespace(items=items, config=types.SimpleNamespace(option=option))
     with fastvae.use_backend("reference"):
@@ -369,12 +372,17 @@ def test_a_case_shows_what_cannot_run_and_marks_what_is_wrong(measured: dict[str
     assert report.peers_of(measured)[-1:] != ["wrong"]
 
 
+def test_every_op_of_the_contract_is_raced_and_compared() -> None:
+    assert {*contract.OPS} <= {*OPS}
+    assert {*contract.OPS} <= {call.function for call in calls.CALLS.values()}
+
+
 def test_every_case_of_the_suite_can_be_told_apart() -> None:
-    every = [case for name in OPS for case in cases.cases(name)]
-    assert len(set(every)) == len(every)
+    every = [case for name in ALL for case in cases.cases(name)]
+    assert len({*map(str, every)}) == len(every)
     assert {*TARGETS, *MEMORY_TARGETS, *HEADLINES} <= {*every}
-    for name in OPS:
-        sizes = [OPS[name].elements(*case.size) for case in cases.cases(name)]
+    for name, op in ALL.items():
+        sizes = [op.elements(*case.size) for case in cases.cases(name)]
         assert sizes == sorted(sizes)  # what is too slow is known from a smaller size
         assert any(cases.smallest(case) for case in cases.cases(name))
     for case, goals in TARGETS.items():

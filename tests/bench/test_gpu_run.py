@@ -125,11 +125,11 @@ def test_every_op_on_the_mocked_gpu(environment: dict[str, str]) -> None:
 def test_inputs_need_no_backend(environment: dict[str, str]) -> None:
     """The backend that is measured does not compute on the CPU, where they are made."""
     program = """
-        from bench.cpu.early_exit import population
-        from bench.inputs import samples_and_posteriors
+        from bench.cases import OPS, VARIANTS
 
-        samples_and_posteriors(16, 8)
-        population(16, 8, 4, -3.0)
+        for op in (OPS | VARIANTS).values():
+            assert not any(x.is_cuda for x in op.inputs(16, 8, 0))
+            assert all(x.is_cuda for x in op.inputs(16, 8, 0, "cuda"))
     """
     run(program, environment, FASTVAE_BACKEND="cuda")
 

@@ -1,8 +1,0 @@
-"""cross_log_prob against its peers: `pytest bench/ --benchmark-only -k cross_log_prob`."""
-
-from ..cases import Case
-from ..conftest import Contest
-
-
-def bench_cross_log_prob(contest: Contest, case: Case) -> None:
-    contest(case)
