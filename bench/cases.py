@@ -51,6 +51,12 @@ class Op(NamedTuple):
     on_gpu: tuple[str, ...] = ()
 
     @property
+    def to_check(self) -> Callable[..., Any]:
+        fastvae = self.contestants(1, 1)["fastvae"]
+        assert not isinstance(fastvae, str)
+        return self.checked or fastvae
+
+    @property
     def of_pairs(self) -> bool:
         """Whether each of B samples meets each of B posteriors."""
         return self.elements(2, 1) == 4 * self.elements(1, 1)

@@ -23,16 +23,14 @@ from torch import Tensor
 
 import fastvae
 
+from ..cases import OPS
 from ..harness import Ceilings, forward, forward_backward
-from ..inputs import posteriors, samples_and_posteriors
+from ..inputs import SEED, samples_and_posteriors
 from .ceilings import ceilings, products
+from .contests import BACKENDS, peers_table, shown, small_table, table
 from .harness import DEVICE, TRIAL, best, on_backend, peak
 from .jobs import Job, Progress, Result, Work, said
-from .rows import BACKENDS, peers_table, shown, small_table, table
 
-CHECKED: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
-CHECKED |= dict.fromkeys(("kl_gauss", "reparameterize", "sample_gauss"), posteriors)
-CHECKED |= dict.fromkeys(("cross_log_prob", "agg_log_prob", "agg_log_prob_marginals"), samples_and_posteriors)
 REPEATS = 2 if TRIAL else 50
 DSPRITES = (737_280, 10)
 STALL = {"peers": 40}  # seconds that one thing may take; compilers of peers take longest
@@ -51,14 +49,11 @@ def determinism(backend: str, progress: Progress) -> Result:
     """Checks that every op, forward and backward, gives the same bits each time."""
     B, D = (9, 5) if TRIAL else (4099, 67)
     same: dict[str, bool | str] = dict(progress.bad)  # type: ignore[arg-type]
-    for name, make in CHECKED.items():
+    for name, op in OPS.items():
         if name in progress.bad:
             continue
         progress.about_to(name)
-        inputs = make(B, D, device=DEVICE)
-        keywords = {"n_samples": 3, "seed": 1} if name in ("reparameterize", "sample_gauss") else {}
-        function = functools.partial(getattr(fastvae, name), **keywords)
-        run: Callable[[], Any] = on_backend(backend, everything(function, *inputs))
+        run: Callable[[], Any] = on_backend(backend, everything(op.to_check, *op.inputs(B, D, SEED, DEVICE)))
         try:
             first = run()
             same[name] = all(torch.equal(a, b) for _ in range(REPEATS) for a, b in zip(run(), first, strict=True))

@@ -83,12 +83,14 @@ def inside(backend: str) -> None:
     """Runs the program that is profiled."""
     import torch
 
-    from .harness import TRIAL, on_backend
-    from .rows import Row
+    from ..cases import BOTH, Case
+    from .contests import Contest
+    from .harness import TRIAL
 
-    rows = [Row(op, (1 << 18, 128), True) for op in ("kl_gauss", "sample_gauss")]
-    rows += [Row("agg_log_prob", (8192, 64), True), Row("agg_log_prob_marginals", (8192, 32), True)]
-    runs = [on_backend(backend, row.run(row.inputs())) for row in rows]
+    cases = [Case(op, (1 << 18, 128), BOTH) for op in ("kl_gauss", "sample_gauss")]
+    cases += [Case("agg_log_prob", (8192, 64), BOTH), Case("agg_log_prob_marginals", (8192, 32), BOTH)]
+    contests = [Contest(case, backends=[backend]) for case in cases]
+    runs = [run for contest in contests for run in contest.runs(contest.inputs()).values()]
     for run in runs:
         run(), run()
     torch.cuda.synchronize()

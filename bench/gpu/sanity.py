@@ -25,6 +25,8 @@ from torch import Tensor
 
 import fastvae
 
+from ..cases import OPS
+from ..inputs import SEED
 from .harness import DEVICE, TRIAL
 from .jobs import exit_status, import_all, said
 
@@ -36,65 +38,35 @@ Results = list[Tensor]
 REFUSALS = {"triton": "has not run yet", "cuda": "run the step once"}  # of a first call in a graph
 
 
-def kl_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Sequence[Tensor]:
-    return [fastvae.kl_gauss(mu, logvar, reduction=reduction) for reduction in ("none", "sample", "dim", "mean")]
-
-
-def reparameterize(z: Tensor, mu: Tensor, logvar: Tensor) -> Sequence[Tensor]:
-    return [fastvae.reparameterize(mu, logvar, seed=1)]
-
-
-def sample_gauss(z: Tensor, mu: Tensor, logvar: Tensor) -> Sequence[Tensor]:
-    return list(fastvae.sample_gauss(mu, logvar, 2, seed=1))  # type: ignore[arg-type]
-
-
-def cross_log_prob(*inputs: Tensor) -> Sequence[Tensor]:
-    return [fastvae.cross_log_prob(*inputs)]
-
-
-def agg_log_prob(*inputs: Tensor) -> Sequence[Tensor]:
-    return [fastvae.agg_log_prob(*inputs)]
-
-
-def agg_log_prob_marginals(*inputs: Tensor) -> Sequence[Tensor]:
-    return fastvae.agg_log_prob_marginals(*inputs)
-
-
-OPS: dict[str, Callable[..., Sequence[Tensor]]] = {
-    op.__name__: op
-    for op in (agg_log_prob_marginals, agg_log_prob, cross_log_prob, sample_gauss, reparameterize, kl_gauss)
-}
-
-
 def evaluated(op: str, inputs: Results, backend: str, device: str, dtype: torch.dtype) -> Results:
     """Outputs and gradients, the upstream gradients being the same whatever the dtype."""
     leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
     with fastvae.use_backend(backend):
-        outputs = OPS[op](*leaves)
+        results = OPS[op].to_check(*leaves)
+        outputs = [results] if isinstance(results, Tensor) else list(results)
         generator = torch.Generator().manual_seed(1)
         upstream = [torch.randn(o.shape, generator=generator).bfloat16().to(device, o.dtype) for o in outputs]
-        gradients = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
-    return [x.detach().cpu() for x in (*outputs, *gradients) if x is not None]
+        gradients = torch.autograd.grad(outputs, leaves, upstream)
+    return [x.detach().cpu() for x in (*outputs, *gradients)]
 
 
-def drawn(S: int, N: int, D: int) -> Results:
-    """z, mu, logvar that every dtype holds exactly."""
-    generator = torch.Generator().manual_seed(0)
-    z, mu, logvar = (torch.randn(n, D, generator=generator).bfloat16() for n in (S, N, N))
-    return [z, mu, (logvar / 2 - 1).bfloat16()]
+def drawn(op: str, S: int, N: int, D: int) -> Results:
+    """The op's inputs, S samples and N posteriors, which every dtype holds exactly."""
+    *z, mu, logvar = (x.bfloat16() for x in OPS[op].inputs(max(S, N), D, SEED))
+    return [*(x[:S] for x in z), mu[:N], logvar[:N]]
 
 
 def compare(op: str, dtype: torch.dtype, backend: str) -> tuple[bool, str]:
     """The largest error relative to what it may be: twice that of the reference in the same dtype, and roundings."""
     worst = (0.0, "")
     for S, N, D in SIZES:
-        inputs = drawn(S, N, D)
+        inputs = drawn(op, S, N, D)
         exact = evaluated(op, inputs, "reference", "cpu", torch.float64)
         usual = evaluated(op, inputs, "reference", "cpu", dtype)
         got = evaluated(op, inputs, backend, DEVICE, dtype)
         for number, (g, u, e) in enumerate(zip(got, usual, exact, strict=True)):
             scale, eps = float(e.abs().max()), torch.finfo(g.dtype).eps
-            noise = 1e-5 if op in ("reparameterize", "sample_gauss") else 0.0  # of the normals in float32
+            noise = 1e-5 if OPS[op].hidden else 0.0  # of the normals in float32
             most = 2 * float((u.double() - e).abs().max()) + (4 * eps + noise) * scale + 1e-300
             error = float((g.double() - e).abs().max()) / most
             if not error <= worst[0]:  # or it is NaN
@@ -142,7 +114,7 @@ def _close(got: Results, expected: Results) -> bool:
 
 
 def _step(backend: str, device: str = DEVICE) -> Callable[[], Results]:
-    leaves = [x.float().to(device).requires_grad_() for x in drawn(*SIZES[0])]
+    leaves = [x.float().to(device).requires_grad_() for x in drawn("agg_log_prob", *SIZES[0])]
     ones = torch.ones(len(leaves[0]), device=device)
     torch.cuda.synchronize()
 
@@ -176,7 +148,7 @@ class Trial(NamedTuple):
 def trials(backends: Sequence[str]) -> list[Trial]:
     found = [
         Trial(f"{op}, {str(dtype).removeprefix('torch.')}", b, functools.partial(compare, op, dtype, b))
-        for op in OPS
+        for op in reversed(OPS)  # what compiles for longest first
         for dtype in DTYPES
         for b in backends
     ]
@@ -253,8 +225,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.here:
         for op in OPS:
-            print(op, evaluated(op, drawn(*SIZES[0]), "cuda", DEVICE, torch.float32)[0].flatten()[0], flush=True)
-        print(f"all {len(OPS)} ops")
+            print(op, evaluated(op, drawn(op, *SIZES[0]), "cuda", DEVICE, torch.float32)[0].flatten()[0], flush=True)
+        print("every op has run")
         return
     options.out.mkdir(parents=True, exist_ok=True)
     import_all()

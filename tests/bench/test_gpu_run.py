@@ -16,10 +16,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+from bench.cases import OPS
+
 ROOT = Path(__file__).parents[2]
 MOCK = ROOT / "tests" / "support" / "mocked_gpu"
 PARTS = ("sanity", "measure", "profile", "tests", "peers")
-OPS = ("kl_gauss", "reparameterize", "sample_gauss", "cross_log_prob", "agg_log_prob", "agg_log_prob_marginals")
 BACKENDS = ("triton", "cuda")
 
 
@@ -92,22 +93,16 @@ def test_every_op_on_the_mocked_gpu(environment: dict[str, str]) -> None:
     program = """
         import pytest, torch
         import fastvae
+        from bench.cases import OPS
+        from bench.gpu.measure import everything
         from fastvae import backends
 
         def results(device):
-            torch.manual_seed(0)
-            z, mu, logvar = (torch.randn(5, 3).to(device).requires_grad_() for _ in range(3))
-            outputs = [
-                fastvae.kl_gauss(mu, logvar),
-                fastvae.reparameterize(mu, logvar, seed=1),
-                *fastvae.sample_gauss(mu, logvar, 2, seed=1),
-                fastvae.cross_log_prob(z, mu, logvar),
-                fastvae.agg_log_prob(z, mu, logvar),
-                *fastvae.agg_log_prob_marginals(z, mu, logvar),
-            ]
-            gradients = torch.autograd.grad([o.square().sum() for o in outputs], (z, mu, logvar))
-            assert all(x.device == z.device for x in (*outputs, *gradients))
-            return [x.detach().cpu() for x in (*outputs, *gradients)]
+            found = []
+            for op in OPS.values():
+                found += everything(op.to_check, *(x.to(device) for x in op.inputs(5, 3, 0)))()
+            assert all(x.device.type == device for x in found)
+            return [x.cpu() for x in found]
 
         with fastvae.use_backend("reference"):
             expected = results("cpu")
@@ -264,9 +259,8 @@ def test_every_op_and_backend_has_a_number(rehearsal: tuple[Path, str]) -> None:
             assert times, key
             assert all(isinstance(x, float) and x > 0 for t in times.values() for x in t), key
             seen |= {(name, key.partition(",")[0], "backward" in key, who) for who in times}
-    mode = (False, True)
-    assert {("table", op, b, w) for op in OPS if op != "cross_log_prob" for b in mode for w in BACKENDS} <= seen
-    assert {("small", op, b, w + g) for op in OPS[-2:] for b in mode for w in BACKENDS for g in ("", ", graph")} <= seen
+    ours = [("table", b) for b in BACKENDS] + [("small", b + graph) for b in BACKENDS for graph in ("", ", graph")]
+    assert {(name, op, backward, who) for name, who in ours for op in OPS for backward in (False, True)} <= seen
 
 
 def test_what_fails_is_said_and_the_rest_goes_on(tmp_path: Path) -> None:
