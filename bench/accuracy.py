@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .harness import forward, forward_backward
+from .harness import forward, forward_backward, listed
 from .inputs import SEED
 
 ROWS = 64  # samples that are checked, where they do not depend on each other
@@ -108,8 +108,7 @@ class Truth:
             gradients = forward_backward(function, *inputs, rows=rows)()
             return [g if rows is None or i >= self.rowwise else g[rows] for i, g in enumerate(gradients)]  # type: ignore
         outputs: Any = forward(function, *inputs)() if self.mode == "forward" else function(*inputs)
-        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        return outputs if rows is None else [o[rows] for o in outputs]
+        return [o if rows is None else o[rows] for o in listed(outputs)]
 
 
 def _largest(x: Tensor) -> float:

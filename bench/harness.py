@@ -47,7 +47,7 @@ def forward(function: Callable[..., object], *inputs: Tensor) -> Run:
 
 
 def forward_backward(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, rows: Tensor | None = None
+    function: Callable[..., Tensor | Sequence[Tensor]], *inputs: Tensor, rows: Tensor | None = None
 ) -> Run:
     """A run of forward and backward with respect to every input; returns the gradients. Upstream gradients are ones, as
     dense as the rest of a model would send them, and made beforehand; with `rows`, zero in all others."""
@@ -56,20 +56,23 @@ def forward_backward(
 
 
 def backward(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor, rows: Tensor | None = None
+    function: Callable[..., Tensor | Sequence[Tensor]], *inputs: Tensor, rows: Tensor | None = None
 ) -> Prepare:
     """The backward of `forward_backward` alone: the forward belongs to the preparation and is not timed."""
     leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
     upstream: list[Tensor] = []
 
     def prepare() -> Run:
-        result = function(*leaves)
-        results = (result,) if isinstance(result, Tensor) else result
+        results = listed(function(*leaves))
         if not upstream:
             upstream.extend(torch.ones_like(r) if rows is None else _ones_in(rows, r) for r in results)
         return lambda: torch.autograd.grad(results, leaves, upstream)
 
     return prepare
+
+
+def listed(results: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
 
 
 def _ones_in(rows: Tensor, like: Tensor) -> Tensor:
@@ -206,10 +209,3 @@ def _memory() -> Any:
     import psutil  # which the races on a GPU, where nothing is installed, do without
 
     return psutil.Process().memory_info()
-
-
-def max_error(result: object, truth: object) -> float:
-    """The largest absolute difference of (tuples of) tensors."""
-    if isinstance(result, Tensor) and isinstance(truth, Tensor):
-        return float((result.double() - truth.double()).abs().max())
-    return max(max_error(r, t) for r, t in zip(result, truth, strict=True))  # type: ignore[call-overload]

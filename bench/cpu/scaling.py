@@ -47,7 +47,7 @@ LADDERS = (
 def measure(ladder: Ladder) -> dict[str, Any]:
     """Measures a ladder, for JSON: its op, mode and D; elements by size; by the number of threads, seconds by size."""
     op = OPS[ladder.op]
-    function = op.contestants(ladder.smallest, ladder.D)["fastvae"]
+    function = op.function
     threads = torch.get_num_threads()
     times: dict[int, list[float]] = {}
     try:

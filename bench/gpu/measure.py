@@ -24,7 +24,7 @@ from torch import Tensor
 import fastvae
 
 from ..cases import OPS
-from ..harness import Ceilings, forward, forward_backward
+from ..harness import Ceilings, forward, forward_backward, listed
 from ..inputs import SEED, samples_and_posteriors
 from .ceilings import ceilings, products
 from .contests import BACKENDS, peers_table, shown, small_table, table
@@ -53,7 +53,8 @@ def determinism(backend: str, progress: Progress) -> Result:
         if name in progress.bad:
             continue
         progress.about_to(name)
-        run: Callable[[], Any] = on_backend(backend, everything(op.to_check, *op.inputs(B, D, SEED, DEVICE)))
+        inputs = op.inputs(B, D, SEED, DEVICE)
+        run: Callable[[], Any] = on_backend(backend, everything(op.checked or op.function, *inputs))
         try:
             first = run()
             same[name] = all(torch.equal(a, b) for _ in range(REPEATS) for a, b in zip(run(), first, strict=True))
@@ -75,8 +76,7 @@ def everything(function: Callable[..., Any], *inputs: Tensor) -> Callable[[], li
     leaves = [x.requires_grad_() for x in inputs]
 
     def run() -> list[Tensor]:
-        results = function(*leaves)
-        outputs = [results] if isinstance(results, Tensor) else list(results)
+        outputs = listed(function(*leaves))
         ones = [torch.ones_like(o) for o in outputs]
         return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, ones)]
 
