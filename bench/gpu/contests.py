@@ -13,10 +13,9 @@ import fastvae
 from ..cases import BOTH, FORWARD, OPS, Case
 from ..harness import MODES, Ceilings, Run, listed
 from ..inputs import SEED
-from .harness import CALLS, DEVICE, TRIAL, Time, graphed, on_backend, raced, repeated
+from .harness import BACKENDS, CALLS, DEVICE, TRIAL, Time, graphed, on_backend, raced, repeated
 from .jobs import Job, Progress, Result, said
 
-BACKENDS = ("triton", "cuda")
 SECONDS = 0.02 if TRIAL else 0.8  # of a race
 EXITS = {None: "", False: "", True: ", early exit"}
 

@@ -19,6 +19,7 @@ from .jobs import RACE, said
 
 TRIAL = bool(switch("FASTVAE_TRIAL"))
 DEVICE = "cuda"
+BACKENDS = ("triton", "cuda")
 CLOCK = 2e9  # cycles per second that the sleeping kernel counts, at most
 CALLS = 2 if TRIAL else 20  # behind one sleep, where a call is too short for events; the queue holds 1,024 kernels
 MOST = 1 if TRIAL else 100  # repeats

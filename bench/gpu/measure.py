@@ -27,8 +27,8 @@ from ..cases import OPS
 from ..harness import Ceilings, forward, forward_backward, listed
 from ..inputs import SEED, samples_and_posteriors
 from .ceilings import ceilings, products
-from .contests import BACKENDS, peers_table, shown, small_table, table
-from .harness import DEVICE, TRIAL, best, on_backend, peak
+from .contests import peers_table, shown, small_table, table
+from .harness import BACKENDS, DEVICE, TRIAL, best, on_backend, peak
 from .jobs import Job, Progress, Result, Work, said
 
 REPEATS = 2 if TRIAL else 50

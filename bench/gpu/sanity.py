@@ -28,7 +28,7 @@ import fastvae
 from ..cases import OPS
 from ..harness import listed
 from ..inputs import SEED
-from .harness import DEVICE, TRIAL
+from .harness import BACKENDS, DEVICE, TRIAL
 from .jobs import exit_status, import_all, said
 
 LIMIT = float(os.environ.get("FASTVAE_STALL", "25"))  # seconds of each
@@ -231,7 +231,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     import_all()
     name = "sanity-nobulk" if options.no_bulk else "sanity"
-    todo = trials(("cuda",) if options.no_bulk else ("triton", "cuda"))
+    todo = trials(("cuda",) if options.no_bulk else BACKENDS)
     seen: dict[str, list[str]] = {}
 
     def report(found: dict[str, list[str]]) -> None:

@@ -17,11 +17,11 @@ import pytest
 pytest.importorskip("triton")
 
 from bench.cases import OPS
+from bench.gpu.harness import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 MOCK = ROOT / "tests" / "support" / "mocked_gpu"
 PARTS = ("sanity", "measure", "profile", "tests", "peers")
-BACKENDS = ("triton", "cuda")
 
 
 def mocked(**more: str) -> dict[str, str]:
@@ -94,6 +94,7 @@ def test_every_op_on_the_mocked_gpu(environment: dict[str, str]) -> None:
         import pytest, torch
         import fastvae
         from bench.cases import OPS
+from bench.gpu.harness import BACKENDS
         from bench.gpu.measure import everything
         from fastvae import backends
 
