@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("checks", "table", "small", "peers"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", default="", help="rows whose title contains this")
+    parser.add_argument("--only", default="", help="contests whose title contains this")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     jobs = {
