@@ -2,8 +2,6 @@
 checks there and the report read this."""
 
 import functools
-import warnings
-from collections import ChainMap
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,10 +11,9 @@ from torch import Tensor
 import fastvae
 from fastvae.backends.contract import REDUCTIONS
 
-from . import peers, training
-from .accuracy import ROWS
+from . import dataset, peers, training
 from .harness import listed
-from .inputs import SEED, binary_images, population, posteriors, samples_and_posteriors
+from .inputs import binary_images, population, posteriors, samples_and_posteriors
 
 FORWARD, BACKWARD, BOTH, STEP = "forward", "backward", "forward + backward", "step"
 Size = tuple[int, int]
@@ -73,7 +70,7 @@ class Case(NamedTuple):
 
     @property
     def op(self) -> Op:
-        return ChainMap(OPS, COMPOSED, VARIANTS)[self.name]
+        return (OPS | COMPOSED | VARIANTS)[self.name]
 
     def __str__(self) -> str:
         return f"{self.name}-{self.mode}-{self.size[0]}x{self.size[1]}"
@@ -106,31 +103,9 @@ def _on_tensor_cores(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
         return fastvae.agg_log_prob(z, mu, logvar)
 
 
-def _drawn(B: int, D: int, seed: int = SEED, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Posteriors [B, D], and the z that `_decomposition_dataset` draws from them."""
-    mu, logvar = posteriors(B, D, seed, device)
-    return fastvae.reparameterize(mu, logvar, seed=SEED), mu, logvar
-
-
-def _decomposition_dataset(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a few thousand posteriors this wide do not say how much z knows of x
-        terms = fastvae.kl_decomposition_dataset((mu, logvar), rows=torch.arange(len(z)), seed=SEED)
-    return terms.mi, terms.tc, terms.dim_kl
-
-
-def _dataset_peer(marginals: peers.Marginals) -> Callable[..., Any]:
-    return functools.partial(peers.decomposition, marginals)
-
-
-def _first_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda z, *posteriors: function(z[:ROWS], *posteriors)
-
-
 def _noise(function: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor]:
     """The sample of N(0, I)."""
-    result = function(*(torch.zeros_like(x) for x in inputs))
-    return (listed(result)[0],)
+    return (listed(function(*map(torch.zeros_like, inputs)))[0],)
 
 
 def _sample_exactly(mu: Tensor, logvar: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
@@ -287,21 +262,14 @@ COMPOSED: dict[str, Op] = {
         hidden=lambda step, x: step.hidden(x),
     ),
     "full_dataset": Op(
-        _always(
-            fastvae=_decomposition_dataset,
-            eager_broadcast=_dataset_peer(peers.marginals_broadcast),
-            compiled_marginals=_dataset_peer(peers.compiled_marginals),
-            keops=_dataset_peer(peers.marginals_keops),
-            torch_distributions=_dataset_peer(peers.marginals_distributions),
-            sklearn_gmm="gives the joint only",
-        ),
-        _drawn,
+        dataset.contestants,
+        dataset.drawn,
         {FORWARD: [(1_000, 10), (4_000, 10), (16_000, 10), (60_000, 10)]},
         _exponentials,
         "exponentials",
         {FORWARD: 1},
-        exact=_dataset_peer(peers.marginals_broadcast),
-        part=_first_rows,
+        exact=dataset.peer(peers.marginals_broadcast),
+        part=dataset.first_rows,
     ),
 }
 
