@@ -94,7 +94,6 @@ def test_every_op_on_the_mocked_gpu(environment: dict[str, str]) -> None:
         import pytest, torch
         import fastvae
         from bench.cases import OPS
-from bench.gpu.harness import BACKENDS
         from bench.gpu.measure import everything
         from fastvae import backends
 
