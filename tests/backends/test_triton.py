@@ -37,7 +37,7 @@ from fastvae import ColumnWeights
 pytest.importorskip("triton")
 from fastvae.kernels.triton import _launch, agg_log_prob, grids, packing, sample_gauss
 
-from fastvae.backends.contract import LogWeights
+from fastvae.backends.contract import LogWeights, Pairs
 
 PAIRS = ("cross_log_prob", "agg_log_prob", "agg_log_prob_marginals")
 
@@ -200,11 +200,12 @@ def test_other_tiles_give_the_same(backend: Target) -> None:
     own = torch.arange(150) % 141 - 1
     weights = LogWeights(op.inputs["log_w"].detach(), None, own, -0.5, 0.5)
     z, mu, logvar = (op.inputs[key].detach() for key in ("z", "mu", "logvar"))
+    pairs = Pairs(z, mu, logvar, weights)
     chosen = []
     for config in grids.configs(10**4, 10**4, torch.float32):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(agg_log_prob, "fastest", lambda run, configs, *problem, c=config: run(c))
-            expected.check([agg_log_prob.agg_log_prob(z, mu, logvar, weights, False, False)])
+            expected.check([agg_log_prob.agg_log_prob(pairs, False, False)])
         chosen.append(grids.grid(10**4, 10**4, 5, torch.float32, torch.device("meta"), grids.Kind(), **config).config)
     assert len({tuple(c.items()) for c in chosen}) == len(chosen) > 1
 

@@ -47,8 +47,9 @@ def test_files_are_of_known_ops() -> None:
         - {"dispatch", "parallel"},
         "kernels/cuda": {path.stem for path in ROOT.glob("kernels/cuda/*.cu")} - {"interface"},
         "kernels/triton": {
-            path.stem for path in ROOT.glob("kernels/triton/*.py") if f"\ndef {path.stem}_backward(" in path.read_text()
-        },
+            path.stem for path in ROOT.glob("kernels/triton/*.py") if f"\ndef {path.stem}(" in path.read_text()
+        }
+        - {"philox"},
         "fastvae/ops": {path.stem for path in ROOT.glob("fastvae/ops/*.py") if "declare_backward(" in path.read_text()}
         - {"declare", "interpolate"},
         "tests/ops": {path.stem.removeprefix("test_") for path in ROOT.glob("tests/ops/test_*.py")} - TOPICS,
