@@ -34,8 +34,9 @@ class Contest(NamedTuple):
         return (16, 8) if TRIAL else self.case.size
 
     @property
-    def ours(self) -> list[str]:
-        return [name + EXITS[skip] for name in self.backends for skip in self.exact_skips]
+    def ours(self) -> dict[str, tuple[str, bool | None]]:
+        """Our contestants by name: a backend, and whether it may exit early."""
+        return {name + EXITS[skip]: (name, skip) for name in self.backends for skip in self.exact_skips}
 
     def __str__(self) -> str:
         against = f", against {' and '.join(self.peers)}" if self.peers else ""
@@ -51,9 +52,8 @@ class Contest(NamedTuple):
         def run(who: str) -> Run:
             return as_timed(MODES[self.case.mode](functions[who], *inputs)())
 
-        kinds = [(name, skip) for name in self.backends for skip in self.exact_skips]
-        ours = (on_backend(name, run("fastvae"), skip) for name, skip in kinds)
-        return dict(zip(self.ours, ours, strict=True)) | {who: run(who) for who in self.peers}
+        ours = {who: on_backend(name, run("fastvae"), skip) for who, (name, skip) in self.ours.items()}
+        return ours | {who: run(who) for who in self.peers}
 
 
 # What is raced.

@@ -83,14 +83,10 @@ class Work:
             status = exit_status(child, late or stalled)
             if status == 0:
                 return ""
+            if status is not None and late:
+                return "out of time"
             if status is not None:
-                return (
-                    "out of time"
-                    if late
-                    else f"HANG (over {stall:g} s)"
-                    if stalled
-                    else f"FAULT (exit status {status})"
-                )
+                return f"HANG (over {stall:g} s)" if stalled else f"FAULT (exit status {status})"
             time.sleep(0.02)
 
     def _work(self) -> None:

@@ -5,7 +5,7 @@
 # there. The library of CUDA kernels is FASTVAE_CUDA_LIBRARY, or build/gpu/libfastvae_cuda.so, or else is built there.
 # Every step has a limit of its own, and so has the part; the first three parts take up to 330 s, and so do the others,
 # but for that build. After every step all there is is in OUT/PART.tar.gz, and nothing else is left in OUT. Prints at most
-# 40 lines, at the end; exits with 1 where anything failed or is missing. FASTVAE_COMMIT names the commit where there is
+# 48 lines, at the end; exits with 1 where anything failed or is missing. FASTVAE_COMMIT names the commit where there is
 # no history, PYTHON the interpreter; FASTVAE_TRIAL=1 is a rehearsal at tiny sizes.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
@@ -47,7 +47,7 @@ finish() { # the summary, what failed first, and the exit status
     cat "$work/steps"
     grep -hE "$failed" "${found[@]}" | awk 'NR <= 16 { print } END { if (NR > 16) print NR - 16 " more failed" }'
     grep -hvE "$failed" "${found[@]}"
-  } | cut -c 1-200 | head -n 40 > "$work/summary.txt"
+  } | cut -c 1-200 | head -n 48 > "$work/summary.txt"
   archive
   cat "$work/summary.txt"
   exit $status
