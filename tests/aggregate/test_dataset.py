@@ -336,30 +336,34 @@ def test_arguments_are_checked_before_anything_is_encoded(named: str, wrong: Any
 def test_active_units(dtype: torch.dtype) -> None:
     scale = torch.tensor([0.0, 0.05, 0.2, 1.0, 30.0])
     mu = (scale * draw(500, 5) + torch.tensor([100.0, 0.0, 0.0, -7.0, 0.0])).to(dtype).requires_grad_()
-    active = active_units(mu)
+    posteriors = mu, torch.zeros_like(mu)
+    active = active_units(posteriors)
     assert active.dtype == torch.bool
     assert active.tolist() == [False, False, True, True, True]
-    assert active_units(mu, 0.5).tolist() == [False, False, False, True, True]
-    assert active_units(mu, 0).tolist() == [False, True, True, True, True]
+    assert active_units(posteriors, threshold=0.5).tolist() == [False, False, False, True, True]
+    assert active_units(posteriors, threshold=0, batch_size=7).tolist() == [False, True, True, True, True]
+    encoded = active_units(lambda x: (x, torch.zeros_like(x)), mu.detach().split(99))
+    assert encoded.tolist() == active.tolist()
 
 
 @pytest.mark.parametrize(
-    ("error", "named", "arguments"),
+    ("error", "named", "mu", "threshold"),
     [
-        (TypeError, "mu", ([[0.0]],)),
-        (TypeError, "mu", (torch.zeros(4, 3).long(),)),
-        (ValueError, "mu", (torch.zeros(1, 3),)),
-        (ValueError, "mu", (torch.zeros(4),)),
-        (ValueError, "threshold", (torch.zeros(4, 3), -1.0)),
-        (TypeError, "threshold", (torch.zeros(4, 3), "1")),
-        (ValueError, "threshold", (torch.zeros(4, 3), 10**400)),
-        (ValueError, "mu", (torch.full((4, 3), math.nan),)),
-        (ValueError, "mu", (torch.zeros(4, 3, device="meta"),)),
+        (TypeError, "mu", torch.zeros(4, 3).long(), 0.01),
+        (ValueError, "source", torch.zeros(1, 3), 0.01),
+        (ValueError, "source", torch.zeros(4), 0.01),
+        (ValueError, "threshold", torch.zeros(4, 3), -1.0),
+        (TypeError, "threshold", torch.zeros(4, 3), "1"),
+        (ValueError, "threshold", torch.zeros(4, 3), 10**400),
+        (ValueError, "source", torch.full((4, 3), math.nan), 0.01),
+        (ValueError, "mu", torch.zeros(4, 3, device="meta"), 0.01),
     ],
 )
-def test_errors_of_active_units(error: type[Exception], named: str, arguments: tuple) -> None:
+def test_errors_of_active_units(error: type[Exception], named: str, mu: Tensor, threshold: Any) -> None:
     with pytest.raises(error, match=rf"^{named}: expected"):
-        active_units(*arguments)
+        active_units((mu, mu), threshold=threshold)
+    with pytest.raises(TypeError, match=r"^source: expected a pair"):
+        active_units(mu)
 
 
 # decoder_mutual_information

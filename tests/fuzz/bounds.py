@@ -142,14 +142,18 @@ def mi_bounds(draw: Draw) -> Call:
 @surface
 def active_units(draw: Draw) -> Call:
     N, D = draw.sizes(2, least=2)
-    arguments = {"mu": draw.normal(N, D), "threshold": draw.choice((0.01, 0.5, 1, 0))}
+    options = {"threshold": draw.choice((0.01, 0.5, 1, 0)), "batch_size": draw.choice((3, 4096))}
+    arguments = draw.posteriors(N, D) | options
+
+    def of_posteriors(mu: Any, logvar: Any, **options: Any) -> Tensor:
+        return fastvae.active_units((mu, logvar), **options)
 
     def check(active: Tensor, arguments: dict[str, Any]) -> None:
         variance, threshold = arguments["mu"].double().var(0), arguments["threshold"]
         clear = (variance - threshold).abs() > 1e-4 * (1 + variance)
         assert torch.equal(active[clear], (variance > threshold)[clear]), "other units are active"
 
-    return Call(fastvae.active_units, arguments, check=None if draw.extreme else check)
+    return Call(of_posteriors, arguments, check=None if draw.extreme else check)
 
 
 def array(x: Any) -> Any:

@@ -67,7 +67,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "kl_decomposition_dataset, of an encoder": lambda z, mu, logvar, p: fastvae.kl_decomposition_dataset(
         lambda x: (x, 0 * x - 1), z.split(5), prior=None
     )[:-1],
-    "active_units": lambda z, mu, logvar, p: fastvae.active_units(mu),
+    "active_units": lambda z, mu, logvar, p: fastvae.active_units((mu, logvar)),
     "prior_hole": lambda z, mu, logvar, p: (lambda h: (*h.terms[:-1], *h[1:]))(
         fastvae.prior_hole((mu, logvar), prior=fastvae.DiagonalGaussian(D), n_prior=8)
     ),
@@ -139,7 +139,7 @@ def test_numbers_of_other_kinds_are_pythons() -> None:
         (fastvae.entropy(z.softmax(1), i(0)), fastvae.entropy(z.softmax(1), 0)),
         (fastvae.effective_sample_size(z, i(1)), fastvae.effective_sample_size(z, 1)),
         (fastvae.mmd(z, mu, f(3, 2)), fastvae.mmd(z, mu, 1.5)),
-        (fastvae.active_units(mu, f(1, 2)), fastvae.active_units(mu, 0.5)),
+        (fastvae.active_units((mu, logvar), threshold=half) for half in (f(1, 2), 0.5)),
         (fastvae.mi_bounds(f(1, 2), 9, dataset_size=i(7)), fastvae.mi_bounds(0.5, 9, dataset_size=7)),
         (
             fastvae.kl_decomposition_dataset(
