@@ -46,7 +46,8 @@ class Pairs(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int]:
         """S, N, D"""
-        return (self.z.shape[0], *self.mu.shape)  # type: ignore[return-value]
+        N, D = self.mu.shape
+        return self.z.shape[0], N, D
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -141,7 +141,8 @@ def kl_gauss(
     rows = [c.optional_rows(x, mu.dtype, B) for x in (mu, logvar, prior_mu, prior_logvar)]
     out = torch.empty(kl_shape(reduction, B, D), dtype=accumulation_dtype(mu.dtype), device=mu.device)
     code, scale = c.REDUCTION_CODE.get(reduction, 3), kl_scale(reduction, B, D)
-    _run("kl_gauss", mu.dtype, mu.device, (B, D, code), *_row_arguments(*rows), B, D, code, scale, out.data_ptr())
+    sizes = () if reduction in ("none", "sample") else (B, D, code)  # of partial sums
+    _run("kl_gauss", mu.dtype, mu.device, sizes, *_row_arguments(*rows), B, D, code, scale, out.data_ptr())
     return out
 
 

@@ -2,8 +2,9 @@
 
 #include <cstring>
 
+// Made by CMake: FASTVAE_VERSION, FASTVAE_FOR_EACH_FILE(X), and FASTVAE_FOR_EACH_ISA(X), best first
+#include "compiled.h"
 #include "fastvae.h"
-#include "compiled.h"  // made by CMake: FASTVAE_VERSION, FASTVAE_FOR_EACH_FILE(X), and FASTVAE_FOR_EACH_ISA(X), best first
 
 namespace fastvae {
 
@@ -11,8 +12,8 @@ struct Tables {
     fastvae_kernels f32, f64;
 };
 
-// Each file of kernels adds its own to the tables of an instruction set, when they are first asked for: add_* is compiled
-// for that set, so that no other CPU may run it.
+// Each file of kernels adds its own to the tables of an instruction set, when they are first asked for: add_* is
+// compiled for that set, so that no other CPU may run it.
 #define DECLARE_FILE(file) void add_##file(fastvae_kernels &f32, fastvae_kernels &f64);
 #define ADD_FILE(file) add_##file(tables.f32, tables.f64);
 #define DEFINE(isa, needs) \

@@ -2,8 +2,8 @@
  *
  * What fastvae.h says of shapes, strides, NULL, weights and reductions holds here too. All pointers are to memory that
  * the device can read, `stream` is a cudaStream_t of the current device, and a call returns once its kernels are in the
- * stream. Nothing is allocated: `workspace` has as many bytes as the op's function fastvae_cuda_<op>_workspace says for it,
- * or for its backward, aligned to 256, and is free again when the stream has come so far.
+ * stream. Nothing is allocated: `workspace` has as many bytes as fastvae_cuda_<op>_workspace says, for the op or for its
+ * backward, aligned to 256, and is free again when the stream has come so far.
  *
  * `dtype` is that of mu and logvar, and of z and of all gradients but d_log_w. Everything else has the dtype that sums
  * are taken in: float64 for float64, else float32. Rows may be strided where a stride is asked for, and are contiguous.
@@ -42,6 +42,7 @@ FASTVAE_EXPORT const char *fastvae_cuda_version(void);
 /* Whether kernels run on the host, one thread at a time: a build for tests. */
 FASTVAE_EXPORT int fastvae_cuda_simulated(void);
 
+/* The backward's is the same for all reductions. */
 FASTVAE_EXPORT int64_t fastvae_cuda_kl_gauss_workspace(int dtype, int64_t B, int64_t D, int reduction, int backward);
 FASTVAE_EXPORT int fastvae_cuda_kl_gauss(int dtype, const void *mu, int64_t mu_stride, const void *logvar,
                                          int64_t logvar_stride, const void *prior_mu, int64_t prior_mu_stride,
