@@ -46,17 +46,18 @@ def kl_decomposition_dataset(
         source: without `data`, the posteriors: mu and logvar, `[N, D]` each, as a pair of tensors or of NumPy arrays,
             memory-mapped ones too, or an iterable of such pairs, batch by batch. With `data`, a `VAE`, or an encoder, a
             function or module from a tensor x to (mu, logvar); put a module in eval mode before.
-        data: the examples to encode: an iterable of batches, such as a DataLoader, or one tensor or array, of which
-            `batch_size` rows are encoded at a time. From a batch that is a tuple or a list, (x, labels), x is taken, a
-            tensor or an array. Batches, of examples or of posteriors, are read once, so that shuffling does no harm,
-            and the posteriors are written to temporary files: N·D·8 bytes in `tempfile.gettempdir()`, in float32.
+        data: the examples to encode: an iterable of batches, such as a DataLoader or a tuple of tensors, or one tensor
+            or array, of which `batch_size` rows are encoded at a time. From a batch that is a tuple or a list, (x,
+            labels), x is taken, a tensor or an array. Batches, of examples or of posteriors, are read once, so that
+            shuffling does no harm, and the posteriors are written to temporary files: N·D·8 bytes in
+            `tempfile.gettempdir()`, in float32.
         n_samples: L, samples of each posterior that is sampled.
         rows: the posteriors to sample: None for all of them, so that S = L·N; an int for that many, drawn without
             replacement; or an int64 tensor of row numbers. The columns are all N in any case.
         prior: p(z), as in `kl_decomposition`, on `device`; None for the VAE's, and without a VAE for N(0, I).
         analytic_conditional: as in `kl_decomposition`.
         method, tol: for log q_d(z_id), as in `agg_log_prob_marginals`, except that `"auto"` may tabulate on any device.
-        batch_size: how many inputs, posteriors or decoder outputs are in memory at once.
+        batch_size: how many rows of an array are encoded, and how many posteriors are columns, at once.
         device: where to encode and compute; None for where a module's parameters, or else the posteriors, are.
         seed: for the choice of rows and the samples; None draws one from torch's generator.
         progress: show a progress bar on stderr, tqdm's where it is installed.

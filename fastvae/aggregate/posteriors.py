@@ -101,21 +101,22 @@ def open_posteriors(
     return posteriors
 
 
-def is_vae(source: Any) -> bool:
+def _is_vae(source: Any) -> bool:
     """Whether a source is a VAE: an object with a method `encode`."""
     return callable(getattr(source, "encode", None)) and not isinstance(source, str | type)
 
 
 def prior_of(source: Any, prior: Any) -> Any:
     """The prior that is given, or else the VAE's, if `source` is one; None stands for N(0, I)."""
-    return getattr(source, "prior", None) if prior is None and is_vae(source) else prior
+    of_vae = getattr(source, "prior", None) if prior is None and _is_vae(source) else None
+    return of_vae if hasattr(of_vae, "log_prob") else prior
 
 
 def _encoder(source: Any, data: Any) -> Callable[[Any], Any] | None:
     """What encodes `data`; None where `source` has the posteriors themselves."""
 
     def of(x: Any) -> Callable[[Any], Any] | None:
-        if is_vae(x):
+        if _is_vae(x):
             return x.encode
         return x if callable(x) and not isinstance(x, type) else None
 
@@ -187,7 +188,8 @@ def _spool(pairs: Iterable[Any], name: str, device: torch.device | None) -> Post
     with tempfile.TemporaryFile() as mu_file, tempfile.TemporaryFile() as logvar_file:
         for pair in pairs:
             if not (isinstance(pair, tuple | list) and len(pair) == 2):
-                raise TypeError(f"source: expected pairs (mu, logvar), batch by batch, got {type(pair).__name__}")
+                expected = "pairs (mu, logvar), batch by batch" if name == "source" else "an encoder to (mu, logvar)"
+                raise TypeError(f"source: expected {expected}, got {type(pair).__name__}")
             mu, logvar = (_tensor(x) for x in pair)
             check_posterior(mu, logvar, min_ndim=2)
             first = mu if first is None else first
@@ -198,7 +200,7 @@ def _spool(pairs: Iterable[Any], name: str, device: torch.device | None) -> Post
                 x.to("cpu", accumulation_dtype(first.dtype)).contiguous().numpy(force=True).tofile(file)
             N += len(mu)
         if first is None or N == 0:
-            raise ValueError(f"{name}: expected at least one posterior, got none")
+            raise ValueError(f"{name}: expected at least one {'example' if name == 'data' else 'posterior'}, got none")
         dtype, shape = np.float64 if first.dtype == torch.float64 else np.float32, (N, first.shape[1])
         maps = [np.memmap(file, dtype, "r", shape=shape) for file in (mu_file, logvar_file)]
     return Posteriors(maps[0], maps[1], torch.device(device or first.device))

@@ -81,7 +81,7 @@ def prior_hole(
         n_prior: how many samples of the prior; and how many posteriors to sample once each, or all N if fewer.
         quantile: of the data's log q(z), below which there is a hole.
         n_dims: how many dimensions are looked at one by one and in pairs, those with the most information about x.
-        batch_size: how many inputs, posteriors or decoder outputs are in memory at once.
+        batch_size: how many rows of an array are encoded, and how many posteriors are columns, at once.
         device: where to encode and compute; None for where a module's parameters, or else the posteriors, are.
         seed: of all samples, which leaves torch's generators as they were; None draws one from torch's generator.
         progress: show a progress bar on stderr.

@@ -130,7 +130,7 @@ def decoder_mutual_information(
         n_importance: importance samples of each x.
         proposal: as in `vae.log_likelihood`. The encoder may know the model's samples less well than the data;
             `"prior"` leaves it out.
-        batch_size: how many inputs, posteriors or decoder outputs are in memory at once.
+        batch_size: how many decoder outputs are in memory at once.
         seed: of all draws, which leaves torch's generators as they were; None draws one from torch's generator.
 
     Raises:

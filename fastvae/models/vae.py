@@ -208,8 +208,7 @@ class VAE(CountsSteps):
             proposal: r(z): `"posterior"`, q(z|x), which needs few samples where it is near p(z|x); `"prior"`, p(z),
                 which leaves the encoder out, decodes each sample once for up to `batch_size` examples, and needs far
                 too many samples where p(z|x) is narrow. The examples' errors are then correlated.
-            batch_size: how many inputs, posteriors or decoder outputs are in memory at once. The result's distribution
-                is the same.
+            batch_size: how many decoder outputs are in memory at once. The result's distribution is the same.
 
         Raises:
             TypeError: x is not a floating-point tensor, or a number not an integer.
@@ -265,7 +264,7 @@ class VAE(CountsSteps):
 
         Args:
             data: the examples, as in `kl_decomposition_dataset`: an iterable of batches x, or (x, labels), such as a
-                DataLoader, or one tensor or array.
+                DataLoader, or one tensor or array, of which 4,096 rows are encoded at a time.
             n_components: K.
             n_samples: samples z of each example's posterior, all in memory at once.
             device: where to encode and fit; None for that of the VAE's parameters.
