@@ -13,7 +13,7 @@ from . import installed
 from .contract import LogWeights
 from .settings import WrongSetting, setting
 
-INTERFACE = 0x8651cd4  # FASTVAE_INTERFACE of kernels/include/fastvae.h
+INTERFACE = 0x8651CD4  # FASTVAE_INTERFACE of kernels/include/fastvae.h
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
 SIZES = (c_int64,) * 3  # S, N, D or L, B, D
 WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)

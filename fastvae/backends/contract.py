@@ -136,4 +136,5 @@ class Backend(Protocol):
         """`upstream` has the gradients of the joint and of the marginals."""
 
 
+# Every op has a function of its name, and one for its gradients.
 OPS = tuple(name for name in vars(Backend) if f"{name}_backward" in vars(Backend))

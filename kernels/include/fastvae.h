@@ -17,7 +17,7 @@ extern "C" {
 /* The number of this interface and of fastvae_cuda.h's: a digest of both files, which
  * tests/backends/test_c_interface.py gives. It stands in fastvae/backends/c_interface.py as well: the Python package
  * refuses a library that has another. */
-#define FASTVAE_INTERFACE 0x8651cd4
+#define FASTVAE_INTERFACE 0x8651CD4
 
 enum fastvae_status { FASTVAE_OK = 0, FASTVAE_OUT_OF_MEMORY = 1 };
 enum fastvae_dtype { FASTVAE_F32 = 0, FASTVAE_F64 = 1 };

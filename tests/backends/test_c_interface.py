@@ -29,7 +29,7 @@ def test_the_interfaces_number_is_the_digest_of_its_headers() -> None:
     digest = hashlib.sha256(headers.replace(f"FASTVAE_INTERFACE {defined}", "").encode()).hexdigest()
     number = int(digest[:7], 16)
     assert {int(defined, 0), c_interface.INTERFACE} == {number}, (
-        f"The C interface has changed: {number:#x} is FASTVAE_INTERFACE in fastvae.h and INTERFACE in"
+        f"The C interface has changed: 0x{number:X} is FASTVAE_INTERFACE in fastvae.h and INTERFACE in"
         " fastvae/backends/c_interface.py."
     )
 
