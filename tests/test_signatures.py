@@ -94,13 +94,13 @@ def of_class(name: str, cls: type) -> Iterator[str]:
 
 
 def of_module(name: str, module: ModuleType) -> Iterator[str]:
-    """The lines of the functions and classes that a module defines."""
-    for member, value in sorted(vars(module).items()):
-        if getattr(value, "__module__", None) == module.__name__ and not member.startswith("_") and callable(value):
-            if member in fastvae.__all__:
-                yield f"{name}.{member} = {member}"
-            else:
-                yield from lines(f"{name}.{member}", value)
+    """The lines of the functions and classes that a module offers, by its `__all__`."""
+    for member in sorted(module.__all__):
+        value = getattr(module, member)
+        if member in fastvae.__all__:
+            yield f"{name}.{member} = {member}"
+        elif callable(value):
+            yield from lines(f"{name}.{member}", value)
 
 
 def lines(name: str, value: Any) -> Iterator[str]:

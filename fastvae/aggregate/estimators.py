@@ -20,6 +20,8 @@ from ..ops.agg_log_prob import agg_log_prob
 from ..ops.checks import check_choice, check_count, check_indices, check_tensor
 from ..ops.pairs import ColumnWeights, log
 
+__all__ = ["ESTIMATORS", "agg_entropy", "estimator_weights"]
+
 ESTIMATORS = ("uniform", "stratified", "mss", "mws", "loo")
 
 

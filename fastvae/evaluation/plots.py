@@ -19,6 +19,8 @@ from ..ops.agg_log_prob import agg_log_prob
 from ..ops.kl_gauss import kl_gauss
 from .holes import PriorHole
 
+__all__ = ["aggregate", "plot_prior_hole", "reconstructions", "samples", "save", "terms"]
+
 DATA, MODEL, MUTED = "#1f5fa8", "#d1495b", "#8a8f98"
 Q_STYLE: Any = {"color": DATA, "lw": 1.5}
 PRIOR_STYLE: Any = {"color": MODEL, "lw": 0.9, "ls": "--"}

@@ -27,6 +27,8 @@ from ..ops.agg_log_prob import agg_log_prob, mixture_sums
 from ..ops.cross_log_prob import cross_log_prob
 from ..ops.pairs import ColumnWeights
 
+__all__ = ["Mixture", "Moments", "log_joint", "log_prob", "moments"]
+
 CANCELLED = 1e-4  # a variance is computed again where it is this small a part of the terms that it is the difference of
 MISPLACED = 1e-3  # how far off rounding may put a mean, in widths
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}  # of a chunk of points, and of what is computed from it

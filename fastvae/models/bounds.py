@@ -30,6 +30,8 @@ from torch import Tensor
 from ..backends.contract import accumulation_dtype
 from ..ops.checks import accumulated, check_axis, check_choice, check_device, check_same_shape, check_tensor
 
+__all__ = ["effective_sample_size", "elbo", "iw_elbo", "mc_iw_elbo"]
+
 GRADIENTS = ("iwae", "stl", "dreg")
 
 

@@ -13,6 +13,8 @@ from ..backends.contract import accumulation_dtype
 from ..ops.checks import FLOATING, check_choice, check_count, check_dense, check_device, check_flag, check_number
 from ..ops.declare import has_values
 
+__all__ = ["Bernoulli", "Binomial", "Gaussian"]
+
 REAL = (*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 TABULATED = 2**10  # values of log C(n, x) at most: for a larger n, computing one for each x costs less
 

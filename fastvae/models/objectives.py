@@ -15,6 +15,8 @@ from ..protocols import Draws, has_closed_form
 from .bounds import GRADIENTS, effective_sample_size, mc_iw_elbo
 from .schedules import Scheduled, Weight, check_weight
 
+__all__ = ["ELBO", "IWAE"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ELBO(Scheduled):

@@ -13,6 +13,8 @@ from ..ops.declare import has_values
 from ..ops.kl_gauss import kl_gauss
 from ..ops.sample_gauss import reparameterize
 
+__all__ = ["DiagonalGaussian", "StandardNormal"]
+
 
 class StandardNormal(nn.Module):
     """The prior p(z) = N(0, I).
