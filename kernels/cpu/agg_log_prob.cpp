@@ -6,7 +6,7 @@
 
 namespace fastvae::FASTVAE_ISA {
 
-// agg_log_prob_marginals.cpp, whose add_* instantiates it
+// of agg_log_prob_marginals.cpp
 template <class T>
 int agg_log_prob_marginals(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N,
                            int64_t D, void *joint, void *marginals, int threads);
@@ -158,6 +158,10 @@ int agg_log_prob_backward(const void *d_joint, const void *z, const void *mu, co
                     static_cast<T *>(d_log_w));
     return FASTVAE_OK;
 }
+
+// for agg_log_prob_marginals_backward.cpp too
+template decltype(agg_log_prob_backward<float>) agg_log_prob_backward<float>;
+template decltype(agg_log_prob_backward<double>) agg_log_prob_backward<double>;
 
 void add_agg_log_prob(fastvae_kernels &f32, fastvae_kernels &f64) {
     f32.agg_log_prob = agg_log_prob<float>, f64.agg_log_prob = agg_log_prob<double>;

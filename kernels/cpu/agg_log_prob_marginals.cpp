@@ -74,6 +74,10 @@ int agg_log_prob_marginals(const void *z, const void *mu, const void *logvar, FA
     return FASTVAE_OK;
 }
 
+// for agg_log_prob.cpp too
+template decltype(agg_log_prob_marginals<float>) agg_log_prob_marginals<float>;
+template decltype(agg_log_prob_marginals<double>) agg_log_prob_marginals<double>;
+
 void add_agg_log_prob_marginals(fastvae_kernels &f32, fastvae_kernels &f64) {
     f32.agg_log_prob_marginals = agg_log_prob_marginals<float>;
     f64.agg_log_prob_marginals = agg_log_prob_marginals<double>;

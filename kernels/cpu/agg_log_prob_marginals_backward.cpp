@@ -15,7 +15,7 @@
 
 namespace fastvae::FASTVAE_ISA {
 
-// agg_log_prob.cpp, whose add_* instantiates it
+// of agg_log_prob.cpp
 template <class T>
 int agg_log_prob_backward(const void *d_joint, const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS,
                           int64_t S, int64_t N, int64_t D, void *joint, void *d_z, void *d_mu, void *d_logvar,
