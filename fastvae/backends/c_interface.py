@@ -24,45 +24,43 @@ def _pointers(n: int) -> tuple[type, ...]:
     return (c_void_p,) * n
 
 
-_PAIRS = _pointers(3)
-_PAIRS_OF_ROWS = ROWS * 3
-_WORKSPACE = (c_void_p, c_int64)
-
-# What the headers declare, to which tests/backends/test_c_interface.py holds it. Of fastvae.h the table of kernels, in
-# its order, without their last parameter, `threads`.
-KERNELS: dict[str, tuple[type, ...]] = {
+# What the headers declare, to which tests/backends/test_c_interface.py holds it: the parameters that the same kernel
+# has in both, before those that only one of them has.
+_ELEMENTWISE: dict[str, tuple[type, ...]] = {
     "kl_gauss": (*ROWS * 4, *SIZES[:2], c_int, c_double, c_void_p),
     "kl_gauss_backward": (*ROWS, c_int64, c_double, *ROWS * 4, *SIZES[:2], *_pointers(4)),
     "sample_gauss": (*ROWS * 2, c_void_p, *SIZES, *_pointers(4)),
     "sample_gauss_backward": (*_pointers(4), *ROWS * 2, c_void_p, *SIZES, *_pointers(2)),
-    "cross_log_prob": (*_PAIRS, *SIZES, c_void_p),
-    "cross_log_prob_backward": (c_void_p, *_PAIRS, *SIZES, *_pointers(3)),
-    "agg_log_prob": (*_PAIRS, *WEIGHTS, *SIZES, c_void_p, c_int),
-    "agg_log_prob_backward": (c_void_p, *_PAIRS, *WEIGHTS, *SIZES, *_pointers(5), c_int),
-    "agg_log_prob_marginals": (*_PAIRS, *WEIGHTS, *SIZES, *_pointers(2)),
-    "agg_log_prob_marginals_backward": (*_pointers(4), *_PAIRS, *WEIGHTS, *SIZES, *_pointers(4)),
 }
-# Of fastvae_cuda.h the functions fastvae_cuda_<name>, without the dtype before and the stream after these.
-CUDA_FUNCTIONS: dict[str, tuple[type, ...]] = {
-    "kl_gauss": (*ROWS * 4, *SIZES[:2], c_int, c_double, c_void_p, *_WORKSPACE),
-    "kl_gauss_backward": (*ROWS, c_int64, c_double, *ROWS * 4, *SIZES[:2], *_pointers(4), *_WORKSPACE),
-    "sample_gauss": (*ROWS * 2, c_void_p, *SIZES, *_pointers(4)),
-    "sample_gauss_backward": (*_pointers(4), *ROWS * 2, c_void_p, *SIZES, *_pointers(2)),
-    "cross_log_prob": (*_PAIRS_OF_ROWS, *SIZES, c_void_p, *_WORKSPACE),
-    "cross_log_prob_backward": (c_void_p, *_PAIRS_OF_ROWS, *SIZES, *_pointers(3), *_WORKSPACE),
-    "agg_log_prob": (*_PAIRS_OF_ROWS, *WEIGHTS, *SIZES, c_void_p, c_int, *_WORKSPACE),
-    "agg_log_prob_backward": (c_void_p, *_PAIRS_OF_ROWS, *WEIGHTS, *SIZES, *_pointers(5), c_int, *_WORKSPACE),
-    "agg_log_prob_marginals": (*_PAIRS_OF_ROWS, *WEIGHTS, *SIZES, *_pointers(2), *_WORKSPACE),
-    "agg_log_prob_marginals_backward": (
-        *(*_pointers(2), *_PAIRS_OF_ROWS, *WEIGHTS, *SIZES, *_pointers(4), *_WORKSPACE),
-    ),
-}
-# And the functions fastvae_cuda_<op>_workspace, without the dtype before and `backward` after these.
+
+
+def _of_pairs(pairs: tuple[type, ...], n_of_marginals: int) -> dict[str, tuple[type, ...]]:
+    """Those of the ops of pairs. `pairs`: z, mu, logvar; `n_of_marginals`: the upstream gradients, and results, that
+    the marginals' backward takes."""
+    weighted = (*pairs, *WEIGHTS, *SIZES)
+    return {
+        "cross_log_prob": (*pairs, *SIZES, c_void_p),
+        "cross_log_prob_backward": (c_void_p, *pairs, *SIZES, *_pointers(3)),
+        "agg_log_prob": (*weighted, c_void_p, c_int),
+        "agg_log_prob_backward": (c_void_p, *weighted, *_pointers(5), c_int),
+        "agg_log_prob_marginals": (*weighted, *_pointers(2)),
+        "agg_log_prob_marginals_backward": (*_pointers(n_of_marginals), *weighted, *_pointers(4)),
+    }
+
+
+# Of fastvae.h the table of kernels, in its order, without their last parameter, `threads`.
+KERNELS = _ELEMENTWISE | _of_pairs(_pointers(3), 4)
+# Of fastvae_cuda.h the functions fastvae_cuda_<op>_workspace, without the dtype before and `backward` after these.
 CUDA_WORKSPACES: dict[str, tuple[type, ...]] = {
     "kl_gauss": (*SIZES[:2], c_int),
     "cross_log_prob": SIZES,
     "agg_log_prob": SIZES,
     "agg_log_prob_marginals": SIZES,
+}
+# And the functions fastvae_cuda_<name>, without the dtype before and the stream after these.
+CUDA_FUNCTIONS = {
+    name: (*kinds, c_void_p, c_int64) if name.removesuffix("_backward") in CUDA_WORKSPACES else kinds
+    for name, kinds in (_ELEMENTWISE | _of_pairs(ROWS * 3, 2)).items()
 }
 
 
