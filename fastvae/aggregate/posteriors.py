@@ -25,7 +25,11 @@ class Posteriors(NamedTuple):
 
     def read(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """(mu, logvar) of some rows, in the accumulation dtype."""
-        return _read(self.mu, rows, self.device), _read(self.logvar, rows, self.device)
+        return self.means(rows), _read(self.logvar, rows, self.device)
+
+    def means(self, rows: Rows) -> Tensor:
+        """mu alone, likewise."""
+        return _read(self.mu, rows, self.device)
 
     def choose(self, rows: int | Tensor | None, seed: int) -> Rows:
         """Row numbers: all for None, as many as an int, drawn without replacement, or those of an int64 tensor."""
@@ -79,6 +83,7 @@ def open_posteriors(
     batch_size: int = 4096,
     device: torch.device | str | None = None,
     progress: bool = False,
+    least: int = 1,
 ) -> Posteriors:
     """Open a data set's posteriors. All functions of data sets take one as (source, data), and read both here alone.
 
@@ -87,6 +92,7 @@ def open_posteriors(
         batch_size: how many rows of an array are encoded at once.
         device: where to encode and compute; None for where a module's parameters, or else the posteriors, are.
         progress: show a progress bar on stderr while batches are read.
+        least: how many posteriors there must be.
     """
     device = check_place(device)
     encode = _encoder(source, data)
@@ -98,6 +104,8 @@ def open_posteriors(
         batches = shown(_batches_of_inputs(data, batch_size), "encoding", progress)
         posteriors = _spool(_encoded(batches, encode, device), "data", device)
     check_posterior(*posteriors.read(slice(0, 1)))
+    if len(posteriors.mu) < least:
+        raise ValueError(f"source: expected at least {least} posteriors, got {len(posteriors.mu)}")
     return posteriors
 
 

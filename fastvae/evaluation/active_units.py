@@ -44,17 +44,15 @@ def active_units(
     threshold = check_number("threshold", threshold, least=0.0)
     batch_size = check_count("batch_size", batch_size, least=1)
     progress = check_flag("progress", progress)
-    posteriors = open_posteriors(source, data, batch_size=batch_size, device=device, progress=progress)
+    posteriors = open_posteriors(source, data, batch_size=batch_size, device=device, progress=progress, least=2)
     N, D = posteriors.mu.shape
-    if N < 2:
-        raise ValueError(f"source: expected at least 2 posteriors, got {N}")
     total = torch.zeros(D, dtype=torch.float64, device=posteriors.device)
     squares = torch.zeros_like(total)
     batches = [slice(first, first + batch_size) for first in range(0, N, batch_size)]
     for rows in batches:
-        total += posteriors.read(rows)[0].sum(0, dtype=torch.float64)
+        total += posteriors.means(rows).sum(0, dtype=torch.float64)
     if not total.isfinite().all():
         raise ValueError("source: expected finite means, got NaN or infinity")
     for rows in batches:
-        squares += (posteriors.read(rows)[0] - total / N).square().sum(0)
+        squares += (posteriors.means(rows) - total / N).square().sum(0)
     return squares / (N - 1) > threshold

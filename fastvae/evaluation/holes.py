@@ -110,10 +110,8 @@ def prior_hole(
         raise ValueError(f"quantile: expected a number between 0 and 1, got {quantile}")
     prior = prior_of(source, prior)
     check_prior(prior)
-    posteriors = open_posteriors(source, data, batch_size=batch_size, device=device, progress=progress)
+    posteriors = open_posteriors(source, data, batch_size=batch_size, device=device, progress=progress, least=2)
     N = len(posteriors.mu)
-    if N < 2:
-        raise ValueError(f"source: expected at least 2 posteriors, got {N}")
 
     rows = posteriors.choose(min(N, n_prior), seed)
     mu, logvar = posteriors.read(rows)  # [S, D]
