@@ -231,7 +231,7 @@ def _of_pairs(
     weighted: bool = True,
 ) -> None:
     """Calls a function of pairs. `options`: its arguments after the outputs."""
-    dtype, device = pairs.mu.dtype, pairs.mu.device
+    dtype, device, sizes = pairs.mu.dtype, pairs.mu.device, pairs.sizes
     sums = accumulation_dtype(dtype)
     dense = [c.dense(x, sums) for x in upstream]
     rows = [c.rows(x, dtype, x.shape[0]) for x in pairs[:3]]
@@ -240,11 +240,11 @@ def _of_pairs(
         name,
         dtype,
         device,
-        pairs.sizes,
+        sizes,
         *map(c.ptr, dense),
         *_row_arguments(*rows),
         *log_weights,
-        *pairs.sizes,
+        *sizes,
         *map(c.ptr, outputs),
         *options,
     )

@@ -223,11 +223,12 @@ def _aggregate_backward(
     dtype, inputs = _dense(pairs)
     S, N, D = pairs.sizes
     _alive, log_weights = c.log_weights(pairs.weights, dtype, N)
-    outputs = _outputs(pairs.inputs, dtype, wanted)
+    likes = pairs.inputs
+    outputs = _outputs(likes, dtype, wanted)
     inputs = [*(c.dense(r, dtype) for r in results), *inputs]
     outputs_of_kernel = map(c.ptr, (*again, *outputs))
     _run(getattr(kernels(dtype), kernel_name), *map(c.ptr, inputs), *log_weights, S, N, D, *outputs_of_kernel, *options)
-    return _asked(outputs, pairs.inputs)
+    return _asked(outputs, likes)
 
 
 def agg_log_prob_backward(d_joint: Tensor, joint: Tensor | None, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
