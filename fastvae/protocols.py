@@ -144,7 +144,7 @@ class Objective(Protocol):
     """The interface of an objective, for `VAE`: how many samples it wants, and a loss computed from them.
 
     Attributes:
-        k, m: the numbers of samples of each posterior, k outside the logarithm and m inside it; 1 and 1 for the ELBO.
+        k, m: the numbers of samples of each posterior, k outside the logarithm and m inside it; m is 1 for the ELBO.
         needs: those of `"log_qz_x"` and `"kl"` that it uses, the terms of `Draws` that may rest on log q(z|x). Where
             they do, the VAE computes log q(z|x) in the same pass as z; for an objective without this attribute it
             always does.

@@ -24,7 +24,8 @@ class ELBO(Scheduled):
 
         Nell = mean −log p(x|z),    KL = mean KL(q(z|x) ‖ p(z)),    ELBO = −(Nell + KL) ≤ log p(x)
 
-    KL is in closed form where the prior has one, otherwise mean log q(z|x) − log p(z).
+    KL is in closed form where the prior has one, otherwise mean log q(z|x) − log p(z). Means are over the batch and, of
+    what depends on z, over k samples of each posterior.
 
     Args:
         beta: weight of the KL, a finite number >= 0 or a schedule (beta-VAE, Higgins et al. 2017; 1 is the bound).
@@ -36,6 +37,8 @@ class ELBO(Scheduled):
         capacity: C, nats, a finite number >= 0 or a schedule that lets it rise (Burgess et al. 2018): the loss is
             Nell + beta · |KL − C|, which holds the KL at C where beta is large. Here KL is the batch's mean; some code
             takes the mean of |KL_i − C| over the examples, which is never less, and holds each example at C.
+        k: samples of each posterior, an integer >= 1. They leave the bound as it is and, for k times the decoder's work
+            and memory, divide the variance of Nell that is due to z by k; a KL in closed form has none.
 
     Terms: `nell`, `kl`, and `elbo` (KL and the bound themselves, whatever the arguments are).
 
@@ -43,7 +46,7 @@ class ELBO(Scheduled):
         TypeError, ValueError: an argument is not as above; when called, `groups` do not add up to D, or there are
             free bits and the prior has no closed form.
 
-    Source: Kingma & Welling 2014; Zheng, eq. 14 and 15.
+    Source: Kingma & Welling 2014; Zheng, eq. 14 and 15; Basics VAE, eq. 40 and 41.
 
     Example:
         >>> warm_up = fastvae.ELBO(beta=lambda step: (step / 1000).clamp(max=1), free_bits=0.1)
@@ -55,7 +58,7 @@ class ELBO(Scheduled):
     free_bits: float = 0.0
     groups: tuple[int, ...] | None = None
     capacity: Weight | None = None
-    k: ClassVar[int] = 1
+    k: int = 1
     m: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("kl",)
 
@@ -65,6 +68,7 @@ class ELBO(Scheduled):
             free_bits=check_number("free_bits", self.free_bits, least=0.0, finite=True),
             capacity=None if self.capacity is None else check_weight("capacity", self.capacity),
             groups=None if self.groups is None else self._checked_groups(),
+            k=check_count("k", self.k, least=1),
         )
 
     def _checked_groups(self) -> tuple[int, ...]:

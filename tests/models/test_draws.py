@@ -32,6 +32,8 @@ class CountingWithKL(Counting):
     [
         (ELBO(), CountingWithKL, ("z",), ["kl"]),
         (ELBO(), Counting, ("z", "log_q"), ["log_prob"]),
+        (ELBO(k=3), CountingWithKL, ("z",), ["kl"]),
+        (ELBO(k=3), Counting, ("z", "log_q"), ["log_prob"]),
         (InfoVAE(), CountingWithKL, ("z",), ["kl"]),
         (InfoVAE(divergence="agg_kl", dataset_size=99), CountingWithKL, ("z",), ["kl", "log_prob"]),
         (BetaTCVAE(dataset_size=99), CountingWithKL, ("z",), ["log_prob"]),
