@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from .._warnings import warn
@@ -26,7 +27,7 @@ class BetaTCVAE(Scheduled):
 
     MI is the mutual information of x and z, TC the total correlation of the aggregate posterior, KL_d the KL of its
     marginal from the prior's; the prior factorization is 0 for a prior that is a product over dimensions. The terms
-    are those of `kl_decomposition`, at one sample of each posterior.
+    are those of `kl_decomposition`, at k samples of each posterior.
 
     Args:
         alpha, beta, gamma: finite numbers >= 0 or schedules; all 1 is the ELBO by Monte Carlo, and Chen et al. raise
@@ -36,13 +37,14 @@ class BetaTCVAE(Scheduled):
             `"uniform"` takes each batch for the whole data set: its MI cannot exceed log B, and its TC is larger by
             what the MI lacks. Give its name where you mean it. `"stratified"`, `"mss"` and `"loo"` refuse a batch of
             one example: give the DataLoader `drop_last=True`.
+        k: samples of each posterior, an integer >= 1, as in `ELBO`; all terms are means over them.
 
     Terms: `nell`, `kl` = mean log q(z|x) − log p(z), `elbo` = −(nell + kl), `mi`, `tc`, `dim_kl` `[D]`,
     `prior_factorization`, and `saturation` = exp(mi) / B.
 
     Raises:
-        TypeError, ValueError: a weight is neither a number >= 0 nor callable; `dataset_size` and `estimator` as in
-            `estimator_weights`.
+        TypeError, ValueError: a weight is neither a number >= 0 nor callable; `k` is not an integer >= 1;
+            `dataset_size` and `estimator` as in `estimator_weights`.
 
     Warns:
         UserWarning: neither `dataset_size` nor `estimator` is given.
@@ -58,20 +60,23 @@ class BetaTCVAE(Scheduled):
     gamma: Weight = 1.0
     dataset_size: int | None = None
     estimator: str | None = None
-    k: ClassVar[int] = 1
+    k: int = 1
     m: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         self._convert(**{name: check_weight(name, getattr(self, name)) for name in ("alpha", "beta", "gamma")})
+        self._convert(k=check_count("k", self.k, least=1))
         self._convert(dataset_size=_checked_size(self.dataset_size, self.estimator))
 
     def __call__(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         nell = -draws.log_px_z.mean()
+        samples, own = _rows(draws)
         of_kl = kl_decomposition(
-            draws.z.flatten(0, -2),
+            samples,
             draws.mu,
             draws.logvar,
+            own=own,
             dataset_size=self.dataset_size,
             estimator=self.estimator,
             prior=draws.prior,
@@ -103,6 +108,8 @@ class InfoVAE(Scheduled):
             by an estimator of log q(z).
         bandwidth: of the kernel of `"mmd"`; None for sqrt(D).
         dataset_size, estimator: for `"agg_kl"`, as in `BetaTCVAE`, including its warning.
+        k: samples of each posterior, an integer >= 1, as in `ELBO`; D is the mean of that of k sets, of one sample of
+            each posterior.
 
     A batch of one example is refused by `"mmd"`, and by the estimators that `BetaTCVAE` names.
 
@@ -123,7 +130,7 @@ class InfoVAE(Scheduled):
     bandwidth: float | None = None
     dataset_size: int | None = None
     estimator: str | None = None
-    k: ClassVar[int] = 1
+    k: int = 1
     m: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("kl",)
 
@@ -131,6 +138,7 @@ class InfoVAE(Scheduled):
         self._convert(
             alpha=check_weight("alpha", self.alpha, least=-math.inf, most=1.0),
             lambda_=check_weight("lambda_", self.lambda_),
+            k=check_count("k", self.k, least=1),
         )
         check_choice("divergence", self.divergence, DIVERGENCES)
         others = ("dataset_size", "estimator") if self.divergence == "mmd" else ("bandwidth",)
@@ -143,23 +151,34 @@ class InfoVAE(Scheduled):
 
     def __call__(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         nell, kl = -draws.log_px_z.mean(), draws.kl
-        # The same view as the decoder's: for another the compiler would make another tensor.
-        samples = draws.z.flatten(0, -2)  # [B, D]
+        samples, own = _rows(draws)
         if self.divergence == "mmd":
-            if len(samples) < 2:
+            if len(draws.mu) < 2:
                 raise ValueError(
-                    f"divergence: 'mmd' cannot be had from a batch of {len(samples)}; expected at least 2, so give the"
+                    f"divergence: 'mmd' cannot be had from a batch of {len(draws.mu)}; expected at least 2, so give the"
                     " DataLoader drop_last=True"
                 )
-            divergence = mmd(samples, draws.prior.sample(len(samples)).to(samples).view_as(samples), self.bandwidth)
+            priors = draws.prior.sample(len(samples)).to(samples).view_as(samples)
+            # Sets of one sample of each posterior: two samples of the same one would make the mmd too large.
+            sets = zip(samples.chunk(len(draws.z)), priors.chunk(len(draws.z)), strict=True)
+            divergence = torch.stack([mmd(z, y, self.bandwidth) for z, y in sets]).mean()
         else:
             entropy = agg_entropy(
-                samples, draws.mu, draws.logvar, dataset_size=self.dataset_size, estimator=self.estimator
+                samples, draws.mu, draws.logvar, dataset_size=self.dataset_size, estimator=self.estimator, own=own
             )
             divergence = -entropy - draws.log_pz.mean()
         alpha, lambda_ = self._now("alpha", draws), self._now("lambda_", draws)
         loss = nell + (1 - alpha) * kl + (alpha + lambda_ - 1) * divergence
         return loss, {**terms(nell, kl), self.divergence: divergence}
+
+
+def _rows(draws: Draws) -> tuple[Tensor, Tensor | None]:
+    """The samples `[k·B, D]`, and the posterior that each was drawn from; None where there is one of each."""
+    # The same view as the decoder's: for another the compiler would make another tensor.
+    rows = draws.z.flatten(0, -2)
+    if len(draws.z) == 1:
+        return rows, None
+    return rows, torch.arange(len(rows), device=rows.device) % len(draws.mu)
 
 
 def _checked_size(dataset_size: int | None, estimator: str | None) -> int | None:

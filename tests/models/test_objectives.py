@@ -104,7 +104,7 @@ def test_numbers_of_any_kind_become_pythons():
     sizes = (BetaTCVAE(dataset_size=np.int32(2**31 - 1)), InfoVAE(divergence="agg_kl", dataset_size=np.int8(100)))
     assert [type(o.dataset_size) for o in sizes] == [int, int]
     assert type(IWAE(np.int64(3)).m) is int
-    assert type(ELBO(k=wrong(np.int64(3))).k) is int
+    assert [type(make(k=wrong(np.int64(3))).k) for make in (ELBO, TCVAE, InfoVAE)] == [int] * 3
     assert type(InfoVAE(bandwidth=np.float32(2)).bandwidth) is float
     log_densities, context = hand()
     loss, terms = ELBO(beta=lambda step: np.float64(0.5))(handed(log_densities, context))
@@ -368,7 +368,28 @@ def test_mmd_forms_no_matrix():
 # Several samples of each posterior.
 
 
-AVERAGED: list[Any] = [partial(ELBO, beta=2.0, capacity=100.0)]
+class Given:
+    """A prior whose samples are 3B rows, again and again; N(0, I) in all else."""
+
+    def __init__(self, closed_form: bool):
+        normal = StandardNormal(D)
+        self.log_prob, self.marginal_log_prob = normal.log_prob, normal.marginal_log_prob
+        if closed_form:
+            self.kl = normal.kl
+        self.rows = torch.randn(3 * B, D, generator=torch.Generator().manual_seed(1)).double()
+
+    def sample(self, n):
+        self.rows = self.rows.roll(-n, 0)
+        return self.rows[-n:]
+
+
+TCVAE = partial(BetaTCVAE, alpha=2.0, beta=3.0, dataset_size=100)
+AGG_KL = partial(InfoVAE, alpha=0.5, lambda_=10.0, divergence="agg_kl", dataset_size=100)
+AVERAGED: list[Any] = [
+    partial(ELBO, beta=2.0, capacity=100.0),
+    partial(InfoVAE, alpha=0.5, lambda_=10.0),
+    *(partial(make, estimator=name) for make in (AGG_KL, TCVAE) for name in fastvae.estimators.ESTIMATORS),
+]
 
 
 @pytest.mark.parametrize(
@@ -376,8 +397,9 @@ AVERAGED: list[Any] = [partial(ELBO, beta=2.0, capacity=100.0)]
     [(partial(ELBO, free_bits=0.5), True), *((make, closed) for make in AVERAGED for closed in (True, False))],
 )
 def test_the_loss_of_k_samples_is_the_mean_of_k_losses(make, closed_form):
-    """The loss, its terms and its gradients: a closed form is the same in each."""
-    log_densities, context = hand(3, 1, StandardNormal(D) if closed_form else WithoutClosedForm())
+    """The loss, its terms and its gradients: a closed form is the same in each, the samples of an aggregate posterior
+    know their own columns, and those of one posterior are in different sets of the mmd."""
+    log_densities, context = hand(3, 1, Given(closed_form))
     results = []
     for objective, samples in ((make(k=3), [slice(3)]), (make(), [slice(i, i + 1) for i in range(3)])):
         parts = []
@@ -418,7 +440,7 @@ def test_the_variance_of_nell_falls_as_one_over_k():
         assert {float(out.kl) for out in outputs} == {float(fastvae.kl_gauss(mu, logvar))}
 
 
-@pytest.mark.parametrize("make", [ELBO])
+@pytest.mark.parametrize("make", [ELBO, InfoVAE, AGG_KL, TCVAE])
 def test_k_samples_are_decoded_at_once(make):
     """Samples and Nell are those of IWAE of one sample inside the logarithm."""
     vae, x, outputs, decoded = make_vae(make(k=4)), torch.randn(B, 7).double(), [], []
@@ -447,6 +469,8 @@ OBJECTIVES: dict[str, Any] = {
     "mmd": InfoVAE(alpha=0.5, lambda_=10.0),
     "agg_kl": InfoVAE(alpha=0.5, lambda_=10.0, divergence="agg_kl", dataset_size=256),
     "elbo, k": ELBO(k=3),
+    "beta-tcvae, k": BetaTCVAE(beta=2.0, dataset_size=256, k=3),
+    "mmd, k": InfoVAE(alpha=0.5, lambda_=10.0, k=3),
 }
 
 
@@ -543,6 +567,7 @@ def test_with_the_exact_posterior_every_objective_of_unit_weights_is_log_px():
         IWAE(8, 3, "stl"),
         IWAE(8, 3, "dreg"),
         BetaTCVAE(dataset_size=1000),
+        BetaTCVAE(dataset_size=1000, k=3),
         InfoVAE(),
         InfoVAE(divergence="agg_kl", estimator="uniform"),
     ):
@@ -571,6 +596,7 @@ LAST: list[Any] = [
     BetaTCVAE(estimator="loo"),
     InfoVAE(),
     InfoVAE(divergence="agg_kl", dataset_size=100),
+    *(make(k=3) for make in (InfoVAE, AGG_KL, TCVAE)),
 ]
 
 BAD: list[tuple[Any, ...]] = [
@@ -602,8 +628,10 @@ BAD: list[tuple[Any, ...]] = [
     (lambda: ELBO(free_bits=1.0, groups=()), ValueError, "groups"),
     (lambda: ELBO(capacity=-1.0), ValueError, "capacity"),
     (lambda: ELBO(capacity=math.inf), ValueError, "capacity: .*finite"),
-    (lambda: ELBO(k=0), ValueError, "k: .*at least 1, got 0"),
+    *((lambda make=make: make(k=0), ValueError, "k: .*at least 1, got 0") for make in (ELBO, InfoVAE, TCVAE)),
     *((lambda k=k: ELBO(k=k), TypeError, "k: .*integer") for k in (2.5, True, "4")),
+    (lambda: InfoVAE(k=wrong(2.5)), TypeError, "k"),
+    (lambda: TCVAE(k=wrong("4")), TypeError, "k"),
     (lambda: IWAE(0), ValueError, "m"),
     (lambda: IWAE(wrong(2.0)), TypeError, "m"),
     (lambda: IWAE(2, 0), ValueError, "k"),

@@ -672,11 +672,12 @@ def test_errors_name_the_argument(make, error, message):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_by_inductor_with_a_large_batch() -> None:
+@pytest.mark.parametrize("k", [1, 3])
+def test_compiled_by_inductor_with_a_large_batch(k: int) -> None:
     """Inductor reuses the memory of one view of z before it has read another, so that there must be but one."""
     encoder = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 20))
     decoder = nn.Sequential(nn.Linear(10, 256), nn.ReLU(), nn.Linear(256, 784))
-    objective = fastvae.BetaTCVAE(beta=6, dataset_size=60_000)
+    objective = fastvae.BetaTCVAE(beta=6, dataset_size=60_000, k=k)
     vae = fastvae.VAE(lambda x: encoder(x).chunk(2, -1), decoder, objective=objective)
     x = torch.rand(1024, 784).round()
     gradients = []
