@@ -31,16 +31,16 @@ def objective(draw: Draw) -> tuple[str, dict[str, Any]]:
     """The name of one, and its arguments."""
     beta, size = draw.choice((0, 1.0, 4)), draw.choice((60, 60_000))
     bits, capacity = draw.choice((0.0, 0.1)), draw.choice((None, 2.0))
-    counts, gradient = {"m": draw.choice((1, 4)), "k": draw.choice((1, 3))}, draw.choice(GRADIENTS)
+    m, k, gradient = draw.choice((1, 4)), draw.choice((1, 3)), draw.choice(GRADIENTS)
     mmd = {"divergence": "mmd", "bandwidth": draw.choice((None, 2.0))}
     agg_kl = {"divergence": "agg_kl", "dataset_size": size, "estimator": "mss"}
     return draw.choice(
         (
-            ("ELBO", {"beta": beta, "free_bits": bits, "capacity": capacity}),
-            ("IWAE", {**counts, "gradient": gradient}),
-            ("BetaTCVAE", {"alpha": 1.0, "beta": beta, "gamma": 1.0, "dataset_size": size, "estimator": None}),
-            ("InfoVAE", {"alpha": draw.choice((0.0, 1, -2.5)), "lambda_": 10, **mmd}),
-            ("InfoVAE", {"alpha": 0.5, "lambda_": 2.0, **agg_kl}),
+            ("ELBO", {"beta": beta, "free_bits": bits, "capacity": capacity, "k": k}),
+            ("IWAE", {"m": m, "k": k, "gradient": gradient}),
+            ("BetaTCVAE", {"alpha": 1.0, "beta": beta, "gamma": 1.0, "dataset_size": size, "estimator": None, "k": k}),
+            ("InfoVAE", {"alpha": draw.choice((0.0, 1, -2.5)), "lambda_": 10, **mmd, "k": k}),
+            ("InfoVAE", {"alpha": 0.5, "lambda_": 2.0, **agg_kl, "k": k}),
         )
     )
 
