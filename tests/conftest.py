@@ -102,7 +102,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # The CUDA kernels on the host run one thread at a time. They take part in the tests of ops, but for those of
 # test_every_op.py that are not about what kernels do with their inputs, and for these files.
-OF_NO_KERNEL = ("categorical", "derivatives", "triton_early_exit")
+OF_NO_KERNEL = ("categorical", "triton_early_exit")
 OF_INPUTS = ("layouts", "half", "not_finite", "opcheck")
 
 

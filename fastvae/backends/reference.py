@@ -43,7 +43,7 @@ def _standardize(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 def _times(g: Tensor, x: Tensor) -> Tensor:
     """g x, but 0 where g is 0 even if x overflowed: no gradient in, none out."""
-    return (g * x).where(g != 0, 0)
+    return g * x.where((g != 0) | (x.abs() < math.inf), 0)
 
 
 def _gradients(
@@ -111,13 +111,16 @@ def kl_gauss_backward(
 def _noise(mu: Tensor, seed: Tensor, n_samples: int) -> Tensor:
     """The noise eps [L, B, D]."""
     shape = (n_samples, *mu.shape)
-    return philox.standard_normal(seed, 0, math.prod(shape)).reshape(shape).to(mu.dtype)
+    return philox.standard_normal(seed, 0, math.prod(shape)).reshape(shape).to(accumulation_dtype(mu.dtype))
 
 
 def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]) -> list[Tensor]:
+    return sampled(mu, logvar, _noise(mu, seed, n_samples), outputs)
+
+
+def sampled(mu: Tensor, logvar: Tensor, eps: Tensor, outputs: Sequence[bool]) -> list[Tensor]:
     dtype = mu.dtype
     mu, logvar = _accumulate(mu, logvar)
-    eps = _noise(mu, seed, n_samples)
     z = mu + torch.exp(0.5 * logvar) * eps  # [L, B, D]
     results = {
         "z": lambda: z.to(dtype),
@@ -136,9 +139,15 @@ def sample_gauss_backward(
     n_samples: int,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    return sampled_backward(upstream, mu, logvar, _noise(mu, seed, n_samples), wanted)
+
+
+def sampled_backward(
+    upstream: Sequence[Tensor | None], mu: Tensor, logvar: Tensor, eps: Tensor, wanted: Sequence[bool]
+) -> list[Tensor]:
     inputs = (mu, logvar)
     mu, logvar, d_z, d_log_q, d_log_p, d_kl = _accumulate(mu, logvar, *upstream)
-    sigma, eps = torch.exp(0.5 * logvar), _noise(mu, seed, n_samples)  # [B, D], [L, B, D]
+    sigma = torch.exp(0.5 * logvar)
     d_z = d_z - _times(d_log_p[..., None], mu + sigma * eps)  # d log_p / d z = −z
 
     def d_mu() -> Tensor:
@@ -146,7 +155,7 @@ def sample_gauss_backward(
 
     def d_logvar() -> Tensor:
         from_z = _times(0.5 * (d_z * eps).sum(0), sigma)  # summed first: sigma may overflow, and eps has two signs
-        from_log_q = d_log_q.expand(n_samples, mu.shape[0]).sum(0)[:, None]
+        from_log_q = d_log_q.expand(eps.shape[:2]).sum(0)[:, None]
         return from_z - 0.5 * from_log_q + _times(0.5 * d_kl[..., None], torch.expm1(logvar))
 
     return _gradients((d_mu, d_logvar), inputs, wanted)
@@ -185,18 +194,34 @@ class _Chunk:
         return log_w, common
 
 
-def _chunks(z: Tensor, mu: Tensor, logvar: Tensor) -> Iterator[_Chunk]:
-    """Goes through all rows in chunks whose handful of [R, N, D] temporaries stay within the budget."""
-    row_bytes = 8 * max(1, mu.numel()) * z.element_size()
+def _log_sum(terms: Tensor) -> Tensor:
+    """log sum exp over columns, axis 1. Unlike torch.logsumexp, it has all derivatives; they are 0 of an empty sum."""
+    if terms.shape[1] == 0:
+        return torch.logsumexp(terms, 1)
+    most = terms.detach().amax(1, keepdim=True)
+    most = most.where(most.abs() < math.inf, 0)
+    total = (terms - most).exp().sum(1)
+    empty = total == 0
+    return (total.masked_fill(empty, 1).log() + most.squeeze(1)).masked_fill(empty, -math.inf)
+
+
+def row_chunks(z: Tensor, mu: Tensor, temporaries: int = 8) -> Iterator[slice]:
+    """Goes through all rows of z in chunks whose [R, N, D] temporaries stay within the budget, if they are so many."""
+    row_bytes = temporaries * max(1, mu.numel()) * accumulation_dtype(z.dtype).itemsize
     step = max(1, CHUNK_BYTES // row_bytes)
-    for start in range(0, z.shape[0], step):
-        yield _Chunk(slice(start, min(start + step, z.shape[0])), z, mu, logvar)
+    for start in range(0, max(1, z.shape[0]), step):
+        yield slice(start, min(start + step, z.shape[0]))
+
+
+def _chunks(z: Tensor, mu: Tensor, logvar: Tensor) -> Iterator[_Chunk]:
+    return (_Chunk(rows, z, mu, logvar) for rows in row_chunks(z, mu))
 
 
 def _responsibility(log_terms: Tensor, log_sum: Tensor) -> Tensor:
     """The share of each term in the sum over columns, axis 1; 0 where the sum is empty. From the terms alone, as
     exp(log_terms − log_sum) would inherit the rounding of log_sum."""
-    return torch.where(log_sum == -math.inf, 0, torch.softmax(log_terms, 1))
+    empty = log_sum == -math.inf
+    return torch.softmax(log_terms.masked_fill(empty, 0), 1).masked_fill(empty, 0)
 
 
 class _PairGradients:
@@ -208,7 +233,8 @@ class _PairGradients:
         self.z, self.mu, self.wanted = z, mu, wanted
         self.inv_sigma = _inv_sigma(logvar)
         self.up = self.inv_sigma.clamp(min=1)
-        self.d_z, self.c, self.ce, self.cee = (torch.zeros_like(x) for x in (z, mu, mu, mu))
+        self.d_z: list[Tensor] = []
+        self.c, self.ce, self.cee = (torch.zeros_like(mu) for _ in range(3))
 
     def add(self, rows: slice, c: Tensor) -> None:
         """Adds a chunk's pairs with weights c [R, N, D], or [R, N, 1] where they are the same for every dimension."""
@@ -216,12 +242,12 @@ class _PairGradients:
         e = _held_finite((self.z[rows, None] - self.mu) * self.inv_sigma.clamp(max=1))  # [R, N, D]
         ce = c * e
         if want_z:
-            self.d_z[rows] = -(ce * self.inv_sigma * self.up).sum(1)
+            self.d_z.append(-(ce * self.inv_sigma * self.up).sum(1))
         if want_mu:
-            self.ce += ce.sum(0)
+            self.ce = self.ce + ce.sum(0)
         if want_logvar:
-            self.c += c.sum(0)
-            self.cee += (ce * e).sum(0)
+            self.c = self.c + c.sum(0)
+            self.cee = self.cee + (ce * e).sum(0)
 
     def gradients(self, inputs: Sequence[Tensor | None], *others: Tensor) -> list[Tensor]:
         def d_mu() -> Tensor:
@@ -230,16 +256,13 @@ class _PairGradients:
         def d_logvar() -> Tensor:
             return 0.5 * (self.cee * self.up * self.up - self.c)
 
-        candidates = (lambda: self.d_z, d_mu, d_logvar, *(lambda g=g: g for g in others))
+        candidates = (lambda: torch.cat(self.d_z), d_mu, d_logvar, *(lambda g=g: g for g in others))
         return _gradients(candidates, inputs, self.wanted)
 
 
 def cross_log_prob(pairs: Pairs) -> Tensor:
     z, mu, logvar = _accumulate(*pairs[:3])
-    out = z.new_empty(z.shape[0], mu.shape[0])
-    for chunk in _chunks(z, mu, logvar):
-        out[chunk.rows] = chunk.log_q.sum(-1)
-    return out
+    return torch.cat([chunk.log_q.sum(-1) for chunk in _chunks(z, mu, logvar)])
 
 
 def cross_log_prob_backward(grad: Tensor, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
@@ -252,21 +275,21 @@ def cross_log_prob_backward(grad: Tensor, pairs: Pairs, wanted: Sequence[bool]) 
 
 def agg_log_prob(pairs: Pairs) -> Tensor:
     z, mu, logvar = _accumulate(*pairs[:3])
-    joint = z.new_empty(z.shape[0])
+    joint = []
     for chunk in _chunks(z, mu, logvar):
         log_w, _ = chunk.log_weights(pairs.weights)
-        joint[chunk.rows] = torch.logsumexp(log_w + chunk.log_q.sum(-1), 1)
-    return joint
+        joint.append(_log_sum(log_w + chunk.log_q.sum(-1)))
+    return torch.cat(joint)
 
 
 def agg_log_prob_marginals(pairs: Pairs) -> tuple[Tensor, Tensor]:
     z, mu, logvar = _accumulate(*pairs[:3])
-    joint, marginals = z.new_empty(z.shape[0]), torch.empty_like(z)
+    joint, marginals = [], []
     for chunk in _chunks(z, mu, logvar):
         log_w, _ = chunk.log_weights(pairs.weights)
-        joint[chunk.rows] = torch.logsumexp(log_w + chunk.log_q.sum(-1), 1)
-        marginals[chunk.rows] = torch.logsumexp(log_w[..., None] + chunk.log_q, 1)
-    return joint, marginals
+        joint.append(_log_sum(log_w + chunk.log_q.sum(-1)))
+        marginals.append(_log_sum(log_w[..., None] + chunk.log_q))
+    return torch.cat(joint), torch.cat(marginals)
 
 
 def agg_log_prob_backward(d_joint: Tensor, joint: Tensor | None, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
@@ -295,12 +318,12 @@ def agg_log_prob_marginals_backward(
         if d_joint is not None:
             share = _responsibility(log_w + chunk.log_q.sum(-1), joint[rows, None]) * d_joint[rows, None]
             c = c + share[..., None]
-            d_log_w_pairs += share
+            d_log_w_pairs = d_log_w_pairs + share
         if d_marginals is not None and marginals is not None:
             shares = _responsibility(log_w[..., None] + chunk.log_q, marginals[rows, None])
             shares = shares * d_marginals[rows, None]
             c = c + shares
-            d_log_w_pairs += shares.sum(-1)
+            d_log_w_pairs = d_log_w_pairs + shares.sum(-1)
         total.add(rows, c)
-        d_log_w += torch.where(common, d_log_w_pairs, 0).sum(0)
+        d_log_w = d_log_w + torch.where(common, d_log_w_pairs, 0).sum(0)
     return total.gradients(pairs.inputs, d_log_w)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..backends.contract import accumulation_dtype
 from ..ops.checks import FLOATING, check_choice, check_count, check_dense, check_device, check_flag, check_number
-from ..ops.declare import has_values
+from ..ops.modes import has_values
 
 __all__ = ["Bernoulli", "Binomial", "Gaussian"]
 

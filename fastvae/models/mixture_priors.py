@@ -10,7 +10,7 @@ from ..aggregate.marginals import agg_log_prob_marginals
 from ..backends.contract import accumulation_dtype
 from ..ops.agg_log_prob import agg_log_prob
 from ..ops.checks import check_count, check_device, check_number, check_tensor, promote
-from ..ops.declare import has_values
+from ..ops.modes import has_values
 from ..ops.pairs import ColumnWeights
 from ..ops.sample_gauss import reparameterize
 from ..protocols import check_posteriors

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..backends.contract import accumulation_dtype
 from ..ops.checks import check_count, check_device, check_tensor
 from ..ops.cross_log_prob import log_prob_gauss
-from ..ops.declare import has_values
 from ..ops.kl_gauss import kl_gauss
+from ..ops.modes import has_values
 from ..ops.sample_gauss import reparameterize
 
 __all__ = ["DiagonalGaussian", "StandardNormal"]

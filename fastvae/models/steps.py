@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .._warnings import warn
 from ..ops.checks import check_count
-from ..ops.declare import has_values
+from ..ops.modes import has_values
 from .schedules import Scheduled
 
 PATIENCE = 100  # forward passes in training that a schedule may stand still for before the warning

@@ -10,7 +10,7 @@ from .._warnings import warn
 from ..aggregate.posteriors import open_posteriors
 from ..mixtures.gaussian_mixture import GaussianMixture
 from ..ops.checks import as_rows, check_choice, check_count, check_flag, check_tensor, drawn_seed
-from ..ops.declare import has_values
+from ..ops.modes import has_values
 from ..ops.sample_gauss import reparameterize, sample_gauss
 from ..protocols import (
     Draws,

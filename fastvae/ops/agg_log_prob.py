@@ -26,6 +26,7 @@ _agg_log_prob_backward = declare_backward(
     lambda backend, d_joint, joint, *pairs: backend.agg_log_prob_backward(
         d_joint, joint, as_pairs(pairs[:-1]), pairs[-1]
     ),
+    rows=("d_joint", "joint", "z", "own"),
     before=lambda d_joint, joint, z, *_: [result(z, z.shape[0])] if joint is None else [],
 )
 

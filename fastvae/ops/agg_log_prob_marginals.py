@@ -28,6 +28,7 @@ _agg_log_prob_marginals_backward = declare_backward(
     lambda backend, d_joint, d_marginals, joint, marginals, *pairs: backend.agg_log_prob_marginals_backward(
         (d_joint, d_marginals), joint, marginals, as_pairs(pairs[:-1]), pairs[-1]
     ),
+    rows=("d_joint", "d_marginals", "joint", "marginals", "z", "own"),
 )
 
 

@@ -96,6 +96,8 @@ def check_count(name: str, value: Any, *, least: int = 0, most: int = 2**63 - 1)
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
         return value  # type: ignore[return-value]
+    if isinstance(value, Tensor) and torch.jit.is_tracing():
+        raise RuntimeError(f"{name}: a size cannot be recorded by torch.jit.trace; expected torch.export.export")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     count = int(value)

@@ -24,6 +24,7 @@ _cross_log_prob_backward = declare_backward(
     f"cross_log_prob_backward(Tensor grad, {POSTERIORS}, bool[] wanted) -> Tensor[]",
     ("z", "mu", "logvar"),
     lambda backend, grad, z, mu, logvar, wanted: backend.cross_log_prob_backward(grad, Pairs(z, mu, logvar), wanted),
+    rows=("grad", "z"),
 )
 
 

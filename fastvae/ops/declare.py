@@ -1,107 +1,195 @@
-"""Declaration of ops: each once with torch.library, with a shape function and an autograd formula, so that the compiler
-and function transforms know it as they know torch's own.
+"""Declaration of ops: each once with torch.library, with a shape function, an autograd formula and a batching rule, so
+that the compiler and function transforms know it as they know torch's own.
+
+Values and first derivatives are the backends'. Every other derivative, forward-mode ones and those of gradients, is
+that of the op's `formula`: what the reference computes, in torch's own operations, which torch differentiates.
 
 Eager calls skip the dispatcher, which takes 5 us of the 10 us that a small KL takes: they go straight to the autograd
 node, and from there to the backend. Whatever else needs to see a call (the compiler, a transform, a dispatch mode, a
 tensor that is not an ordinary one) gets the op.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd, _has_storage
+from torch._C import _AutoDispatchBelowAutograd
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.compiler import is_compiling
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ..backends import backend_for
+from ..backends import backend_for, reference
+from .batching import Rule, in_autograds_batch, one_by_one
+from .modes import are_ordinary, have_tangents, in_a_transform, in_forward_mode, is_traced, seen_by_others
+
+TEMPORARIES = 40  # of [R, N, D], that a derivative of a backward's formula has at a time
 
 _library = torch.library.Library("fastvae", "DEF")
 
 
 class Op:
-    """An op in the namespace fastvae. A call computes the result, and records what its gradients need, if any."""
+    """An op in the namespace fastvae. A call computes the result, and records what its gradients need, if any.
 
-    def __init__(self, schema: str, fake: Callable[..., Any], run: Callable[..., Any], *tags: torch.Tag):
+    `run` has a backend compute it, from tensors without gradients; `formula` computes the same in torch's operations.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        fake: Callable[..., Any],
+        run: Callable[..., Any],
+        formula: Callable[..., Any],
+        *tags: torch.Tag,
+    ):
         self.name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-        for key in ("CPU", "CUDA"):
-            _library.impl(self.name, run, key)
-        torch.library.register_fake(f"fastvae::{self.name}", fake, lib=_library)
         self.handle = getattr(torch.ops.fastvae, self.name).default
-        self.run = run
+        self.run, self.formula = run, formula
         self.record = self.below_autograd
+        self.rule = one_by_one(self.handle)
+
+        def vmapped(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+            return self.rule(info.batch_size, in_dims, *arguments)
+
+        _library.impl(self.name, run, "CompositeExplicitAutograd")  # on every device
+        _library.impl(self.name, lambda *arguments: in_autograds_batch(self.rule, *arguments), "Batched")
+        torch.library.register_fake(f"fastvae::{self.name}", fake, lib=_library)
+        torch.library.register_vmap(f"fastvae::{self.name}", vmapped, lib=_library)
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.handle(*arguments) if seen_by_others() else self.record(*arguments)
+        if seen_by_others() or in_forward_mode():
+            return self.handle(*arguments)
+        if is_traced():
+            return self.traced(*arguments)
+        return self.record(*arguments)
+
+    def traced(self, *arguments: Any) -> Any:
+        """The call for torch.jit.trace, which records ops, but none with lists."""
+        if any(isinstance(x, (tuple, list)) for x in arguments):
+            raise RuntimeError(f"{self.name}: cannot be recorded by torch.jit.trace; expected torch.export.export")
+        return self.handle(*arguments)
 
     def below_autograd(self, *arguments: Any) -> Any:
         """Compute the results without a graph: by `run` where it can read the arguments, or by the dispatcher."""
-        if _ordinary(arguments) and not seen_by_others():
+        if are_ordinary(arguments) and not seen_by_others():
             return self.run(*arguments)
         with _AutoDispatchBelowAutograd():
-            if not _are_functorch_transforms_active():
+            if not in_a_transform():
                 return self.handle(*arguments)
             with torch.enable_grad(), _set_fwd_grad_enabled(True):  # for the levels below: a Function turns it off
                 return self.handle(*arguments)
 
-    def differentiate(self, formula: type[Function]) -> type[Function]:
-        """Make a Function, with `setup_context` and `backward` for the op's arguments, the op's autograd formula."""
+    def differentiate(self, function: type[Function]) -> type[Function]:
+        """Make a Function, with `setup_context` and `backward` for the op's arguments, the op's derivative."""
 
         def forward(*arguments: Any) -> Any:
             results = self.below_autograd(*arguments)
             return tuple(results) if isinstance(results, list) else results
 
-        def jvp(*arguments: Any) -> Any:
-            raise RuntimeError(
-                f"fastvae offers reverse-mode derivatives only: {self.name} was asked for forward-mode ones"
-            )
-
-        formula.forward, formula.jvp = staticmethod(forward), staticmethod(jvp)  # type: ignore
+        function.forward = staticmethod(forward)  # type: ignore
         lists = str(self.handle._schema.returns[0].type) == "List[Tensor]"
 
         def at_one_level(*arguments: Any) -> Any:  # of function transforms: the dispatcher tracks levels
+            if have_tangents(arguments):
+                return self.formula(*arguments)
             with enable_single_level_autograd_function():
                 results = self.record(*arguments)
             return list(results) if lists else results
 
         # Not Function.apply itself, which binds arguments through `inspect.signature`: 20 us, three times the rest.
-        self.record = super(Function, formula).apply  # type: ignore[misc]
+        self.record = super(Function, function).apply  # type: ignore[misc]
         _library.impl(self.name, at_one_level, "Autograd")
-        return formula
+        return function
+
+    def batch(self, rule: Rule) -> Rule:
+        """Make `rule` the op's batching rule, as batching.py has them; without one the op is called one by one."""
+        self.rule = rule
+        return rule
 
 
 class _Backward(Op):
-    """An op that computes gradients. Its own autograd formula raises, so that a second derivative is an error on every
-    route, not a silent zero."""
+    """An op that computes gradients, `wanted` being its last argument. Its own gradients are its formula's.
 
-    def __init__(self, schema: str, fake: Callable[..., Any], run: Callable[..., Any]):
-        super().__init__(schema, fake, run)
+    Its results are what comes before the gradients, and these. Where arguments of the names `rows` have a row for each
+    sample, so have what comes before and the gradients of these arguments: the formula then takes a chunk of the rows
+    at a time, so that memory stays bounded.
+    """
+
+    def __init__(self, inputs: Sequence[str], rows: Sequence[str], *declaration: Any):
+        super().__init__(*declaration)
+        names = [argument.name for argument in self.handle._schema.arguments]
+        self.inputs = [names.index(name) for name in inputs]
+        self.rows = {names.index(name) for name in rows}
 
         @self.differentiate
-        class FirstOrderOnly(Function):
+        class OfFormula(Function):
             @staticmethod
             def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-                pass
+                ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+                ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
 
             @staticmethod
-            def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-                raise RuntimeError("fastvae offers first derivatives only: a gradient of its gradients was asked for")
+            def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+                saved = iter(ctx.saved_tensors)
+                arguments = [next(saved) if other is None else other[0] for other in ctx.others]
+                return self.pulled_back(arguments, ctx.needs_input_grad, upstream)
 
     def __call__(self, *arguments: Any) -> Any:
-        return super().__call__(*arguments) if torch.is_grad_enabled() else self.below_autograd(*arguments)
+        if torch.is_grad_enabled() or in_forward_mode():
+            return super().__call__(*arguments)
+        return self.below_autograd(*arguments)
+
+    def results(self, arguments: Sequence[Any]) -> list[int]:
+        """The places of the arguments whose gradients are results, in order."""
+        wanted = zip(self.inputs, arguments[-1], strict=True)
+        return [place for place, want in wanted if want and arguments[place] is not None]
+
+    def pulled_back(
+        self, arguments: Sequence[Any], wanted: Sequence[bool], upstream: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of the arguments that are wanted, from those of the results."""
+        places = [place for place, want in enumerate(wanted) if want]
+        of_results = [place in self.rows for place in self.results(arguments)]
+        of_results = [True] * (len(upstream) - len(of_results)) + of_results
+        of_arguments = [place in self.rows for place in range(len(arguments))]
+        found: list[list[Tensor]] = [[] for _ in places]
+        z, mu, *_ = (arguments[place] for place in self.inputs)
+        for rows in reference.row_chunks(z, mu, TEMPORARIES) if self.rows else [...]:
+            part = _rows(arguments, of_arguments, rows)
+
+            def formula(*chosen: Tensor, part: list[Any] = part) -> tuple[Tensor, ...]:
+                replaced = dict(zip(places, chosen, strict=True))
+                return tuple(self.formula(*(replaced.get(place, x) for place, x in enumerate(part))))
+
+            pull = torch.func.vjp(formula, *(part[place] for place in places))[1]
+            for n, gradient in enumerate(pull(tuple(_rows(upstream, of_results, rows)))):
+                of_chunks = places[n] in self.rows or not found[n]
+                found[n] = [*found[n], gradient] if of_chunks else [found[n][0] + gradient]
+        return placed([torch.cat(g) if len(g) > 1 else g[0] for g in found], wanted, len(wanted))
 
 
-def declare(schema: str, fake: Callable[..., Any], compute: Callable[..., Any] | None = None, kind: Any = Op) -> Op:
+def _rows(values: Sequence[Any], by_rows: Sequence[bool], rows: Any) -> list[Any]:
+    return [x[rows] if which and x is not None else x for x, which in zip(values, by_rows, strict=True)]
+
+
+def declare(
+    schema: str,
+    fake: Callable[..., Any],
+    compute: Callable[..., Any] | None = None,
+    formula: Callable[..., Any] | None = None,
+    kind: Callable[..., Any] = Op,
+) -> Any:
     """Declare the op of a schema in the namespace fastvae; `fake` makes empty results of the right shapes.
 
     `compute(backend, *arguments)` runs it on the backend of its tensors' device; the default is the backend's
-    function of the op's name.
+    function of the op's name. `formula(*arguments)` is what all derivatives are of that the op does not declare; the
+    default is what the reference computes.
     """
     name = schema.partition("(")[0]
+
+    def by(backend: Any, *arguments: Any) -> Any:
+        return compute(backend, *arguments) if compute else getattr(backend, name)(*arguments)
 
     def run(*arguments: Any) -> Any:
         first, empty = None, False
@@ -114,64 +202,36 @@ def declare(schema: str, fake: Callable[..., Any], compute: Callable[..., Any] |
             if not any(x.numel() for x in ([nothing] if isinstance(nothing, Tensor) else nothing)):
                 return nothing
         assert first is not None
-        backend = backend_for(first.device)
-        return compute(backend, *arguments) if compute else getattr(backend, name)(*arguments)
+        return by(backend_for(first.device), *arguments)
 
-    return kind(schema, fake, run)
+    return kind(schema, fake, run, formula or functools.partial(by, reference))
 
 
 def declare_backward(
     schema: str,
-    inputs: tuple[str, ...],
+    inputs: Sequence[str],
     compute: Callable[..., Any] | None = None,
+    formula: Callable[..., Any] | None = None,
+    rows: Sequence[str] = (),
     before: Callable[..., list[Tensor]] = lambda *_: [],
-) -> Op:
-    """Declare an op that computes the gradients of another, and has none itself.
+) -> _Backward:
+    """Declare an op that computes the gradients of another, and whose own are those of its formula.
 
     Its last argument says which of `inputs`, which are arguments of the schema, want a gradient; the result has these,
-    and what `before` makes room for comes before them.
+    and what `before` makes room for comes before them. Of the arguments `rows` each row is of one sample, z being the
+    first of `inputs` and mu the second.
     """
-    names = [argument.split()[-1] for argument in schema.partition("(")[2].partition(")")[0].split(",")]
-    places = [names.index(name) for name in inputs]
 
     def fake(*arguments: Any) -> list[Tensor]:
-        found = [arguments[place] for place, want in zip(places, arguments[-1], strict=True) if want]
-        return [*before(*arguments), *(torch.empty_like(x) for x in found if x is not None)]
+        return [*before(*arguments), *(torch.empty_like(arguments[place]) for place in op.results(arguments))]
 
-    return declare(schema, fake, compute, _Backward)
+    op: _Backward = declare(schema, fake, compute, formula, functools.partial(_Backward, inputs, rows))
+    return op
 
 
 def declare_random(schema: str, fake: Callable[..., Any], draw: Callable[..., Any]) -> Op:
     """Declare an op that draws from torch's generators: the compiler must not cache, merge or drop its calls."""
-    return Op(schema, fake, draw, torch.Tag.nondeterministic_seeded)
-
-
-def seen_by_others() -> bool:
-    """Whether the compiler, a function transform or a dispatch mode is active: these must see every call of an op, so
-    that calls go through the dispatcher."""
-    return is_compiling() or _are_functorch_transforms_active() or is_in_torch_dispatch_mode()
-
-
-def has_values(x: Tensor) -> bool:
-    """Whether x has values to look at: not under the compiler, in a function transform, or where it is a fake."""
-    return type(x) in _PLAIN and x.device.type != "meta" and not seen_by_others()
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-_OTHERS = frozenset((type(None), bool, int, float, str, tuple, list))
-
-
-def _ordinary(arguments: Sequence[Any]) -> bool:
-    """Whether a backend can read the arguments. It cannot read a tensor of a subclass, a view that is negated when
-    read (the imaginary part of a conjugate), or a tensor that stands for zeros or a batch and has no memory."""
-    for x in arguments:
-        kind = type(x)
-        if kind in _PLAIN:
-            if x.is_neg() or x._is_zerotensor() or not _has_storage(x):
-                return False
-        elif kind not in _OTHERS:
-            return False
-    return True
+    return Op(schema, fake, draw, draw, torch.Tag.nondeterministic_seeded)
 
 
 def placed(gradients: Sequence[Tensor | None], wanted: Sequence[bool], n_inputs: int) -> tuple[Tensor | None, ...]:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backends.contract import accumulation_dtype
+from ..backends import reference
+from ..backends.contract import LogWeights, Pairs, accumulation_dtype
 from .declare import declare, declare_backward, placed
 from .pairs import INPUTS
 
@@ -129,11 +130,14 @@ interpolation = declare(
     f"interpolate({_TABULATED}) -> Tensor",
     lambda z, *_: z.new_empty(z.shape, dtype=torch.float64),
     lambda backend, z, mu, logvar, log_w, log_w_all, interpolant: interpolate(Interpolant(*interpolant), z),
+    formula=lambda *arguments: reference.agg_log_prob_marginals(_pairs(*arguments))[1].double(),
 )
 _interpolate_backward = declare_backward(
     f"interpolate_backward(Tensor grad, {_TABULATED}, bool[] wanted) -> Tensor[]",
     INPUTS,
     lambda backend, *arguments: _gradients(*arguments),
+    formula=lambda *arguments: _gradients_of_the_sums(*arguments),
+    rows=("grad", "z"),
 )
 
 
@@ -171,6 +175,17 @@ def _gradients(
     d_z.view(-1)[interpolant.singles] = d_points[len(d_points) - len(interpolant.singles) :].to(d_z.dtype)
     gradients = zip((d_z, *others), inputs, wanted, strict=True)
     return [g.to(x.dtype) for g, x, want in gradients if want and x is not None]
+
+
+def _pairs(z: Tensor, mu: Tensor, logvar: Tensor, log_w: Tensor | None, log_w_all: float, _: Any) -> Pairs:
+    return Pairs(z, mu, logvar, LogWeights(log_w, log_w_all))
+
+
+def _gradients_of_the_sums(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    """The gradients of what the interpolant stands for, which have derivatives."""
+    pairs, grad = _pairs(*arguments[:-1]), grad.to(accumulation_dtype(arguments[0].dtype))
+    joint, marginals = (x.detach() for x in reference.agg_log_prob_marginals(pairs))
+    return reference.agg_log_prob_marginals_backward((None, grad), joint, marginals, pairs, arguments[-1])
 
 
 def _through_intervals(interpolant: Interpolant, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,15 @@ KL(N(m, s²) ‖ N(m_p, s_p²)) = ½ (expm1(Δ) − Δ + (m − m_p)² / s_p²) 
 (Zheng, eq. 16, for a general diagonal prior; written so that rounding cannot make it negative).
 """
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..backends.contract import REDUCTIONS, accumulation_dtype, kl_shape
+from ..backends.contract import REDUCTIONS, accumulation_dtype, kl_scale, kl_shape
+from .batching import leading
 from .checks import as_rows, check_choice, check_device, check_number, check_posterior, check_tensor, promote
 from .declare import declare, declare_backward, placed
 
@@ -51,6 +53,43 @@ class KLGauss(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
         return placed(_kl_gauss_backward(grad, *ctx.saved_tensors, ctx.reduction, wanted), wanted, 5)
+
+
+# Under vmap the V problems are one of V·B rows, each of which is reduced alone, and then with those of its problem.
+
+
+def _of_each_row(reduction: str) -> str:
+    return "none" if reduction in ("none", "dim") else "sample"
+
+
+@_kl_gauss.batch
+def _batched(V: int, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
+    *inputs, reduction = arguments
+    inputs = leading(inputs, in_dims, V)
+    B, D = inputs[0].shape[1:]
+    rows = [None if x is None else x.expand(V, B, D).flatten(0, 1) for x in inputs]
+    kl = _kl_gauss(*rows, _of_each_row(reduction)).unflatten(0, (V, B))
+    if reduction in ("none", "sample"):
+        return kl, 0
+    return kl.sum(1) * kl_scale(reduction, B, D), 0
+
+
+@_kl_gauss_backward.batch
+def _backward_batched(V: int, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], int]:
+    grad, *inputs, reduction, wanted = arguments
+    grad, *inputs = leading([grad, *inputs], in_dims, V)
+    B, D = inputs[0].shape[1:]
+    if reduction not in ("none", "sample"):
+        grad = (grad * kl_scale(reduction, B, D)).unsqueeze(1)
+    by_row = _of_each_row(reduction)
+    grad = grad.expand(V, B, D) if by_row == "none" else grad.expand(V, B)
+    # In the accumulation dtype, so that the sum of a prior's gradients over its rows is rounded once.
+    rows = [None if x is None else x.to(accumulation_dtype(x.dtype)).expand(V, B, D).flatten(0, 1) for x in inputs]
+    gradients = _kl_gauss_backward(grad.flatten(0, 1), *rows, by_row, wanted)
+    return [
+        gradient.unflatten(0, (V, B)).sum_to_size(x.shape).to(x.dtype)
+        for gradient, x in zip(gradients, itertools.compress(inputs, wanted), strict=True)
+    ], 0
 
 
 def kl_gauss(

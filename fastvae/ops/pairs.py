@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends.contract import LogWeights, Pairs, accumulation_dtype
 from .checks import accumulated, check_device, check_indices, check_number, check_posterior, check_tensor, promote
+from .modes import is_known
 
 POSTERIORS = "Tensor z, Tensor mu, Tensor logvar"  # of an op's schema: z [S, D]; mu, logvar [N, D]
 INPUTS = ("z", "mu", "logvar", "log_w")  # that may want a gradient
@@ -76,10 +77,12 @@ def save(ctx: Any, inputs: tuple[Any, ...], *results: Tensor) -> None:
 
 
 def restored(ctx: Any) -> tuple[Any, ...]:
-    """The saved (*results, z, mu, logvar, then the fields of LogWeights)."""
-    *tensors, log_w, own = ctx.saved_tensors
+    """The saved (*results, z, mu, logvar, then the fields of LogWeights). Gradients are functions of the inputs alone,
+    as kernels compute the results again (architecture.md), so that derivatives go past the results."""
+    *results, z, mu, logvar, log_w, own = ctx.saved_tensors
     log_w_all, log_w_own, log_w_next = ctx.numbers
-    return (*tensors, log_w, log_w_all, own, log_w_own, log_w_next)
+    results = [x.detach() for x in results]
+    return (*results, z, mu, logvar, log_w, log_w_all, own, log_w_own, log_w_next)
 
 
 def checked(
@@ -156,7 +159,7 @@ def _check_own(own: Tensor, S: int, N: int, z: Tensor) -> None:
     check_device("own", own, "z", z)
     if own.shape != (S,):
         raise ValueError(f"own: expected shape ({S},), one column for each sample, got {tuple(own.shape)}")
-    if own.device.type == "cpu" and S > 0 and not torch.compiler.is_compiling():
+    if own.device.type == "cpu" and S > 0 and is_known(own):
         low, high = (int(x) for x in own.aminmax())
         if low < -1 or high >= N:
             raise ValueError(f"own: expected columns from -1 to {N - 1}, got values from {low} to {high}")

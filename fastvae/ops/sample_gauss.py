@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..backends import reference
 from ..backends.contract import accumulation_dtype
+from .batching import leading, one_by_one
 from .checks import as_rows, check_choice, check_count, check_posterior, check_seed, promote
 from .declare import declare, declare_backward, declare_random, placed
+from .modes import in_a_transform
 
 OUTPUTS = ("z", "log_q", "log_p", "kl")
 
@@ -66,12 +69,14 @@ _sample_gauss = declare(
     "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, SymInt? n_samples, bool[] outputs) -> Tensor[]",
     _fake,
     _compute,
+    formula=lambda *arguments: _compute(_Formulas, *arguments),
 )
 _sample_gauss_backward = declare_backward(
     "sample_gauss_backward(Tensor? d_z, Tensor? d_log_q, Tensor? d_log_p, Tensor? d_kl, Tensor mu, Tensor logvar,"
     " Tensor seed, SymInt? n_samples, bool[] wanted) -> Tensor[]",
     ("mu", "logvar"),
     _compute_backward,
+    formula=lambda *arguments: _compute_backward(_Formulas, *arguments),
 )
 _draw_seed = declare_random(
     "draw_seed(Tensor like) -> Tensor",
@@ -97,6 +102,64 @@ class SampleGauss(Function):
         upstream = placed(grads, ctx.outputs, 4)
         gradients = _sample_gauss_backward(*upstream, *ctx.saved_tensors, ctx.n_samples, wanted)
         return placed(gradients, wanted, 5)
+
+
+class _Formulas:
+    """The reference's, at noise from the backend of the tensors' device."""
+
+    @staticmethod
+    def _noise(mu: Tensor, seed: Tensor, n_samples: int) -> Tensor:
+        """eps `[L, B, D]`, the samples of N(0, I)."""
+        zeros = torch.zeros(mu.shape, dtype=accumulation_dtype(mu.dtype), device=mu.device)
+        return _sample_gauss(zeros, zeros, seed, n_samples, (True, False, False, False))[0]
+
+    @classmethod
+    def sample_gauss(
+        cls, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]
+    ) -> list[Tensor]:
+        return reference.sampled(mu, logvar, cls._noise(mu, seed, n_samples), outputs)
+
+    @classmethod
+    def sample_gauss_backward(
+        cls, upstream: Any, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, wanted: Sequence[bool]
+    ) -> list[Tensor]:
+        return reference.sampled_backward(upstream, mu, logvar, cls._noise(mu, seed, n_samples), wanted)
+
+
+# Under vmap with randomness="different" every problem has a seed of its own. The V problems are then one of V·B rows,
+# whose noise one of the seeds gives. Where they share a seed, as where it is the caller's, they share the noise, and
+# are computed one by one.
+
+
+@_sample_gauss.batch
+def _batched(V: int, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], Any]:
+    if in_dims[2] is None:
+        return one_by_one(_sample_gauss)(V, in_dims, *arguments)
+    mu, logvar, seed = leading(arguments[:3], in_dims, V)
+    n_samples, outputs = arguments[3:]
+    results = _sample_gauss(mu.flatten(0, 1), logvar.flatten(0, 1), seed[0], n_samples, outputs)
+    axes = list(itertools.compress(_row_axes(n_samples), outputs))
+    return [r.unflatten(axis, (V, -1)) for r, axis in zip(results, axes, strict=True)], axes
+
+
+@_sample_gauss_backward.batch
+def _backward_batched(V: int, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], int]:
+    if in_dims[6] is None:
+        return one_by_one(_sample_gauss_backward)(V, in_dims, *arguments)
+    *upstream, mu, logvar, seed = leading(arguments[:7], in_dims, V)
+    n_samples, wanted = arguments[7:]
+    upstream = [
+        None if g is None else g.movedim(0, axis).flatten(axis, axis + 1)
+        for g, axis in zip(upstream, _row_axes(n_samples), strict=True)
+    ]
+    gradients = _sample_gauss_backward(*upstream, mu.flatten(0, 1), logvar.flatten(0, 1), seed[0], n_samples, wanted)
+    return [g.unflatten(0, (V, -1)) for g in gradients], 0
+
+
+def _row_axes(n_samples: int | None) -> tuple[int, ...]:
+    """The axis of rows in each of the outputs: after that of samples, which the KL does not have."""
+    axis = 0 if n_samples is None else 1
+    return axis, axis, axis, 0
 
 
 def sample_gauss(
@@ -207,6 +270,8 @@ def _seed(like: Tensor, seed: int | None, generator: torch.Generator | None) -> 
         if generator.device.type != like.device.type:
             raise ValueError(f"generator: expected one on the device of mu, {like.device}, got {generator.device}")
         return torch.empty((), dtype=torch.int64, device=like.device).random_(generator=generator)
+    if seed is None and in_a_transform():  # torch's own knows vmap's `randomness`
+        return torch.randint(2**63 - 1, (), device=like.device)
     if seed is None:
         # The compiler merges equal calls, even random ones, but not empty tensors: so each call gets one of its own.
         return _draw_seed(torch.empty(0, device=like.device) if torch.compiler.is_compiling() else like)
