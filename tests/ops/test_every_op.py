@@ -400,11 +400,7 @@ def test_opcheck(backend: Target) -> None:
     assert set(arguments) == registered
     for op, calls in arguments.items():
         for call in calls:
-            given = tuple(x.detach() if isinstance(x, Tensor) else x for x in call)
-            if not op.endswith("_backward"):  # those refuse to be differentiated
-                given = tuple(x.detach().requires_grad_() if _real(x) else x for x in given)
+            given = tuple(
+                x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in call
+            )
             torch.library.opcheck(getattr(torch.ops.fastvae, op).default, given, test_utils=checks)
-
-
-def _real(x: object) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
