@@ -120,11 +120,11 @@ int agg_log_prob(const void *z, const void *mu, const void *logvar, FASTVAE_WEIG
     if (!panels.allocated() || !totals.allocated()) return FASTVAE_OUT_OF_MEMORY;
 
     if (early) panels.order_dimensions(static_cast<const T *>(mu), static_cast<const T *>(logvar));
-    panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads,
-                [&](int64_t j) { return weights.log2_w(j); });
-    totals.run();
-    totals.write(static_cast<T *>(joint));
-    return FASTVAE_OK;
+    int status = panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads,
+                             [&](int64_t j) { return weights.log2_w(j); });
+    if (status == FASTVAE_OK) status = totals.run();
+    if (status == FASTVAE_OK) totals.write(static_cast<T *>(joint));
+    return status;
 }
 
 template <class T>
@@ -142,21 +142,22 @@ int agg_log_prob_backward(const void *d_joint, const void *z, const void *mu, co
         return FASTVAE_OUT_OF_MEMORY;
 
     if (early) panels.order_dimensions(static_cast<const T *>(mu), static_cast<const T *>(logvar));
-    panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads,
-                [&](int64_t j) { return weights.log2_w(j); }, !all_moderate(samples, S * D));
+    int status = panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads,
+                             [&](int64_t j) { return weights.log2_w(j); }, !all_moderate(samples, S * D));
     const bool whole_rows = gradients.whole_rows();
-    if (!whole_rows) totals.run();  // again, because the joint is these rounded
+    if (status == FASTVAE_OK && !whole_rows) status = totals.run();  // again, because the joint is these rounded
+    if (status != FASTVAE_OK) return status;
     // A column's pull on its own log_w leaves out the pairs that have another, so that the others have to be seen.
     const bool skip = early && totals.stopped_early() && !(d_log_w && weights.any_overrides());
     if (skip)
         reach.set(panels, weights, totals.data(), totals.likely(), upstream, S, d_z, d_mu || d_logvar || d_log_w);
     const Responsibilities<T> weigh{panels, weights, upstream, totals.data(), whole_rows, skip ? &reach : nullptr};
-    if (!gradients.run(weigh)) return FASTVAE_OUT_OF_MEMORY;
+    status = gradients.run(weigh);
+    if (status != FASTVAE_OK) return status;
     count_visits(S * N * D - gradients.left_out(), S * N * D);
     if (joint) totals.write(static_cast<T *>(joint));
-    gradients.write(static_cast<T *>(d_z), static_cast<T *>(d_mu), static_cast<T *>(d_logvar),
-                    static_cast<T *>(d_log_w));
-    return FASTVAE_OK;
+    return gradients.write(static_cast<T *>(d_z), static_cast<T *>(d_mu), static_cast<T *>(d_logvar),
+                           static_cast<T *>(d_log_w));
 }
 
 // for agg_log_prob_marginals_backward.cpp too

@@ -40,6 +40,7 @@ template <class T> struct Forward {
                 const double sum = sums.marginals[d * R + r];
                 const bool lost = sum <= kLost * double(columns.panels.N) || sum >= kHuge || !(columns.highest[d] <= kHighest);
                 double log = double(out[d]);
+                if (lost && sums.stopped()) return;
                 if (lost) log = exact_marginal<kDirect>(columns, overrides, r, d, rows[d * R + r]).total().log();
                 out[d] = T(log + (columns.normal[d] + columns.reference) * kLn2);
             }
@@ -60,18 +61,18 @@ int agg_log_prob_marginals(const void *z, const void *mu, const void *logvar, FA
     Buffer<double> totals(row_size * threads);
     if (!columns.allocated() || !memory || !totals) return FASTVAE_OUT_OF_MEMORY;
 
-    columns.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), S, threads);
+    const int status = columns.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), S, threads);
+    if (status != FASTVAE_OK) return status;
     const Forward<T> forward{static_cast<const T *>(z), S, columns, static_cast<T *>(joint),
                              static_cast<T *>(marginals)};
-    parallel_for((S + kTileRows - 1) / kTileRows, threads, [&](int64_t tile, int worker) {
-        T *const rows = memory + worker * size;
-        const TileSums<T> sums(columns, rows + rows_size, totals + worker * row_size);
+    return parallel_for((S + kTileRows - 1) / kTileRows, threads, [&](int64_t tile, const Worker &worker) {
+        T *const rows = memory + worker.number * size;
+        const TileSums<T> sums(columns, worker, rows + rows_size, totals + worker.number * row_size);
         if (columns.panels.direct)
             forward.template tile<true>(tile * kTileRows, rows, sums);
         else
             forward.template tile<false>(tile * kTileRows, rows, sums);
     });
-    return FASTVAE_OK;
 }
 
 // for agg_log_prob.cpp too

@@ -106,28 +106,33 @@ public:
                scratch;
     }
 
-    void pack(const T *d_joint, const T *d_marginals, const T *marginals) {
-        parallel_for(tiles, threads, [&](int64_t tile, int worker) {
-            const TileSums<T> sums(columns, scratch + worker * scratch_size(), totals + worker * R * D);
-            panels.direct ? pack_tile<true>(tile, sums, wanted + worker * D, d_joint, d_marginals, marginals)
-                          : pack_tile<false>(tile, sums, wanted + worker * D, d_joint, d_marginals, marginals);
+    // Gives a status, as the next two do.
+    [[nodiscard]] int pack(const T *d_joint, const T *d_marginals, const T *marginals) {
+        return parallel_for(tiles, threads, [&](int64_t tile, const Worker &worker) {
+            bool *const any = wanted + worker.number * D;
+            const TileSums<T> sums(columns, worker, scratch_of(worker), totals + worker.number * R * D);
+            panels.direct ? pack_tile<true>(tile, sums, any, d_joint, d_marginals, marginals)
+                          : pack_tile<false>(tile, sums, any, d_joint, d_marginals, marginals);
         });
     }
 
-    void run(T *d_z) {
+    [[nodiscard]] int run(T *d_z) {
+        int status = FASTVAE_OK;
         const auto unit = panels.direct ? &Backward::template unit<true> : &Backward::template unit<false>;
         for (int64_t k = 0; k < panels.count * column_size(); ++k) column_sums[k] = T(0);
-        for (int64_t first = 0; first < tiles; first += grid.wave / R) {
+        for (int64_t first = 0; first < tiles && status == FASTVAE_OK; first += grid.wave / R) {
             const int64_t n = first + grid.wave / R < tiles ? grid.wave / R : tiles - first;
-            parallel_for(grid.units, threads,
-                         [&](int64_t k, int worker) { (this->*unit)(first, n, k, scratch + worker * scratch_size()); });
-            if (d_z)
-                parallel_for(n, threads, [&](int64_t k, int) { add_parts(first, k, d_z); });
+            status = parallel_for(grid.units, threads, [&](int64_t k, const Worker &worker) {
+                (this->*unit)(first, n, k, worker);
+            });
+            if (status == FASTVAE_OK && d_z)
+                status = parallel_for(n, threads, [&](int64_t k, const Worker &) { add_parts(first, k, d_z); });
         }
+        return status;
     }
 
-    void write_columns(T *d_mu, T *d_logvar, T *d_log_w) const {
-        parallel_for(panels.count, threads, [&](int64_t p, int) {
+    [[nodiscard]] int write_columns(T *d_mu, T *d_logvar, T *d_log_w) const {
+        return parallel_for(panels.count, threads, [&](int64_t p, const Worker &) {
             const T *sums = column_sums + p * column_size(), *planes = panels.planes(p);
             for (int64_t l = 0; l < W && p * W + l < panels.N; ++l) {
                 const int64_t j = p * W + l;
@@ -148,6 +153,7 @@ private:
         const int64_t packing = TileSums<T>::size(D);
         return round_up(unit > packing ? unit : packing, L);
     }
+    T *scratch_of(const Worker &worker) { return scratch + worker.number * scratch_size(); }
 
     // Everything of a tile that does not depend on the column: the shares are grad 2^(log_p + offset).
     template <bool kDirect>
@@ -180,6 +186,7 @@ private:
                 const int64_t k = d * R + r;
                 double sum = sums.marginals[k];
                 if (!(sum > 0.5 && sum < 2) || !(std::fabs(marginals[(first + r) * D + d]) < kExact)) {
+                    if (sums.stopped()) return;
                     const LogSumExp<T> exact = exact_marginal<kDirect>(columns, overrides, r, d, z_rows[at + k]);
                     offset[k] = -exact.shift();
                     sum = double(sum_lanes<T>(exact.sum));
@@ -192,16 +199,16 @@ private:
     }
 
     // Tiles [first, first + n) through the panels of unit k.
-    template <bool kDirect> void unit(int64_t first, int64_t n, int64_t k, T *scratch) {
+    template <bool kDirect> void unit(int64_t first, int64_t n, int64_t k, const Worker &worker) {
         const int64_t begin = k * grid.panels, last = begin + grid.panels;
         const int64_t end = last < panels.count ? last : panels.count;
-        T *sums = scratch, *to_z = sums + grid.panels * column_size(), *joint = to_z + (D * R + L) * L;
+        T *sums = scratch_of(worker), *to_z = sums + grid.panels * column_size(), *joint = to_z + (D * R + L) * L;
         T *log_w = joint + R * W, *keep = log_w + R * W, *ones = keep + R * W;
         for (int64_t i = 0; i < (end - begin) * column_size(); ++i) sums[i] = T(0);
         for (int64_t i = 0; i < R * W; ++i) joint[i] = T(0);
         for (int64_t i = 0; i < W; ++i) ones[i] = T(1);
 
-        for (int64_t tile = first; tile < first + n; ++tile) {
+        for (int64_t tile = first; tile < first + n && !worker.stopped(); ++tile) {
             const Overrides<T> overrides(columns, tile * R, S);
             const int64_t at = tile * R * D;
             for (int64_t i = 0; i < (D * R + L) * L; ++i) to_z[i] = T(0);
@@ -304,13 +311,14 @@ int agg_log_prob_marginals_backward(const void *d_joint, const void *d_marginals
     Backward<T> backward(columns, static_cast<const T *>(z), S, d_joint, d_log_w, threads);
     if (!columns.allocated() || !backward.allocated()) return FASTVAE_OUT_OF_MEMORY;
 
-    columns.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), S, threads,
-                 !all_moderate(static_cast<const T *>(z), S * D));
-    backward.pack(static_cast<const T *>(d_joint), static_cast<const T *>(d_marginals),
-                  static_cast<const T *>(marginals));
-    backward.run(static_cast<T *>(d_z));
-    backward.write_columns(static_cast<T *>(d_mu), static_cast<T *>(d_logvar), static_cast<T *>(d_log_w));
-    return FASTVAE_OK;
+    int status = columns.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), S, threads,
+                              !all_moderate(static_cast<const T *>(z), S * D));
+    if (status == FASTVAE_OK)
+        status = backward.pack(static_cast<const T *>(d_joint), static_cast<const T *>(d_marginals),
+                               static_cast<const T *>(marginals));
+    if (status == FASTVAE_OK) status = backward.run(static_cast<T *>(d_z));
+    if (status != FASTVAE_OK) return status;
+    return backward.write_columns(static_cast<T *>(d_mu), static_cast<T *>(d_logvar), static_cast<T *>(d_log_w));
 }
 
 void add_agg_log_prob_marginals_backward(fastvae_kernels &f32, fastvae_kernels &f64) {

@@ -14,12 +14,14 @@ int cross_log_prob(const void *z, const void *mu, const void *logvar, int64_t S,
     Panels<T> panels(N, D);
     Buffer<T> scratch(scratch_size * threads);
     if (!panels.allocated() || !scratch) return FASTVAE_OUT_OF_MEMORY;
-    panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads);
+    const int status = panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads);
+    if (status != FASTVAE_OK) return status;
 
     // Units go down the rows of one chunk of columns, then of the next.
-    parallel_for(blocks * ((panels.count + chunk - 1) / chunk), threads, [&](int64_t unit, int worker) {
+    const int64_t units = blocks * ((panels.count + chunk - 1) / chunk);
+    return parallel_for(units, threads, [&](int64_t unit, const Worker &worker) {
         const int64_t first = unit % blocks * kRows, begin = unit / blocks * chunk;
-        T *const rows = scratch + worker * scratch_size, *const squares = rows + kTileRows * round_up(D, L);
+        T *const rows = scratch + worker.number * scratch_size, *const squares = rows + kTileRows * round_up(D, L);
         for (int64_t i = first; i < S && i < first + kRows; i += kTileRows) {
             pack_rows(panels, static_cast<const T *>(z), i, S, rows);
             for (int64_t p = begin; p < panels.count && p < begin + chunk; ++p) {
@@ -33,7 +35,6 @@ int cross_log_prob(const void *z, const void *mu, const void *logvar, int64_t S,
             }
         }
     });
-    return FASTVAE_OK;
 }
 
 template <class T>
@@ -44,7 +45,9 @@ int cross_log_prob_backward(const void *grad, const void *z, const void *mu, con
     Panels<T> panels(N, D);
     Gradients<T> gradients(panels, samples, S, d_z, d_mu || d_logvar, threads);
     if (!panels.allocated() || !gradients.allocated()) return FASTVAE_OUT_OF_MEMORY;
-    panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads, !all_moderate(samples, S * D));
+    int status =
+        panels.pack(static_cast<const T *>(mu), static_cast<const T *>(logvar), threads, !all_moderate(samples, S * D));
+    if (status != FASTVAE_OK) return status;
 
     const auto weigh = [&](const Block &tile, const T *, T *r, T *shares) {
         const int64_t columns = tile.count * W, first = tile.panel * W;
@@ -59,9 +62,9 @@ int cross_log_prob_backward(const void *grad, const void *z, const void *mu, con
             });
         return int64_t(0);
     };
-    if (!gradients.run(weigh)) return FASTVAE_OUT_OF_MEMORY;
-    gradients.write(static_cast<T *>(d_z), static_cast<T *>(d_mu), static_cast<T *>(d_logvar), nullptr);
-    return FASTVAE_OK;
+    status = gradients.run(weigh);
+    if (status != FASTVAE_OK) return status;
+    return gradients.write(static_cast<T *>(d_z), static_cast<T *>(d_mu), static_cast<T *>(d_logvar), nullptr);
 }
 
 void add_cross_log_prob(fastvae_kernels &f32, fastvae_kernels &f64) {

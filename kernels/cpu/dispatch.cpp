@@ -5,6 +5,7 @@
 // Made by CMake: FASTVAE_VERSION, FASTVAE_FOR_EACH_FILE(X), and FASTVAE_FOR_EACH_ISA(X), best first
 #include "compiled.h"
 #include "fastvae.h"
+#include "worker.h"
 
 namespace fastvae {
 
@@ -65,6 +66,8 @@ EXPORT void fastvae_take_visits(int64_t *visited, int64_t *all) {
     *visited = __atomic_exchange_n(&fastvae::visited_dimensions, 0, __ATOMIC_RELAXED);
     *all = __atomic_exchange_n(&fastvae::all_dimensions, 0, __ATOMIC_RELAXED);
 }
+
+EXPORT void fastvae_poll(int (*interrupted)(void), uint64_t thread) { fastvae::set_poll(interrupted, thread); }
 
 EXPORT const char *fastvae_instruction_sets(void) {
     static char names[64];

@@ -112,35 +112,37 @@ public:
 
     // weigh(tile, rows [D][6], r [6][columns of the tile], shares [columns / W][2][W]) for up to 6 rows: sets r, to 0 in
     // rows that are not there, and adds its sums over rows to shares, [0] where a pair's weight is the common one of its
-    // column, [1] elsewhere; gives how many dimensions of pairs it left out. False if there is no memory.
-    template <class F> bool run(const F &weigh) {
+    // column, [1] elsewhere; gives how many dimensions of pairs it left out. Gives a status.
+    template <class F> [[nodiscard]] int run(const F &weigh) {
         clear<T>(row_sums_, rounds_.row_copies() * row_size_);
         clear<T>(column_sums_, rounds_.column_copies() * column_size_);
         clear<T>(shares_, rounds_.column_copies() * share_size_);
-        return rounds_.run(threads_, [&](int64_t row_block, int64_t column_block, int64_t copy, int worker) {
+        return rounds_.run(threads_, [&](int64_t row_block, int64_t column_block, int64_t copy, const Worker &worker) {
             const int64_t first = row_block * block_rows_, panel = column_block * block_panels_;
             const Block block{first, S_ - first < block_rows_ ? S_ - first : block_rows_, panel,
                               panels_.count - panel < block_panels_ ? panels_.count - panel : block_panels_};
-            const int64_t left_out = add_block(block, copy, scratch_ + worker * scratch_size_, weigh);
+            const int64_t left_out = add_block(block, copy, scratch_ + worker.number * scratch_size_, weigh);
             __atomic_fetch_add(&left_out_, left_out, __ATOMIC_RELAXED);
         });
     }
 
     int64_t left_out() const { return left_out_; }  // dimensions of pairs, by weigh, in all
 
-    // d_z [S, D], d_mu and d_logvar [N, D], d_log_w [N]; each may be null.
-    void write(T *d_z, T *d_mu, T *d_logvar, T *d_log_w) const {
+    // d_z [S, D], d_mu and d_logvar [N, D], d_log_w [N]; each may be null. Gives a status.
+    [[nodiscard]] int write(T *d_z, T *d_mu, T *d_logvar, T *d_log_w) const {
         constexpr int64_t kUnit = 8;
+        int status = FASTVAE_OK;
         if (d_z)
-            parallel_for((tiles_ + kUnit - 1) / kUnit, threads_, [&](int64_t unit, int) {
+            status = parallel_for((tiles_ + kUnit - 1) / kUnit, threads_, [&](int64_t unit, const Worker &) {
                 for (int64_t tile = unit * kUnit; tile < tiles_ && tile < (unit + 1) * kUnit; ++tile)
                     write_rows(tile, d_z);
             });
-        if (d_mu || d_logvar || d_log_w)
-            parallel_for((panels_.count + kUnit - 1) / kUnit, threads_, [&](int64_t unit, int) {
+        if (status == FASTVAE_OK && (d_mu || d_logvar || d_log_w))
+            status = parallel_for((panels_.count + kUnit - 1) / kUnit, threads_, [&](int64_t unit, const Worker &) {
                 for (int64_t p = unit * kUnit; p < panels_.count && p < (unit + 1) * kUnit; ++p)
                     write_columns(p, d_mu, d_logvar, d_log_w);
             });
+        return status;
     }
 
 private:

@@ -138,7 +138,7 @@ int forward(const Inputs<T> &in, int64_t B, int64_t D, int reduction, double sca
     if (over_rows && !(partials = static_cast<double *>(std::malloc(tiling.row_blocks * D * sizeof(double) + 1))))
         return FASTVAE_OUT_OF_MEMORY;
 
-    parallel_for(units, threads, [&](int64_t unit, int) {
+    const int status = parallel_for(units, threads, [&](int64_t unit, const Worker &) {
         double sum = 0;
         switch (reduction) {
         case FASTVAE_NONE:
@@ -179,10 +179,10 @@ int forward(const Inputs<T> &in, int64_t B, int64_t D, int reduction, double sca
             if (reduction == FASTVAE_SUM) sums[unit] = sum;
         }
     });
-    if (reduction == FASTVAE_SUM) add_blocks(sums, units, 1, scale, out);
-    if (over_rows) add_blocks(partials, tiling.row_blocks, D, scale, out);
+    if (status == FASTVAE_OK && reduction == FASTVAE_SUM) add_blocks(sums, units, 1, scale, out);
+    if (status == FASTVAE_OK && over_rows) add_blocks(partials, tiling.row_blocks, D, scale, out);
     std::free(partials);
-    return FASTVAE_OK;
+    return status;
 }
 
 template <class T> struct Gradients {  // [B, D] each, or [D] where a prior is one row; NULL where not wanted
@@ -207,7 +207,8 @@ int backward(const T *grad, int64_t grad_row, int64_t grad_col, double scale, co
     if (over_rows && !(partials = static_cast<double *>(std::malloc(2 * size * sizeof(double) + 1))))
         return FASTVAE_OUT_OF_MEMORY;
 
-    parallel_for(tiling.row_blocks * tiling.column_blocks, threads, [&](int64_t unit, int) {
+    const int64_t units = tiling.row_blocks * tiling.column_blocks;
+    const int status = parallel_for(units, threads, [&](int64_t unit, const Worker &) {
         const int64_t d0 = unit % tiling.column_blocks * tiling.block_columns;
         double *partial = partials + unit / tiling.column_blocks * D + d0;
         ColumnSums<T> mu_sums(sum_mu ? partial : nullptr, least(kSpan, D - d0));
@@ -240,10 +241,10 @@ int backward(const T *grad, int64_t grad_row, int64_t grad_col, double scale, co
         mu_sums.flush();
         logvar_sums.flush();
     });
-    if (sum_mu) add_blocks(partials, tiling.row_blocks, D, 1.0, out.d_prior_mu);
-    if (sum_logvar) add_blocks(partials + size, tiling.row_blocks, D, 1.0, out.d_prior_logvar);
+    if (status == FASTVAE_OK && sum_mu) add_blocks(partials, tiling.row_blocks, D, 1.0, out.d_prior_mu);
+    if (status == FASTVAE_OK && sum_logvar) add_blocks(partials + size, tiling.row_blocks, D, 1.0, out.d_prior_logvar);
     std::free(partials);
-    return FASTVAE_OK;
+    return status;
 }
 
 }  // namespace

@@ -27,10 +27,12 @@ template <class T> struct MarginalColumns {
           log_w(panels.count * W), least_(D) {}
     bool allocated() const { return panels.allocated() && c && base && normal && highest && log_w && least_; }
 
-    // S: how many rows may have weights of their own
-    void pack(const T *mu, const T *logvar, int64_t S, int threads, bool force_direct = false) {
+    // S: how many rows may have weights of their own. Gives a status.
+    [[nodiscard]] int pack(const T *mu, const T *logvar, int64_t S, int threads, bool force_direct = false) {
         const int64_t N = panels.N, D = panels.D;
-        panels.pack(mu, logvar, threads, [&](int64_t j) { return weights.log2_w(j); }, force_direct);
+        const int status =
+            panels.pack(mu, logvar, threads, [&](int64_t j) { return weights.log2_w(j); }, force_direct);
+        if (status != FASTVAE_OK) return status;
         const double heaviest = pack_weights(S);
 
         find_range(logvar);
@@ -40,7 +42,7 @@ template <class T> struct MarginalColumns {
             normal[d] = -0.5 * kLog2e * (double(base[d]) + kLog2Pi);
             highest[d] = 0.5 * kLog2e * (double(base[d]) - least) + heaviest;
         }
-        panels.for_each(threads, [&](int64_t p) {
+        return panels.for_each(threads, [&](int64_t p) {
             for (int64_t l = 0; l < W; ++l)
                 for (int64_t d = 0; d < D; ++d) {
                     const double less = double(base[d]) - double(logvar[(p * W + l < N ? p * W + l : 0) * D + d]);
@@ -223,9 +225,12 @@ public:
     // The memory for one worker.
     static int64_t size(int64_t D) { return round_up(D * R, L) * L + R * (kMaxChunkColumns + W); }
 
-    TileSums(const MarginalColumns<T> &columns, T *memory, double *marginals)
-        : marginals(marginals), columns_(columns), panels_(columns.panels), sums_(memory),
+    TileSums(const MarginalColumns<T> &columns, const Worker &worker, T *memory, double *marginals)
+        : marginals(marginals), columns_(columns), panels_(columns.panels), worker_(worker), sums_(memory),
           squares_(sums_ + round_up(panels_.D * R, L) * L), log_w_(squares_ + R * kMaxChunkColumns) {}
+
+    // Whether the call is given up. Sums are then of a part of the columns.
+    bool stopped() const { return worker_.stopped(); }
 
     // The joint or not, and the marginals of all dimensions or none. rows: [D][6]
     template <bool kDirect>
@@ -261,7 +266,7 @@ private:
 
     template <bool kDirect> void add_up_one(const T *rows) const {
         clear();
-        for (int64_t p = 0, next = 0; p < panels_.count; p = next) {
+        for (int64_t p = 0, next = 0; p < panels_.count && !stopped(); p = next) {
             next = p + kSpan / W < panels_.count ? p + kSpan / W : panels_.count;
             (columns_.weighted ? add_densities_of_one<kDirect, true, T> : add_densities_of_one<kDirect, false, T>)(
                 rows, panels_.planes(p), columns_.c + p * W, columns_.log_w + p * W, next - p, sums_);
@@ -284,7 +289,7 @@ private:
     void add_panels(int64_t first, int64_t S, const Overrides<T> &overrides, bool with_joint, const F &add) {
         const int64_t D = panels_.D, chunk = chunk_panels<T>(D);
         clear();
-        for (int64_t p = 0, next = 0; p < panels_.count; p = next) {
+        for (int64_t p = 0, next = 0; p < panels_.count && !stopped(); p = next) {
             next = p + chunk < panels_.count ? p + chunk : panels_.count;
             const int64_t n = (next - p) * W;
             for (int64_t k = p; k < next; ++k) {
@@ -325,6 +330,7 @@ private:
 
     const MarginalColumns<T> &columns_;
     const Panels<T> &panels_;
+    const Worker &worker_;
     T *const sums_, *const squares_, *const log_w_;  // [D][6][lanes], [6][columns of a chunk], [6][W]
 };
 

@@ -110,31 +110,31 @@ public:
         }
     }
 
-    // log2_w(j) as a double. Padding columns have a = kappa, b = 0 and weight 0.
+    // log2_w(j) as a double. Padding columns have a = kappa, b = 0 and weight 0. Gives a status.
     template <class F>
-    void pack(const T *mu, const T *logvar, int threads, const F &log2_w, bool force_direct = false) {
+    [[nodiscard]] int pack(const T *mu, const T *logvar, int threads, const F &log2_w, bool force_direct = false) {
         // Without FMA the direct form takes no more operations, and rounds less.
         direct = !find_centre(mu, force_direct || !kFused);
         extreme = force_direct;
         for (;;) {
             int offsets_small = 1;
-            for_each(threads, [&](int64_t p) {
+            const int status = for_each(threads, [&](int64_t p) {
                 if (!pack_panel(p, mu, logvar, log2_w)) __atomic_store_n(&offsets_small, 0, __ATOMIC_RELAXED);
             });
             extreme |= !offsets_small;
-            if (direct || offsets_small) return;
+            if (status != FASTVAE_OK || direct || offsets_small) return status;
             direct = true;
             for (int64_t d = 0; d < D; ++d) centre_[d] = T(0);
         }
     }
-    void pack(const T *mu, const T *logvar, int threads, bool force_direct = false) {
-        pack(mu, logvar, threads, [](int64_t) { return 0.0; }, force_direct);
+    [[nodiscard]] int pack(const T *mu, const T *logvar, int threads, bool force_direct = false) {
+        return pack(mu, logvar, threads, [](int64_t) { return 0.0; }, force_direct);
     }
 
-    // f(p) for every panel, many small ones at a time.
-    template <class F> void for_each(int threads, const F &f) const {
+    // f(p) for every panel, many small ones at a time. Gives a status.
+    template <class F> [[nodiscard]] int for_each(int threads, const F &f) const {
         const int64_t unit = 8 + 256 / (D + 1);
-        parallel_for((count + unit - 1) / unit, threads, [&](int64_t k, int) {
+        return parallel_for((count + unit - 1) / unit, threads, [&](int64_t k, const Worker &) {
             for (int64_t p = k * unit; p < count && p < (k + 1) * unit; ++p) f(p);
         });
     }

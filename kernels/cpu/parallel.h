@@ -2,24 +2,16 @@
 // depend on the number of threads.
 #pragma once
 
-#include <cstdint>
-
 #include "simd.h"
-
-namespace fastvae {
-
-// Calls body(context, unit, worker) for every unit in [0, units) on at most `threads` threads; workers are
-// numbered from 0. Units begin in order. Runs on one thread while another one is here (parallel.cpp).
-void run_units(int64_t units, int threads, void (*body)(void *context, int64_t unit, int worker), void *context);
-
-}  // namespace fastvae
+#include "worker.h"
 
 namespace fastvae::FASTVAE_ISA {
 
-template <class F> void parallel_for(int64_t units, int threads, const F &f) {
-    run_units(
+// f(unit, worker); see run_units
+template <class F> [[nodiscard]] int parallel_for(int64_t units, int threads, const F &f) {
+    return run_units(
         units, threads,
-        [](void *context, int64_t unit, int worker) { (*static_cast<const F *>(context))(unit, worker); },
+        [](void *context, int64_t unit, const Worker &worker) { (*static_cast<const F *>(context))(unit, worker); },
         const_cast<F *>(&f));
 }
 

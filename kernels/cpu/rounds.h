@@ -5,7 +5,7 @@
 // The shorter side's blocks (minor) stay while the longer side's (major) go round: in round w, minor block k
 // meets major block (w + k) mod rounds. Before that it waits until itself and its neighbour k + 1, which had that
 // major block just before, are through round w - 1; a wait is short, and ends because units begin in order
-// (parallel.h). Where the shorter side has too few blocks to go round, the longer side is cut into groups that
+// (worker.h). Where the shorter side has too few blocks to go round, the longer side is cut into groups that
 // go round independently, each with its own copy of the shorter side's sums.
 #pragma once
 
@@ -33,13 +33,13 @@ public:
     int64_t row_copies() const { return by_rows ? 1 : groups; }
     int64_t column_copies() const { return by_rows ? groups : 1; }
 
-    // f(row block, column block, copy of the shorter side's sums, worker); false if there is no memory.
-    template <class F> bool run(int threads, const F &f) const {
+    // f(row block, column block, copy of the shorter side's sums, worker); gives a status.
+    template <class F> [[nodiscard]] int run(int threads, const F &f) const {
         const int64_t lanes = groups * minor;
         Buffer<int64_t> done(lanes);  // rounds that each minor block of each group is through
-        if (!done) return false;
+        if (!done) return FASTVAE_OUT_OF_MEMORY;
         for (int64_t lane = 0; lane < lanes; ++lane) done[lane] = 0;
-        parallel_for(rounds * lanes, threads, [&](int64_t unit, int worker) {
+        return parallel_for(rounds * lanes, threads, [&](int64_t unit, const Worker &worker) {
             const int64_t round = unit / lanes, lane = unit % lanes, group = lane / minor, k = lane % minor;
             const int64_t block = group * rounds + (round + k) % rounds;
             wait_for(done + lane, round);
@@ -47,7 +47,6 @@ public:
             if (block < major) f(by_rows ? block : k, by_rows ? k : block, group, worker);
             __atomic_store_n(done + lane, round + 1, __ATOMIC_RELEASE);
         });
-        return true;
     }
 
 private:

@@ -40,7 +40,7 @@ int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_
     const bool sums = log_q || log_p || kl, dense = mu_stride == D && logvar_stride == D;
     const int64_t unit_rows = rows_in(kUnit, D), blocks = (B + unit_rows - 1) / unit_rows;
 
-    parallel_for(L * blocks, threads, [=](int64_t unit, int) {
+    return parallel_for(L * blocks, threads, [=](int64_t unit, const Worker &) {
         const int64_t l = unit / blocks, begin = unit % blocks * unit_rows;
         const int64_t end = begin + unit_rows < B ? begin + unit_rows : B;
         double q = 0, p = 0, k = 0;  // sums over the row so far
@@ -73,7 +73,6 @@ int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_
             }
         });
     });
-    return FASTVAE_OK;
 }
 
 template <class T>
@@ -91,7 +90,7 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
     const bool from_eps = L > 0 && (d_z || d_log_p), from_rest = d_log_q || d_kl || !from_eps;
     const int64_t unit_rows = rows_in(kUnit, D), blocks = (B + unit_rows - 1) / unit_rows;
 
-    parallel_for(blocks, threads, [=](int64_t unit, int) {
+    return parallel_for(blocks, threads, [=](int64_t unit, const Worker &worker) {
         const int64_t begin = unit * unit_rows, end = begin + unit_rows < B ? begin + unit_rows : B;
         for_each_chunk(begin, end, D, [&](int64_t b, int64_t d, int64_t rows, int64_t n) {
             const int64_t size = rows * n, e = b * D + d;
@@ -99,6 +98,7 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
 
             // Samples first, summed before sigma multiplies: it may overflow, and their signs differ.
             for (int64_t l = 0; l < L && from_eps; ++l) {
+                if (l % 64 == 63 && worker.stopped()) return;
                 const bool add = l > 0, last = l == L - 1;
                 alignas(64) T buffer[kChunk + kNormalsSlack];
                 const T *eps = fill_normals(uint64_t(l * B * D + e), size, seed, buffer);
@@ -143,7 +143,6 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
             }
         });
     });
-    return FASTVAE_OK;
 }
 
 void add_sample_gauss(fastvae_kernels &f32, fastvae_kernels &f64) {

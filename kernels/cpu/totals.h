@@ -40,11 +40,11 @@ public:
           packed_(likely_ + round_up(rows, L)) {}
 
     // A chunk of columns stays in the L2 cache while the rows go through it.
-    void run(int64_t begin, int64_t end) {
+    void run(int64_t begin, int64_t end, const Worker &worker) {
         const int64_t chunk = chunk_panels<T>(D_);
         for (int64_t i = 0; i < rows_; ++i) sums_[i] = {}, likely_[i] = kNaN<T>;
         for (int64_t i = 0; i < rows_; i += R) pack_rows(panels_, z_, first_ + i, S_, packed_ + i * D_);
-        for (int64_t p = begin; p < end; p += chunk)
+        for (int64_t p = begin; p < end && !worker.stopped(); p += chunk)
             for (int64_t i = 0; i < rows_; i += R) {
                 const int64_t count = p + chunk < end ? chunk : end - p;
                 if (early_ && balance_.look())
@@ -155,22 +155,25 @@ public:
         for (int64_t i = 0; i < S_; ++i) joint[i] = T(parts_[i].log());
     }
 
-    void run() {
+    // Gives a status.
+    [[nodiscard]] int run() {
         int64_t left_out = 0;
-        parallel_for(grid_.blocks * grid_.ranges, threads_, [&](int64_t unit, int worker) {
+        const int status = parallel_for(grid_.blocks * grid_.ranges, threads_, [&](int64_t unit, const Worker &worker) {
             const int64_t first = unit / grid_.ranges * grid_.rows, range = unit % grid_.ranges;
             const int64_t rows = first + grid_.rows < S_ ? grid_.rows : S_ - first;
             RowSums<T> sums(panels_, weights_, z_, S_, first, round_up(rows, kTileRows), early_,
-                            scratch_ + worker * scratch_size_);
-            sums.run(panels_.count * range / grid_.ranges, panels_.count * (range + 1) / grid_.ranges);
+                            scratch_ + worker.number * scratch_size_);
+            sums.run(panels_.count * range / grid_.ranges, panels_.count * (range + 1) / grid_.ranges, worker);
             for (int64_t i = 0; i < rows; ++i) parts_[range * S_ + first + i] = sums[i].total();
             for (int64_t i = 0; i < rows && range == 0; ++i) likely_[first + i] = sums.likely(i);
             __atomic_fetch_add(&saved_, sums.saved(), __ATOMIC_RELAXED);
             __atomic_fetch_add(&left_out, sums.left_out(), __ATOMIC_RELAXED);
         });
+        if (status != FASTVAE_OK) return status;
         count_visits(S_ * panels_.N * panels_.D - left_out, S_ * panels_.N * panels_.D);
         for (int64_t range = 1; range < grid_.ranges; ++range)
             for (int64_t i = 0; i < S_; ++i) parts_[i].add(parts_[range * S_ + i]);
+        return FASTVAE_OK;
     }
 
     // Whether stopping early saved a share of the work worth looking for again.

@@ -17,9 +17,13 @@ extern "C" {
 /* The number of this interface and of fastvae_cuda.h's: a digest of both files, which
  * tests/backends/test_c_interface.py gives. It stands in fastvae/backends/c_interface.py as well: the Python package
  * refuses a library that has another. */
-#define FASTVAE_INTERFACE 0x8651CD4
+#define FASTVAE_INTERFACE 0x70FFCE7
 
-enum fastvae_status { FASTVAE_OK = 0, FASTVAE_OUT_OF_MEMORY = 1 };
+enum fastvae_status {
+    FASTVAE_OK = 0,
+    FASTVAE_OUT_OF_MEMORY = 1,
+    FASTVAE_INTERRUPTED = 2 /* as fastvae_poll had it; outputs hold nothing of use */
+};
 enum fastvae_dtype { FASTVAE_F32 = 0, FASTVAE_F64 = 1 };
 enum fastvae_reduction {
     FASTVAE_NONE = 0,   /* [B, D] */
@@ -99,6 +103,12 @@ const char *fastvae_version(void);
 /* How many dimensions of pairs agg_log_prob visited, its backward too, and how many all pairs have, S N D for each pass
  * over them; in the whole process since this was last asked. */
 void fastvae_take_visits(int64_t *visited, int64_t *all);
+
+/* While the thread of this number computes in a kernel it calls `interrupted` about every 100 ms; where that gives
+ * anything but 0, the kernel ends and gives FASTVAE_INTERRUPTED. `interrupted` may take its time, and call kernels, in
+ * which it is not called again. Numbers are those of pthread_self(), on Windows of GetCurrentThreadId(). There is one
+ * such function and thread in the process; NULL for none, as at the beginning. */
+void fastvae_poll(int (*interrupted)(void), uint64_t thread);
 
 /* The instruction sets compiled in that this CPU can run, best first, space separated: "avx512 avx2 sse4". */
 const char *fastvae_instruction_sets(void);

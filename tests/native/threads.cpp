@@ -1,6 +1,6 @@
-// Every kernel on one thread and on four, in float and in double, alone, from several threads at once and in forked
-// children, without Python: for the thread sanitizer, and for machines that Python's tests do not reach (an emulated CPU,
-// Windows). There is no OpenMP runtime in this process, so the library's own pool is at work.
+// Every kernel on one thread and on four, in float and in double, alone, interrupted, from several threads at once and in
+// forked children, without Python: for the thread sanitizer, and for machines that Python's tests do not reach (an
+// emulated CPU, Windows). There is no OpenMP runtime in this process, so the library's own pool is at work.
 // Prints what differs and returns 1; float and double must agree roughly, thread counts bit for bit.
 
 #include <atomic>
@@ -11,7 +11,10 @@
 #include <thread>
 #include <vector>
 
-#if !defined(_WIN32)
+#if defined(_WIN32)
+#include <windows.h>
+#else
+#include <pthread.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #endif
@@ -36,6 +39,7 @@ template <class T> Values<T> noise(int64_t n, uint32_t seed, T scale = 1, T shif
 template <class T> struct Outputs {
     std::vector<std::string> names;
     std::vector<Values<T>> values;
+    int status = FASTVAE_OK;  // of all calls, or-ed
     T *add(const char *name, int64_t n) {
         names.emplace_back(name);
         values.emplace_back(n, T(NAN));
@@ -55,35 +59,40 @@ template <class T> Outputs<T> run_all(const fastvae_kernels &k, int threads) {
 #define WEIGHTS log_w.data(), 0.0, own.data(), -7.0, -5.0
     for (int reduction = 0; reduction < 4; ++reduction) {
         const int64_t size[] = {N * D, N, D, 1};
-        k.kl_gauss(mu.data(), D, logvar.data(), D, prior.data(), 0, nullptr, 0, N, D, reduction, 0.5,
-                   out.add("kl_gauss", size[reduction]), threads);
+        out.status |= k.kl_gauss(mu.data(), D, logvar.data(), D, prior.data(), 0, nullptr, 0, N, D, reduction, 0.5,
+                                 out.add("kl_gauss", size[reduction]), threads);
     }
-    k.kl_gauss_backward(g.data(), D, 1, 0.5, mu.data(), D, logvar.data(), D, prior.data(), 0, prior.data(), 0, N, D,
-                        out.add("kl d_mu", N * D), out.add("kl d_logvar", N * D), out.add("kl d_prior_mu", D),
-                        out.add("kl d_prior_logvar", D), threads);
-    k.sample_gauss(mu.data(), D, logvar.data(), D, &seed, L, N, D, out.add("z", L * N * D), out.add("log_q", L * N),
-                   out.add("log_p", L * N), out.add("kl", N), threads);
+    out.status |= k.kl_gauss_backward(g.data(), D, 1, 0.5, mu.data(), D, logvar.data(), D, prior.data(), 0,
+                                      prior.data(), 0, N, D, out.add("kl d_mu", N * D), out.add("kl d_logvar", N * D),
+                                      out.add("kl d_prior_mu", D), out.add("kl d_prior_logvar", D), threads);
+    out.status |= k.sample_gauss(mu.data(), D, logvar.data(), D, &seed, L, N, D, out.add("z", L * N * D),
+                                 out.add("log_q", L * N), out.add("log_p", L * N), out.add("kl", N), threads);
     const auto d_z = noise<T>(L * N * D, 7);
-    k.sample_gauss_backward(d_z.data(), d_z.data() + 1, d_z.data() + 2, d_z.data() + 3, mu.data(), D, logvar.data(), D,
-                            &seed, L, N, D, out.add("sample d_mu", N * D), out.add("sample d_logvar", N * D), threads);
-    k.cross_log_prob(z.data(), mu.data(), logvar.data(), S, N, D, out.add("cross", S * N), threads);
-    k.cross_log_prob_backward(g.data(), z.data(), mu.data(), logvar.data(), S, N, D, out.add("cross d_z", S * D),
-                              out.add("cross d_mu", N * D), out.add("cross d_logvar", N * D), threads);
+    out.status |= k.sample_gauss_backward(d_z.data(), d_z.data() + 1, d_z.data() + 2, d_z.data() + 3, mu.data(), D,
+                                          logvar.data(), D, &seed, L, N, D, out.add("sample d_mu", N * D),
+                                          out.add("sample d_logvar", N * D), threads);
+    out.status |= k.cross_log_prob(z.data(), mu.data(), logvar.data(), S, N, D, out.add("cross", S * N), threads);
+    out.status |= k.cross_log_prob_backward(g.data(), z.data(), mu.data(), logvar.data(), S, N, D,
+                                            out.add("cross d_z", S * D), out.add("cross d_mu", N * D),
+                                            out.add("cross d_logvar", N * D), threads);
     T *joint = out.add("joint", S);
-    k.agg_log_prob(z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, joint, 1, threads);
-    k.agg_log_prob_backward(g.data(), z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, nullptr,
-                            out.add("agg d_z", S * D), out.add("agg d_mu", N * D), out.add("agg d_logvar", N * D),
-                            out.add("agg d_log_w", N), 1, threads);
+    out.status |= k.agg_log_prob(z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, joint, 1, threads);
+    out.status |= k.agg_log_prob_backward(g.data(), z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, nullptr,
+                                          out.add("agg d_z", S * D), out.add("agg d_mu", N * D),
+                                          out.add("agg d_logvar", N * D), out.add("agg d_log_w", N), 1, threads);
     joint = out.add("joint again", S);
     T *marginals = out.add("marginals", S * D);
-    k.agg_log_prob_marginals(z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, joint, marginals, threads);
-    k.agg_log_prob_marginals_backward(g.data(), g.data() + S, joint, marginals, z.data(), mu.data(), logvar.data(),
-                                      WEIGHTS, S, N, D, out.add("marg d_z", S * D), out.add("marg d_mu", N * D),
-                                      out.add("marg d_logvar", N * D), out.add("marg d_log_w", N), threads);
+    out.status |= k.agg_log_prob_marginals(z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, joint, marginals,
+                                           threads);
+    out.status |= k.agg_log_prob_marginals_backward(g.data(), g.data() + S, joint, marginals, z.data(), mu.data(),
+                                                    logvar.data(), WEIGHTS, S, N, D, out.add("marg d_z", S * D),
+                                                    out.add("marg d_mu", N * D), out.add("marg d_logvar", N * D),
+                                                    out.add("marg d_log_w", N), threads);
     return out;
 }
 
 bool same(const Outputs<float> &a, const Outputs<float> &b) {
+    if (a.status != FASTVAE_OK || b.status != FASTVAE_OK) return false;
     for (size_t i = 0; i < a.values.size(); ++i)
         if (std::memcmp(a.values[i].data(), b.values[i].data(), a.values[i].size() * sizeof(float))) return false;
     return true;
@@ -97,6 +106,49 @@ bool same_from_several_threads(const fastvae_kernels &k, const Outputs<float> &e
     for (char &answer : right) callers.emplace_back([&] { answer = same(run_all<float>(k, 4), expected); });
     for (auto &caller : callers) caller.join();
     return right[0] && right[1] && right[2];
+}
+
+uint64_t this_thread() {
+#if defined(_WIN32)
+    return GetCurrentThreadId();
+#else
+    return uint64_t(pthread_self());
+#endif
+}
+
+// Every second time that it is asked this thread says that it has enough, after a call of its own. Other threads are not
+// asked, and what comes afterwards is complete.
+bool ends_when_interrupted(const fastvae_kernels &k, const Outputs<float> &expected, int threads) {
+    static struct {
+        const fastvae_kernels *k;
+        const Outputs<float> *expected;
+        uint64_t thread;
+        int times;
+        bool right;
+    } asked;
+    asked = {&k, &expected, this_thread(), 0, true};
+    fastvae_poll(
+        [] {
+            asked.right &= this_thread() == asked.thread && same(run_all<float>(*asked.k, 2), *asked.expected);
+            return int(++asked.times % 2 == 0);
+        },
+        asked.thread);
+    std::atomic<bool> enough{false};
+    bool right = true, right_elsewhere = true;
+    std::thread other([&] {
+        while (!enough) right_elsewhere &= same(run_all<float>(k, threads), expected);
+    });
+    for (int interrupted = 0; interrupted < 3 && right;) {
+        const int before = asked.times / 2;
+        const auto out = run_all<float>(k, threads);
+        const bool now = asked.times / 2 > before;
+        right = now ? out.status == FASTVAE_INTERRUPTED : same(out, expected);
+        interrupted += now;
+    }
+    fastvae_poll(nullptr, 0);
+    enough = true;
+    other.join();
+    return right && right_elsewhere && asked.right && same(run_all<float>(k, threads), expected);
 }
 
 // A child, and a child of that; as if so where there are none.
@@ -164,6 +216,7 @@ int main(int arguments, char **argument) {
             }
         }
         check(name, same_from_several_threads(f32, serial), "several callers at once");
+        check(name, ends_when_interrupted(f32, serial, 1) && ends_when_interrupted(f32, serial, 4), "interrupted calls");
         if (forks) check(name, same_in_forked_children(f32, serial), "forked children");
         if (forks) check(name, same_in_children_of_a_busy_process(f32, serial), "children of a busy process");
         std::printf("%s: %zu outputs checked\n", name, serial.values.size());
