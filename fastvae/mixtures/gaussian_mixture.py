@@ -88,6 +88,7 @@ class GaussianMixture:
     lower_bounds_: list[float]
     n_reseeded_: int
     n_batches_: int
+    _dtype: torch.dtype  # of the points
 
     def __init__(
         self,
@@ -117,8 +118,7 @@ class GaussianMixture:
                 f"max_iter: EM has not converged, as the change of mean log p(x) at step {options.max_iter}, the last,"
                 f" is {change}, and tol {options.tol:g}; take more steps, a larger tol, or other starts"
             )
-        self._keep(best.mixture, best.trace, x.dtype)
-        self.converged_, self.n_reseeded_, self.n_batches_ = best.converged, best.n_reseeded, 0
+        self._keep(best.mixture, best.trace, x.dtype, best.converged, best.n_reseeded, 0)
         return self
 
     def partial_fit(self, x: Tensor) -> "GaussianMixture":
@@ -149,9 +149,8 @@ class GaussianMixture:
         mixture = em_runs.regularized(
             weights / weights.sum(), mixture.means + share * moved, variances, x.dtype, options
         )
-        self._keep(mixture, [*(self.lower_bounds_ if started else []), log_likelihood], x.dtype)
-        self.converged_, self.n_batches_ = False, t
-        self.n_reseeded_ = self.n_reseeded_ if started else 0
+        trace = [*(self.lower_bounds_ if started else []), log_likelihood]
+        self._keep(mixture, trace, x.dtype, False, self.n_reseeded_ if started else 0, t)
         return self
 
     def fit_predict(self, x: Tensor) -> Tensor:
@@ -246,10 +245,28 @@ class GaussianMixture:
             seed=None if self.seed is None else check_seed("seed", self.seed),
         )
 
-    def _keep(self, mixture: Mixture, trace: list[float], dtype: torch.dtype) -> None:
-        self.weights_, self.means_, self.variances_ = mixture
-        self.lower_bounds_, self.lower_bound_, self.n_iter_ = trace, trace[-1], len(trace)
-        self._dtype = dtype
+    def _keep(
+        self,
+        mixture: Mixture,
+        trace: list[float],
+        dtype: torch.dtype,
+        converged: bool = False,
+        n_reseeded: int = 0,
+        n_batches: int = 0,
+    ) -> None:
+        """Set what a fit sets, all at once: a signal's handler may raise between two statements."""
+        vars(self).update(
+            weights_=mixture.weights,
+            means_=mixture.means,
+            variances_=mixture.variances,
+            converged_=converged,
+            n_iter_=len(trace),
+            lower_bound_=trace[-1],
+            lower_bounds_=trace,
+            n_reseeded_=n_reseeded,
+            n_batches_=n_batches,
+            _dtype=dtype,
+        )
 
     def _fitted(self, x: Tensor | None = None) -> Mixture:
         if not hasattr(self, "weights_"):
