@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import c_interface as c
+from . import interruption
 from .contract import Pairs, accumulation_dtype, kl_scale, kl_shape
 from .native_library import kernels
 from .native_library import status as status  # of this backend
@@ -25,8 +26,14 @@ if _HUGE_PAGES is not None:
 
 
 def _run(kernel: Any, *arguments: Any) -> None:
-    if kernel(*arguments, torch.get_num_threads()):
-        raise MemoryError("fastvae: no memory for the kernel's workspace")
+    try:
+        if status := kernel(*arguments, torch.get_num_threads()):
+            if status == c.INTERRUPTED:
+                raise interruption.raised()
+            raise MemoryError("fastvae: no memory for the kernel's workspace")
+    except BaseException:
+        interruption.forget()
+        raise
 
 
 def _in_huge_pages(out: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch  # first, because the library looks for torch's OpenMP runtime when it loads
 
 from . import c_interface as c
-from . import installed
+from . import installed, interruption
 from .settings import WrongSetting, setting
 
 LIBRARY = "libfastvae_cpu" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -34,6 +34,7 @@ def library() -> ctypes.CDLL:
     lib.fastvae_kernels_for.argtypes = (c_char_p, c_int)
     lib.fastvae_take_visits.restype = None
     lib.fastvae_take_visits.argtypes = (POINTER(c_int64), POINTER(c_int64))
+    interruption.watch(lib)
     return lib
 
 

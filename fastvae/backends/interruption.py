@@ -1,0 +1,74 @@
+"""Signals while a kernel of the native library computes, Ctrl-C above all. The library asks now and then, on Python's
+main thread, and their handlers run; what one of them raises ends the kernel, and comes out of its call."""
+
+import ctypes
+import functools
+import inspect
+import os
+import threading
+from collections.abc import Generator
+from ctypes import c_int, c_uint64
+from typing import Any
+
+POLL = ctypes.CFUNCTYPE(c_int)  # what fastvae_poll takes
+
+_poll: Any = None
+_watches: list["_Watch"] = []  # the last is the one that the library asks
+
+
+def _handlers(raised: list[BaseException]) -> Generator[int, None, None]:
+    """Yield 0 until a handler raises.
+
+    Handlers of signals that have come run where a generator goes on, which is within the `try`. Where a function begins
+    they would run before it, and ctypes would print what they raise, and drop it.
+    """
+    try:
+        while True:
+            yield 0
+    except BaseException as error:
+        raised += [error]
+
+
+class _Watch:
+    """Runs handlers until one raises, and keeps that."""
+
+    def __init__(self) -> None:
+        self.raised: list[BaseException] = []
+        self._handlers = _handlers(self.raised)
+        next(self._handlers)
+        self.ask = POLL(functools.partial(next, self._handlers, 1))  # 1 from the end on
+
+    @property
+    def over(self) -> bool:
+        return inspect.getgeneratorstate(self._handlers) == inspect.GEN_CLOSED
+
+
+def watch(library: ctypes.CDLL) -> None:
+    """Have the library ask from now on, in forked children too."""
+    global _poll
+    library.fastvae_poll.restype = None
+    library.fastvae_poll.argtypes = (POLL, c_uint64)
+    _poll = library.fastvae_poll
+    _renew()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_renew)
+
+
+def _renew() -> None:
+    new = _Watch()
+    _watches.append(new)  # before the library may call it, as it must not be freed then
+    _poll(new.ask, threading.main_thread().ident)
+
+
+def raised() -> BaseException:
+    """What ended a kernel: the exception, with the traceback that it has from the handler on."""
+    kept = _watches[-1].raised  # empty where two handlers have raised at once on Python 3.10, which has printed one
+    error = kept.pop() if kept else KeyboardInterrupt()
+    return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+
+
+def forget() -> None:
+    """Be ready for the next call, whatever came out of this one: another handler may have raised on the way."""
+    if threading.get_ident() == threading.main_thread().ident and _watches[-1].over:
+        _renew()
+        _watches[:] = [watch for watch in _watches if not watch.over]
