@@ -9,6 +9,8 @@
 // go round independently, each with its own copy of the shorter side's sums.
 #pragma once
 
+#include <sched.h>
+
 #include "buffer.h"
 #include "parallel.h"
 
@@ -50,8 +52,11 @@ public:
     }
 
 private:
+    // The other thread may wait for this one's core: after some looks it is given away (README.md).
     static void wait_for(const int64_t *done, int64_t round) {
-        while (__atomic_load_n(done, __ATOMIC_ACQUIRE) < round) {
+        constexpr int kLooks = 200;
+        for (int64_t looks = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < round; ++looks) {
+            if (looks >= kLooks) sched_yield();
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif
