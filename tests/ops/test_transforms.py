@@ -334,6 +334,14 @@ def test_scripted(function: str) -> None:
         torch.jit.script(getattr(fastvae, function.partition("(")[0]))
 
 
+@pytest.mark.parametrize("function", ["kl_gauss", "agg_log_prob"])
+def test_onnx_knows_no_such_operation(function: str) -> None:
+    op = FUNCTIONS[function](4, 3, 2)
+    module = Module(of_tensors(op.fast, list(op.inputs)))
+    with pytest.raises(Exception, match=f"unrecognized namespace fastvae::{function}"):
+        torch.onnx.export(module, tuple(x.detach() for x in op.inputs.values()), io.BytesIO(), dynamo=False)
+
+
 def table() -> str:
     """The table of docs/transforms.md, and the messages under it."""
     shown = list(dict.fromkeys(why for why, _, _ in REFUSED))

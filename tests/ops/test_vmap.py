@@ -193,7 +193,7 @@ def test_chunks_of_a_jacobian(backend: Target, chunk_size: int | None) -> None:
 
 
 def test_gradients_of_each_example_of_a_vae(backend: Target) -> None:
-    """Gradients of each example, as differentially private training clips them (Abadi et al. 2016)."""
+    """Gradients of each example, as differentially private training clips them."""
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(6, 4), nn.Linear(2, 6)
     vae = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
