@@ -270,8 +270,8 @@ def _seed(like: Tensor, seed: int | None, generator: torch.Generator | None) -> 
         if generator.device.type != like.device.type:
             raise ValueError(f"generator: expected one on the device of mu, {like.device}, got {generator.device}")
         return torch.empty((), dtype=torch.int64, device=like.device).random_(generator=generator)
-    if seed is None and in_a_transform():  # torch's own knows vmap's `randomness`
-        return torch.randint(2**63 - 1, (), device=like.device)
+    if seed is None and in_a_transform():  # the same number, by an operation that goes by vmap's `randomness`
+        return torch.randint(-(2**63), 2**63 - 1, (), device=like.device) & (2**63 - 1)
     if seed is None:
         # The compiler merges equal calls, even random ones, but not empty tensors: so each call gets one of its own.
         return _draw_seed(torch.empty(0, device=like.device) if torch.compiler.is_compiling() else like)

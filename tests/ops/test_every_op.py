@@ -33,7 +33,7 @@ from fastvae.backends.contract import REDUCTIONS, LogWeights
 
 # What the files of tests that are not of one op are about.
 TOPICS = {"categorical", "compile", "defaults", "derivatives", "early_exit", "errors", "every_op", "extremes"}
-TOPICS |= {"tolerance_rule", "triton_early_exit"}
+TOPICS |= {"tolerance_rule", "transforms", "triton_early_exit", "vmap"}
 
 
 def test_every_op_of_the_contract_is_tested() -> None:

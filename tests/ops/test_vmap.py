@@ -32,6 +32,17 @@ def test_random_numbers_have_to_be_allowed(backend: Target) -> None:
         vmap(lambda x: x + one_sample(torch.zeros(3), torch.zeros(3)))(torch.zeros(4, 3))
 
 
+def test_the_seed_is_that_of_a_call_outside(backend: Target) -> None:
+    zeros = torch.zeros(2, 3)
+    for n in range(8):
+        torch.manual_seed(n)
+        outside = one_sample(zeros, zeros)
+        torch.manual_seed(n)
+        assert torch.equal(vmap(one_sample, in_dims=(0, None), randomness="same")(zeros[None], zeros)[0], outside)
+        torch.manual_seed(n)
+        assert torch.equal(grad(lambda x: (one_sample(x, zeros) ** 2).sum() / 2)(zeros), outside)
+
+
 def test_the_same_noise_for_all(backend: Target) -> None:
     torch.manual_seed(0)
     z = noise("same")
