@@ -13,7 +13,7 @@ from . import installed
 from .contract import LogWeights
 from .settings import WrongSetting, setting
 
-INTERFACE = 0x70FFCE7  # FASTVAE_INTERFACE of kernels/include/fastvae.h
+INTERFACE = 0x724A505  # FASTVAE_INTERFACE of kernels/include/fastvae.h
 INTERRUPTED = 2  # a kernel's status, FASTVAE_INTERRUPTED
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
 SIZES = (c_int64,) * 3  # S, N, D or L, B, D

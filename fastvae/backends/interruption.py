@@ -60,11 +60,14 @@ def _renew() -> None:
     _poll(new.ask, threading.main_thread().ident)
 
 
-def raised() -> BaseException:
-    """What ended a kernel: the exception, with the traceback that it has from the handler on."""
-    kept = _watches[-1].raised  # empty where two handlers have raised at once on Python 3.10, which has printed one
-    error = kept.pop() if kept else KeyboardInterrupt()
-    return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+def raise_kept() -> None:
+    """Raise the exception that ended a kernel, with the traceback that it has from the handler on. There is none where
+    another signal's handler raised before all was ready for this kernel: be ready then."""
+    for watch in reversed(_watches):  # in a child that a handler forked, it is not the last that has it
+        if watch.raised:
+            error = watch.raised.pop()
+            raise error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+    forget()
 
 
 def forget() -> None:

@@ -60,8 +60,8 @@ def _without_a_level(values: Sequence[Any]) -> tuple[int, int, list[Any], list[i
     each. Torch gives no access to these tensors but the removal of a level, which adds an axis of the size asked for,
     here 1, where a tensor does not have it."""
     for level in range(1, 65):  # all there may be
-        without = {n: torch._remove_batch_dim(x, level, 1, 0) for n, x in enumerate(values) if _is_batched(x)}
-        size = next((len(x) for x in without.values() if len(x) != 1 or not _is_batched(x)), None)
+        without = {n: torch._remove_batch_dim(x, level, 1, 0) for n, x in enumerate(values) if is_in_autograds_batch(x)}
+        size = next((len(x) for x in without.values() if len(x) != 1 or not is_in_autograds_batch(x)), None)
         if size is not None:
             has_it = {n for n, x in without.items() if len(x) == size}
             flat = [without[n] if n in has_it else x for n, x in enumerate(values)]
@@ -69,5 +69,5 @@ def _without_a_level(values: Sequence[Any]) -> tuple[int, int, list[Any], list[i
     raise RuntimeError("fastvae: batches of one in batches of one, which autograd does not tell apart")
 
 
-def _is_batched(x: Any) -> bool:
+def is_in_autograds_batch(x: Any) -> bool:
     return isinstance(x, Tensor) and is_legacy_batchedtensor(x)

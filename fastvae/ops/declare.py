@@ -21,7 +21,7 @@ from torch.autograd import Function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from ..backends import backend_for, reference
-from .batching import Rule, in_autograds_batch, one_by_one
+from .batching import Rule, in_autograds_batch, is_in_autograds_batch, one_by_one
 from .modes import are_ordinary, have_tangents, in_a_transform, in_forward_mode, is_traced, seen_by_others
 
 TEMPORARIES = 40  # of [R, N, D], that a derivative of a backward's formula has at a time
@@ -77,7 +77,8 @@ class Op:
         with _AutoDispatchBelowAutograd():
             if not in_a_transform():
                 return self.handle(*arguments)
-            with torch.enable_grad(), _set_fwd_grad_enabled(True):  # for the levels below: a Function turns it off
+            # Transforms outside of this one differentiate this call. A Function's forward has turned that off for all.
+            with torch.enable_grad(), _set_fwd_grad_enabled(True):
                 return self.handle(*arguments)
 
     def differentiate(self, function: type[Function]) -> type[Function]:
@@ -90,7 +91,9 @@ class Op:
         function.forward = staticmethod(forward)  # type: ignore
         lists = str(self.handle._schema.returns[0].type) == "List[Tensor]"
 
-        def at_one_level(*arguments: Any) -> Any:  # of function transforms: the dispatcher tracks levels
+        def autograd(*arguments: Any) -> Any:
+            """The op's kernel for autograd, for the dispatcher. Of nested transforms it sees one, and so is to record
+            for one: the dispatcher calls it again for each."""
             if have_tangents(arguments):
                 return self.formula(*arguments)
             with enable_single_level_autograd_function():
@@ -99,7 +102,7 @@ class Op:
 
         # Not Function.apply itself, which binds arguments through `inspect.signature`: 20 us, three times the rest.
         self.record = super(Function, function).apply  # type: ignore[misc]
-        _library.impl(self.name, at_one_level, "Autograd")
+        _library.impl(self.name, autograd, "Autograd")
         return function
 
     def batch(self, rule: Rule) -> Rule:
@@ -126,19 +129,23 @@ class _Backward(Op):
         class OfFormula(Function):
             @staticmethod
             def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-                ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-                ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+                ctx.tensors = [place for place, x in enumerate(inputs) if isinstance(x, Tensor)]
+                ctx.save_for_backward(*(inputs[place] for place in ctx.tensors))
+                ctx.arguments = [None if isinstance(x, Tensor) else x for x in inputs]
 
             @staticmethod
             def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-                saved = iter(ctx.saved_tensors)
-                arguments = [next(saved) if other is None else other[0] for other in ctx.others]
+                arguments = list(ctx.arguments)
+                for place, x in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+                    arguments[place] = x
                 return self.pulled_back(arguments, ctx.needs_input_grad, upstream)
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch.is_grad_enabled() or in_forward_mode():
-            return super().__call__(*arguments)
-        return self.below_autograd(*arguments)
+        if not torch.is_grad_enabled() and not in_forward_mode():
+            return self.below_autograd(*arguments)
+        if any(is_in_autograds_batch(x) for x in arguments):  # the graph is that of the whole batch's call
+            return self.handle(*arguments)
+        return super().__call__(*arguments)
 
     def results(self, arguments: Sequence[Any]) -> list[int]:
         """The places of the arguments whose gradients are results, in order."""
@@ -150,27 +157,41 @@ class _Backward(Op):
     ) -> tuple[Tensor | None, ...]:
         """The gradients of the arguments that are wanted, from those of the results."""
         places = [place for place, want in enumerate(wanted) if want]
-        of_results = [place in self.rows for place in self.results(arguments)]
-        of_results = [True] * (len(upstream) - len(of_results)) + of_results
-        of_arguments = [place in self.rows for place in range(len(arguments))]
-        found: list[list[Tensor]] = [[] for _ in places]
+        if not self.rows:
+            return placed(_gradients(self.formula, arguments, places, upstream), wanted, len(wanted))
+        results = self.results(arguments)
+        before = len(upstream) - len(results)
+        by_chunk: dict[int, list[Tensor]] = {place: [] for place in places if place in self.rows}
+        added_up: dict[int, Tensor] = {}
         z, mu, *_ = (arguments[place] for place in self.inputs)
-        for rows in reference.row_chunks(z, mu, TEMPORARIES) if self.rows else [...]:
-            part = _rows(arguments, of_arguments, rows)
+        for rows in reference.row_chunks(z, mu, TEMPORARIES):
+            part = [x[rows] if place in self.rows and x is not None else x for place, x in enumerate(arguments)]
+            above = [g[rows] for g in upstream[:before]]
+            above += [g[rows] if place in self.rows else g for place, g in zip(results, upstream[before:], strict=True)]
+            for place, gradient in zip(places, _gradients(self.formula, part, places, above), strict=True):
+                if place in by_chunk:
+                    by_chunk[place].append(gradient)
+                else:
+                    added_up[place] = added_up[place] + gradient if place in added_up else gradient
+        whole = [torch.cat(by_chunk[place]) if place in by_chunk else added_up[place] for place in places]
+        return placed(whole, wanted, len(wanted))
 
-            def formula(*chosen: Tensor, part: list[Any] = part) -> tuple[Tensor, ...]:
-                replaced = dict(zip(places, chosen, strict=True))
-                return tuple(self.formula(*(replaced.get(place, x) for place, x in enumerate(part))))
 
-            pull = torch.func.vjp(formula, *(part[place] for place in places))[1]
-            for n, gradient in enumerate(pull(tuple(_rows(upstream, of_results, rows)))):
-                of_chunks = places[n] in self.rows or not found[n]
-                found[n] = [*found[n], gradient] if of_chunks else [found[n][0] + gradient]
-        return placed([torch.cat(g) if len(g) > 1 else g[0] for g in found], wanted, len(wanted))
-
-
-def _rows(values: Sequence[Any], by_rows: Sequence[bool], rows: Any) -> list[Any]:
-    return [x[rows] if which and x is not None else x for x, which in zip(values, by_rows, strict=True)]
+def _gradients(
+    formula: Callable[..., Any], arguments: Sequence[Any], places: Sequence[int], upstream: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """The gradients of a formula's results with respect to the arguments at these places."""
+    with torch.enable_grad():
+        inputs = {place: arguments[place].view_as(arguments[place]) for place in places}
+        results = formula(*(inputs.get(place, x) for place, x in enumerate(arguments)))
+    pairs = [(result, g) for result, g in zip(results, upstream, strict=True) if result.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(x) for x in inputs.values()]
+    return torch.autograd.grad(
+        *([result for result, _ in pairs], list(inputs.values()), [g for _, g in pairs]),
+        create_graph=torch.is_grad_enabled(),
+        materialize_grads=True,
+    )
 
 
 def declare(

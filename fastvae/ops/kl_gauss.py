@@ -4,7 +4,6 @@ KL(N(m, s²) ‖ N(m_p, s_p²)) = ½ (expm1(Δ) − Δ + (m − m_p)² / s_p²) 
 (Zheng, eq. 16, for a general diagonal prior; written so that rounding cannot make it negative).
 """
 
-import itertools
 from typing import Any
 
 import torch
@@ -86,9 +85,10 @@ def _backward_batched(V: int, in_dims: Any, *arguments: Any) -> tuple[list[Tenso
     # In the accumulation dtype, so that the sum of a prior's gradients over its rows is rounded once.
     rows = [None if x is None else x.to(accumulation_dtype(x.dtype)).expand(V, B, D).flatten(0, 1) for x in inputs]
     gradients = _kl_gauss_backward(grad.flatten(0, 1), *rows, by_row, wanted)
+    found = [inputs[place - 1] for place in _kl_gauss_backward.results(arguments)]
     return [
         gradient.unflatten(0, (V, B)).sum_to_size(x.shape).to(x.dtype)
-        for gradient, x in zip(gradients, itertools.compress(inputs, wanted), strict=True)
+        for gradient, x in zip(gradients, found, strict=True)
     ], 0
 
 

@@ -133,7 +133,7 @@ class _Formulas:
 
 @_sample_gauss.batch
 def _batched(V: int, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], Any]:
-    if in_dims[2] is None:
+    if in_dims[2] is None or V == 0:
         return one_by_one(_sample_gauss)(V, in_dims, *arguments)
     mu, logvar, seed = leading(arguments[:3], in_dims, V)
     n_samples, outputs = arguments[3:]
@@ -144,7 +144,7 @@ def _batched(V: int, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], Any]:
 
 @_sample_gauss_backward.batch
 def _backward_batched(V: int, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], int]:
-    if in_dims[6] is None:
+    if in_dims[6] is None or V == 0:
         return one_by_one(_sample_gauss_backward)(V, in_dims, *arguments)
     *upstream, mu, logvar, seed = leading(arguments[:7], in_dims, V)
     n_samples, wanted = arguments[7:]

@@ -17,7 +17,7 @@ extern "C" {
 /* The number of this interface and of fastvae_cuda.h's: a digest of both files, which
  * tests/backends/test_c_interface.py gives. It stands in fastvae/backends/c_interface.py as well: the Python package
  * refuses a library that has another. */
-#define FASTVAE_INTERFACE 0x70FFCE7
+#define FASTVAE_INTERFACE 0x724A505
 
 enum fastvae_status {
     FASTVAE_OK = 0,
@@ -106,8 +106,9 @@ void fastvae_take_visits(int64_t *visited, int64_t *all);
 
 /* While the thread of this number computes in a kernel it calls `interrupted` about every 100 ms; where that gives
  * anything but 0, the kernel ends and gives FASTVAE_INTERRUPTED. `interrupted` may take its time, and call kernels, in
- * which it is not called again. Numbers are those of pthread_self(), on Windows of GetCurrentThreadId(). There is one
- * such function and thread in the process; NULL for none, as at the beginning. */
+ * which it is not called again; a child that it forks must not return from it where several threads compute. Numbers
+ * are those of pthread_self(), on Windows of GetCurrentThreadId(). There is one such function and thread in the process;
+ * NULL for none, as at the beginning. */
 void fastvae_poll(int (*interrupted)(void), uint64_t thread);
 
 /* The instruction sets compiled in that this CPU can run, best first, space separated: "avx512 avx2 sse4". */

@@ -198,8 +198,8 @@ def test_a_handler_that_returns_changes_nothing() -> None:
     expected = call()
     handled: list[Tensor] = []
     with alarm(lambda *_: handled.append(native.agg_log_prob(short)), after=0.05, again=0.1):
-        assert_same(call(), expected)
-    assert handled
+        while not handled:
+            assert_same(call(), expected)
     assert_same(handled, [native.agg_log_prob(short)] * len(handled))
 
 
@@ -212,7 +212,7 @@ def test_the_exception_and_its_traceback() -> None:
     with alarm(raising), pytest.raises(Enough, match="of it") as caught:
         LONG_CALLS["agg_log_prob"]()
     assert isinstance(caught.value.__cause__, ValueError)
-    assert [frame.name for frame in traceback.extract_tb(caught.tb)][-2:] == ["_run", "raising"]
+    assert [frame.name for frame in traceback.extract_tb(caught.tb)][-3:] == ["_run", "raise_kept", "raising"]
     kept = weakref.ref(caught.value)
     del caught
     gc.collect()
@@ -240,6 +240,49 @@ def test_two_signals_at_once() -> None:
     assert len(interruption._watches) == 1
 
 
+def test_a_signal_while_the_library_gets_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second handler raises before the next kernel can be watched. That one runs to its end nevertheless."""
+    renew, expected = interruption._renew, native.agg_log_prob(pairs(20_000, 6000, 32))
+
+    def second(*_: object) -> None:
+        raise TimeoutError
+
+    def interrupted() -> None:
+        monkeypatch.setattr(interruption, "_renew", renew)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        renew()
+
+    before = signal.signal(signal.SIGUSR1, second)
+    try:
+        monkeypatch.setattr(interruption, "_renew", interrupted)
+        with alarm(raise_enough), pytest.raises(TimeoutError):
+            LONG_CALLS["agg_log_prob"]()
+        assert interruption._watches[-1].over
+        assert_same([native.agg_log_prob(pairs(20_000, 6000, 32))], [expected])
+        assert_interrupted(LONG_CALLS["agg_log_prob"])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_handler_that_forks() -> None:
+    """What it raises in the child, where one thread computes, comes out there."""
+    torch.set_num_threads(1)
+    parent, children = os.getpid(), []
+
+    def fork(*_: object) -> None:
+        children.append(os.fork())
+        raise Enough("in the child" if children[0] == 0 else "in the parent")
+
+    try:
+        with alarm(fork), pytest.raises(Enough, match="in the parent"):
+            LONG_CALLS["agg_log_prob"]()
+    finally:
+        if os.getpid() != parent:
+            error = sys.exc_info()[1]
+            os._exit(7 if isinstance(error, Enough) or "in the child" in str(error) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 7
+
+
 def test_ctrl_c() -> None:
     """Of a whole program, which ends as one does that is interrupted in Python."""
     code = """
@@ -261,7 +304,8 @@ fastvae.agg_log_prob(z, mu, logvar)
         assert time.monotonic() - begin < SOON + 2  # with the interpreter's end
     assert child.returncode == -signal.SIGINT
     assert "ignored" not in errors
-    assert errors.endswith("in _run\n    raise interruption.raised()\nKeyboardInterrupt\n")
+    assert "in _run\n" in errors
+    assert errors.endswith("KeyboardInterrupt\n")
 
 
 # Threads and children

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import Target
 from support.helpers import draw
+from support.ops import OPS, op_named
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
@@ -192,6 +193,22 @@ def test_half_precision_rounds_a_priors_gradient_once(backend: Target, dtype: to
     expected = (prior.double() - mu.double()).sum(1)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_empty_batch(backend: Target, name: str) -> None:
+    """An empty batch, such as one drawn example by example may be, has empty results and gradients of 0."""
+    op = op_named(name)
+    inputs = {key: x.detach()[None][:0] for key, x in op.inputs.items()}
+    one = op.fast(**op.inputs)
+    for randomness in ("same", "different"):
+        found = vmap(lambda x: op.fast(**x), randomness=randomness)(inputs)
+        for a, b in zip(*([r] if isinstance(r, Tensor) else r for r in (found, one)), strict=True):
+            assert (a.shape, a.dtype) == ((0, *b.shape), b.dtype)
+    leaf = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    z = vmap(one_sample, in_dims=(0, None), randomness="different")(torch.zeros(0, 3, dtype=torch.float64), leaf)
+    assert z.shape == (0, 3)
+    assert not torch.autograd.grad(z.sum(), leaf)[0].any()
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
