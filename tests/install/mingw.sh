@@ -18,7 +18,7 @@ $target-objdump -p "$library" > "$work/log"
 needed=$(sed -n 's/.*DLL Name: //p' "$work/log" | tr '[:upper:]' '[:lower:]' | sort | xargs)
 exported=$(sed -n 's/.*\] \(fastvae_[a-z_]*\)$/\1/p' "$work/log" | sort | xargs)
 [ "$needed" = "kernel32.dll msvcrt.dll" ] || fail "needs $needed"
-[ "$exported" = "fastvae_instruction_sets fastvae_interface fastvae_kernels_for fastvae_take_visits fastvae_version" ] ||
+[ "$exported" = "fastvae_instruction_sets fastvae_interface fastvae_kernels_for fastvae_poll fastvae_take_visits fastvae_version" ] ||
   fail "exports $exported"
 
 if command -v wine > /dev/null; then
