@@ -46,6 +46,10 @@ def log(x: float) -> float:
 def _symbolic_log(x: Any) -> Any:
     if not isinstance(x, torch.SymFloat):
         return math.log(x)
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "weights: torch.export has no logarithm of a dynamic size; expected a static number of posteriors"
+        )
     symbolic_log2: Any = torch._sym_log2  # type: ignore[attr-defined]
     return symbolic_log2(x) * math.log(2)  # the one logarithm of symbolic numbers
 

@@ -19,9 +19,9 @@ struct Worker {
     bool stopped() const;
 };
 
-// Calls body(context, unit, worker) for every unit in [0, units) on at most `threads` threads. Units begin in order; where
-// the call is given up no more begin. Gives FASTVAE_OK or FASTVAE_INTERRUPTED. Runs on one thread while another one is
-// here (parallel.cpp).
+// Calls body(context, unit, worker) for every unit in [0, units) on at most `threads` threads. Units begin in order;
+// where the call is given up no more begin. Gives FASTVAE_OK or FASTVAE_INTERRUPTED. Runs on one thread while another
+// one is here (parallel.cpp).
 [[nodiscard]] int run_units(int64_t units, int threads,
                             void (*body)(void *context, int64_t unit, const Worker &worker), void *context);
 

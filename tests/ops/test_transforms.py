@@ -15,6 +15,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import QUICK, TARGETS, Target
+from support.helpers import draw
 from support.host_simt import ROOT
 from support.ops import OPS, Op, op_named
 from support.transforms import COMPILED, EAGER, EXPORTED, Function, Module, Transform
@@ -140,6 +141,30 @@ def test_compiled(function: str, transform: str) -> None:
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_exported(function: str, transform: str) -> None:
     hold(transform, function, EXPORTED[transform], lambda f, *x: f(*x))
+
+
+SIZES = {"kl_gauss": "", "reparameterize": "", "cross_log_prob": "z", "agg_log_prob": "z", "agg_entropy": "z"}
+
+
+@pytest.mark.parametrize("function", SIZES)
+def test_exported_with_a_dynamic_size(function: str) -> None:
+    def call(*x: Tensor) -> Tensor:
+        seed = {"seed": 1} if function == "reparameterize" else {}
+        result: Tensor = getattr(fastvae, function)(*x, **seed)
+        return result
+
+    names = [*SIZES[function], "mu", "logvar"]
+    four, nine = ([draw(n, 3, seed=k) for k in range(len(names))] for n in (4, 9))
+    size = torch.export.Dim("B", min=2, max=100)
+
+    def export() -> Any:
+        return torch.export.export(Module(call), tuple(four), dynamic_shapes=(({0: size},) * len(names),))
+
+    if function == "agg_entropy":
+        with pytest.raises(RuntimeError, match=r"weights: torch\.export has no logarithm"):
+            export()
+    else:
+        assert torch.equal(export().module()(*nine)[0], call(*nine))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
