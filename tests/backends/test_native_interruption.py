@@ -286,7 +286,8 @@ def test_a_handler_that_forks() -> None:
 def test_ctrl_c() -> None:
     """Of a whole program, which ends as one does that is interrupted in Python."""
     code = """
-import torch, fastvae
+import signal, torch, fastvae
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 z, mu, logvar = torch.zeros(3, 100_000, 32, dtype=torch.float64)
 fastvae.agg_log_prob(z[:9], mu, logvar)
 print("begun", flush=True)

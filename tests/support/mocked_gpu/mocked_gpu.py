@@ -271,8 +271,8 @@ def adapt_triton(jit: Any) -> None:
     jit.JITFunction.run = run
 
 
-def adapt_ops(library: Any) -> None:
-    library._PLAIN += (GpuTensor,)
+def adapt_modes(modes: Any) -> None:
+    modes._PLAIN += (GpuTensor,)
 
 
 def computed(backend: str, name: str, refusal: str) -> Callable[..., Any]:

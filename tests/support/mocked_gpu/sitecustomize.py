@@ -9,7 +9,7 @@ from typing import Any
 LATER = {  # module: the function of mocked_gpu.py that adapts it, as soon as it has been imported
     "torch": "adapt_torch",
     "triton.runtime.jit": "adapt_triton",
-    "fastvae.ops.declare": "adapt_ops",
+    "fastvae.ops.modes": "adapt_modes",
     "fastvae.backends.cuda": "adapt_backend_cuda",
     "fastvae.backends.triton": "adapt_backend_triton",
 }
