@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import accumulation_dtype
+from .modes import is_traced
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MOST_SAMPLES = 2**40  # more than fit into any memory, few enough for their bytes to be counted in 64 bits
@@ -96,7 +97,7 @@ def check_count(name: str, value: Any, *, least: int = 0, most: int = 2**63 - 1)
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
         return value  # type: ignore[return-value]
-    if isinstance(value, Tensor) and torch.jit.is_tracing():
+    if isinstance(value, Tensor) and is_traced():
         raise RuntimeError(f"{name}: a size cannot be recorded by torch.jit.trace; expected torch.export.export")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
