@@ -4,7 +4,6 @@ bounded memory. test_transforms.py has the ways to ask for them."""
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from conftest import Target
 from support.helpers import HALVES, draw, normals
 from support.host_simt import ROOT
 from support.ops import FUSED, OPS, op_named
+from support.transforms import of_tensors, outputs, tuples
 from torch import Tensor
 from torch.autograd import functional, gradcheck, gradgradcheck
 
@@ -27,9 +27,7 @@ def test_gradcheck_of_all_kinds(backend: Target, name: str) -> None:
     op = op_named(name, torch.float64, 3, 2, 2)
     inputs = list(op.inputs.values())
 
-    def fast(*x: Tensor) -> Any:
-        return op.fast(**dict(zip(op.inputs, x, strict=True)))
-
+    fast = of_tensors(op.fast, list(op.inputs))
     kinds = {"check_batched_grad": True, "check_forward_ad": True, "check_batched_forward_grad": True}
     assert gradcheck(fast, inputs, fast_mode=backend.slow, **kinds)
     assert gradgradcheck(fast, inputs, fast_mode=backend.slow, check_batched_grad=True, check_fwd_over_rev=True)
@@ -40,11 +38,10 @@ def test_a_graph_that_is_not_used_changes_nothing(backend: Target, name: str) ->
     """A graph that is not used changes nothing, as where the penalty is on another part of the model."""
     op = op_named(name)
     inputs = list(op.inputs.values())
-    outputs = op.fast(**op.inputs)
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    upstream = [torch.ones_like(o) for o in outputs]
-    plain = torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
-    with_graph = torch.autograd.grad(outputs, inputs, upstream, create_graph=True)
+    results = outputs(of_tensors(op.fast, list(op.inputs)), *inputs)
+    upstream = [torch.ones_like(r) for r in results]
+    plain = torch.autograd.grad(results, inputs, upstream, retain_graph=True)
+    with_graph = torch.autograd.grad(results, inputs, upstream, create_graph=True)
     for a, b in zip(plain, with_graph, strict=True):
         assert torch.equal(a, b.detach())
 
@@ -75,12 +72,8 @@ def test_float32(backend: Target, name: str) -> None:
     op = op_named(name, torch.float32)
 
     def loss(f: Callable[..., object]) -> Callable[..., Tensor]:
-        def of(*x: Tensor) -> Tensor:
-            outputs = f(**dict(zip(op.inputs, x, strict=True)))
-            outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-            return total(o.double().square().log1p() for o in outputs)  # type: ignore[attr-defined]
-
-        return of
+        of = of_tensors(f, list(op.inputs))
+        return lambda *x: total(o.double().square().log1p() for o in outputs(of, *x))
 
     found = second(loss(op.fast), *op.inputs.values())
     expected = second(loss(op.formula), *(x.detach().double() for x in op.inputs.values()))
@@ -108,15 +101,8 @@ def test_upstream_gradients_of_zero_have_derivatives(backend: Target, name: str)
     op = op_named(name)
     x = tuple(t.detach() for t in op.inputs.values())
 
-    def tuples(f: Callable[..., object]) -> Callable[..., tuple[Tensor, ...]]:
-        def of(*x: Tensor) -> tuple[Tensor, ...]:
-            outputs = f(**dict(zip(op.inputs, x, strict=True)))
-            return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)  # type: ignore[arg-type]
-
-        return of
-
-    found = functional.jvp(tuples(op.fast), x, x)[1]
-    expected = torch.func.jvp(tuples(op.formula), x, x)[1]
+    found = functional.jvp(tuples(of_tensors(op.fast, list(op.inputs))), x, x)[1]
+    expected = torch.func.jvp(tuples(of_tensors(op.formula, list(op.inputs))), x, x)[1]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -144,13 +130,9 @@ def test_extremes_are_finite(backend: Target, name: str) -> None:
     op = op_named(name)
     wide = [40 * x.detach() if "logvar" in key else 1e3 * x.detach() for key, x in op.inputs.items()]
 
-    def loss(*x: Tensor) -> Tensor:
-        outputs = op.fast(**dict(zip(op.inputs, x, strict=True)))
-        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-        return total(outputs)
-
     leaves = [x.requires_grad_() for x in wide]
-    gradients = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    value = total(outputs(of_tensors(op.fast, list(op.inputs)), *leaves))
+    gradients = torch.autograd.grad(value, leaves, create_graph=True)
     for g in torch.autograd.grad(total(gradients), leaves):
         assert g.isfinite().all()
 

@@ -18,7 +18,7 @@ from conftest import QUICK, TARGETS, Target
 from support.helpers import draw
 from support.host_simt import ROOT
 from support.ops import OPS, Op, op_named
-from support.transforms import COMPILED, EAGER, EXPORTED, Function, Module, Transform
+from support.transforms import COMPILED, EAGER, EXPORTED, Function, Module, Transform, of_tensors
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -84,10 +84,6 @@ def refusal(transform: str, function: str) -> str | None:
     return next(
         (why for why, transforms, functions in REFUSED if transform in transforms and function in functions), None
     )
-
-
-def of_tensors(f: Callable[..., Any], names: list[str]) -> Function:
-    return lambda *x: f(**dict(zip(names, x, strict=True)))
 
 
 def hold(

@@ -15,6 +15,11 @@ Function = Callable[..., Any]
 Transform = Callable[..., Any]
 
 
+def of_tensors(f: Callable[..., Any], names: list[str]) -> Function:
+    """A function of named tensors, as one of tensors in the order of these names."""
+    return lambda *x: f(**dict(zip(names, x, strict=True)))
+
+
 def outputs(f: Function, *x: Tensor) -> tuple[Tensor, ...]:
     results = f(*x)
     return (results,) if isinstance(results, Tensor) else tuple(results)
