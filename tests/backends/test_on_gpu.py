@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from conftest import Target, computing_on
-from support.helpers import assert_same, evaluate
+from support.helpers import assert_same, evaluate, tensors
 from support.ops import FUSED, op_named
 from torch import Tensor
 
@@ -33,12 +33,10 @@ def training_step(name: str, S: int = 129, N: int = 97, D: int = 33) -> Callable
     """Forward and backward on inputs that stay where they are."""
     op = op_named(name, torch.float32, S, N, D)
     leaves = {key: x.detach().clone().requires_grad_() for key, x in op.inputs.items()}
-    outputs = op.fast(**leaves)
-    upstream = [torch.randn_like(o) for o in ([outputs] if isinstance(outputs, Tensor) else outputs)]
+    upstream = [torch.randn_like(o) for o in tensors(op.fast(**leaves))]
 
     def step() -> list[Tensor]:
-        outputs = op.fast(**leaves)
-        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        outputs = tensors(op.fast(**leaves))
         return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, list(leaves.values()), upstream)]
 
     return step

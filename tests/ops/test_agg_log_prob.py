@@ -31,6 +31,7 @@ from support.helpers import (
     lay_out,
     needing_gradients,
     samples,
+    tensors,
 )
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
@@ -167,8 +168,7 @@ def test_gradcheck(backend: Target, name: str, kind: str) -> None:
     inputs = weighted(samples(5, 4, 2, torch.float64), weights)
 
     def finite(*x: Tensor) -> tuple[Tensor, ...]:
-        outputs = fast(**dict(zip(inputs, x, strict=True)))
-        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        outputs = tensors(fast(**dict(zip(inputs, x, strict=True))))
         return tuple(o.where(o > -INF, 0) for o in outputs)  # numerical differences of -inf are NaN
 
     assert torch.autograd.gradcheck(finite, tuple(inputs.values()), fast_mode=backend.slow)

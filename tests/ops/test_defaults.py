@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NATIVE, REFERENCE, computing_on
-from support.helpers import draw
+from support.helpers import draw, tensors
 from torch import Tensor, nn
 
 import fastvae
@@ -81,10 +81,6 @@ CALLS: dict[str, Callable[..., Any]] = {
 def on_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
     with computing_on({**REFERENCE, **NATIVE}[request.param]):
         yield
-
-
-def tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
 
 
 @pytest.mark.filterwarnings("ignore:mi:UserWarning")

@@ -20,6 +20,7 @@ from support.helpers import (
     evaluate,
     lay_out,
     negated,
+    tensors,
 )
 from support.host_simt import ROOT
 from support.ops import FUSED, KERNELS, OPS, op_named
@@ -258,8 +259,7 @@ def test_inference_mode(backend: Target, name: str) -> None:
     plain = {key: x.detach() for key, x in op.inputs.items()}
     with torch.inference_mode():
         inside = {key: x.clone() for key, x in plain.items()}
-        output = op.fast(**inside)
-        results = [output] if isinstance(output, Tensor) else list(output)
+        results = tensors(op.fast(**inside))
         assert all(r.is_inference() for r in results)
         assert_same(results, evaluate(op.fast, plain))
 
@@ -270,8 +270,7 @@ def test_function_transforms(name: str, compiler: str | None) -> None:
     fast = op_named(name).fast
 
     def loss(inputs: dict[str, Tensor]) -> Tensor:
-        output = fast(**inputs)
-        return output.sum() if isinstance(output, Tensor) else torch.stack([o.sum() for o in output]).sum()
+        return torch.stack([o.sum() for o in tensors(fast(**inputs))]).sum()
 
     transformed = torch.func.grad(loss)
     if compiler:
@@ -292,8 +291,7 @@ def test_other_defaults(backend: Target, name: str) -> None:
     try:
         torch.set_default_dtype(torch.float64)
         with torch.device("meta"):
-            outputs = op.fast(**op.inputs)
-            outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            outputs = tensors(op.fast(**op.inputs))
             gradients = torch.autograd.grad(outputs, list(op.inputs.values()), upstream)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -307,7 +305,7 @@ def test_meta_tensors_give_shapes(name: str) -> None:
     with torch.device("meta"):
         results = op.fast(**there)
     for got, real in zip(
-        [results] if isinstance(results, Tensor) else results,
+        tensors(results),
         evaluate(op.fast, {key: x.detach() for key, x in op.inputs.items()}),
         strict=True,
     ):
@@ -320,11 +318,10 @@ def test_autocast(backend: Target, name: str) -> None:
     weight = torch.eye(3, requires_grad=True)
     with torch.autocast(backend.device, dtype=torch.bfloat16):
         inputs = {k: x.detach() @ weight if x.shape[-1:] == (3,) else x for k, x in op.inputs.items()}
-        outputs = op.fast(**inputs)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        outputs = tensors(op.fast(**inputs))
     assert inputs["mu"].dtype == torch.bfloat16
     assert_same([o.detach() for o in outputs], evaluate(op.fast, {k: x.detach() for k, x in inputs.items()}))
-    sum(o.float().sum() for o in outputs).backward()
+    torch.stack([o.float().sum() for o in outputs]).sum().backward()
     assert weight.grad is not None
     assert weight.grad.isfinite().all()
     assert weight.grad.abs().sum() > 0

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Target
-from support.helpers import draw
+from support.helpers import draw, tensors
 from support.ops import OPS, op_named
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
@@ -203,7 +203,7 @@ def test_an_empty_batch(backend: Target, name: str) -> None:
     one = op.fast(**op.inputs)
     for randomness in ("same", "different"):
         found = vmap(lambda x: op.fast(**x), randomness=randomness)(inputs)
-        for a, b in zip(*([r] if isinstance(r, Tensor) else r for r in (found, one)), strict=True):
+        for a, b in zip(tensors(found), tensors(one), strict=True):
             assert (a.shape, a.dtype) == ((0, *b.shape), b.dtype)
     leaf = torch.ones(3, dtype=torch.float64, requires_grad=True)
     z = vmap(one_sample, in_dims=(0, None), randomness="different")(torch.zeros(0, 3, dtype=torch.float64), leaf)

@@ -6,7 +6,7 @@ the CPU, and says `done`; with `fake` it only has the compiler's tensors without
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from support.helpers import Results  # noqa: E402
+from support.helpers import evaluate  # noqa: E402
 from support.ops import OPS, op_named  # noqa: E402
 
 import fastvae  # noqa: E402
@@ -78,19 +78,13 @@ def register() -> list[torch.library.Library]:
     return [rest, aten]  # as long as these live
 
 
-def results(f: Callable[..., Results], inputs: dict[str, Tensor]) -> list[Tensor]:
-    outputs = f(**inputs)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    upstream = [torch.ones_like(o) for o in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, list(inputs.values()), upstream)]
-
-
 def differences() -> Iterator[str]:
     for name in OPS:
         op = op_named(name)
-        found = results(op.fast, {key: There(x.detach().clone()).requires_grad_() for key, x in op.inputs.items()})
+        inputs = {key: There(x.detach().clone()).requires_grad_() for key, x in op.inputs.items()}
+        found = evaluate(op.fast, inputs, torch.ones_like)
         with fastvae.use_backend("reference"):
-            expected = results(op.fast, op.inputs)
+            expected = evaluate(op.fast, op.inputs, torch.ones_like)
         for n, (x, y) in enumerate(zip(found, expected, strict=True)):
             if not is_there(x) or not torch.equal(here(x.detach()), y.detach()):
                 yield f"{name}: result {n}"
@@ -103,9 +97,9 @@ def fakes() -> Iterator[str]:
             inputs = {
                 key: torch.empty(x.shape, dtype=x.dtype, device=NAME).requires_grad_() for key, x in op.inputs.items()
             }
-            found = results(op.fast, inputs)
-            graph = make_fx(functools.partial(results, op.fast), tracing_mode="fake")(inputs)
-        for n, (x, y) in enumerate(zip(found, results(op.fast, op.inputs), strict=True)):
+            step = functools.partial(evaluate, op.fast, upstream=torch.ones_like)
+            found, graph = step(inputs), make_fx(step, tracing_mode="fake")(inputs)
+        for n, (x, y) in enumerate(zip(found, evaluate(op.fast, op.inputs), strict=True)):
             if (x.device.type, x.shape, x.dtype) != (NAME, y.shape, y.dtype):
                 yield f"{name}: result {n} is {x}"
         called = [str(node.target) for node in graph.graph.nodes if "fastvae" in str(node.target)]

@@ -139,6 +139,11 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return normals.to(torch.get_default_device())
 
 
+def tensors(results: Results) -> list[Tensor]:
+    """One tensor or several, as a list."""
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
 def evaluate(
     function: Callable[..., Results], inputs: Named, upstream: Callable[[Tensor], Tensor] | None = None
 ) -> list[Tensor]:
@@ -146,8 +151,7 @@ def evaluate(
     upstream gradient that is random but fixed unless given."""
     upstream = upstream or (lambda output: draw(*output.shape, seed=1).to(output))
     leaves = {name: x.detach().requires_grad_(x.requires_grad) for name, x in inputs.items()}
-    outputs = function(**leaves)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    outputs = tensors(function(**leaves))
     wanted = [x for x in leaves.values() if x.requires_grad]
     given = [upstream(o) for o in outputs]
     gradients = torch.autograd.grad(outputs, wanted, given, materialize_grads=True) if wanted else ()

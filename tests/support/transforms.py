@@ -11,6 +11,8 @@ from torch.autograd import forward_ad, functional
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from .helpers import tensors
+
 Function = Callable[..., Any]
 Transform = Callable[..., Any]
 
@@ -21,8 +23,7 @@ def of_tensors(f: Callable[..., Any], names: list[str]) -> Function:
 
 
 def outputs(f: Function, *x: Tensor) -> tuple[Tensor, ...]:
-    results = f(*x)
-    return (results,) if isinstance(results, Tensor) else tuple(results)
+    return tuple(tensors(f(*x)))
 
 
 def loss_of(f: Function) -> Function:
