@@ -82,7 +82,7 @@ SEED = torch.tensor(1)
 POSTERIORS = zeros(64, 1000), zeros(64, 1000)
 LONG_CALLS: dict[str, Callable[[], object]] = {
     "agg_log_prob": lambda: native.agg_log_prob(pairs(40_000, 40_000, 32)),
-    "agg_log_prob_backward": lambda: native.agg_log_prob_backward(zeros(20_000), None, pairs(20_000, 20_000, 32), ALL),
+    "agg_log_prob_backward": lambda: native.agg_log_prob_backward(zeros(40_000), None, pairs(40_000, 40_000, 32), ALL),
     "agg_log_prob_marginals": lambda: native.agg_log_prob_marginals(pairs(600, 100_000, 64)),
     "agg_log_prob_marginals_backward": lambda: native.agg_log_prob_marginals_backward(
         (zeros(600), zeros(600, 64)), zeros(600), zeros(600, 64), pairs(600, 50_000, 64), ALL
@@ -288,7 +288,8 @@ def test_ctrl_c() -> None:
     code = """
 import signal, torch, fastvae
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-z, mu, logvar = torch.zeros(3, 100_000, 32, dtype=torch.float64)
+torch.set_num_threads(2)
+z, mu, logvar = torch.zeros(3, 300_000, 32, dtype=torch.float64)
 fastvae.agg_log_prob(z[:9], mu, logvar)
 print("begun", flush=True)
 fastvae.agg_log_prob(z, mu, logvar)
