@@ -53,7 +53,7 @@ __attribute__((noinline)) void add_gradients(const TileRows<T> &rows, const T *j
                 const Vec<T> t = finite_standardized<kDirect>(z[r], a, load(planes + W + v * L));
                 Vec<T> log_p = load(c + v * L);
                 if (kWeighted) log_p += load(weights.log_w + r * weights.stride + v * L);
-                const Vec<T> marginal = exp2_term<T>(minus_product<T>(log_p, t, t) + offset[r]) * grad[r];
+                const Vec<T> marginal = exp2_share<T>(minus_product<T>(log_p, t, t) + offset[r]) * grad[r];
                 if (kWeighted) span[v] += marginal * load(weights.keep + r * weights.stride + v * L);
                 const Vec<T> both = marginal + load(joint + r * W + v * L), both_t = both * t;
                 to_z += both_t * a;
@@ -239,7 +239,7 @@ private:
         alignas(64) T squares[R * W];
         square_sums<kDirect>(z_rows + tile * R * D, panels.planes(p), D, squares, W);
         const auto share = [&](int r, Vec<T> log_p) {
-            return exp2_term<T>(log_p + joint_offsets[tile * R + r]) * joint_grads[tile * R + r];
+            return exp2_share<T>(log_p + joint_offsets[tile * R + r]) * joint_grads[tile * R + r];
         };
         T extra[2 * R];
         int at[2 * R], extras = 0;
@@ -320,6 +320,9 @@ int agg_log_prob_marginals_backward(const void *d_joint, const void *d_marginals
     if (status != FASTVAE_OK) return status;
     return backward.write_columns(static_cast<T *>(d_mu), static_cast<T *>(d_logvar), static_cast<T *>(d_log_w));
 }
+
+template decltype(agg_log_prob_marginals_backward<float>) agg_log_prob_marginals_backward<float>;
+template decltype(agg_log_prob_marginals_backward<double>) agg_log_prob_marginals_backward<double>;
 
 void add_agg_log_prob_marginals_backward(fastvae_kernels &f32, fastvae_kernels &f64) {
     f32.agg_log_prob_marginals_backward = agg_log_prob_marginals_backward<float>;

@@ -14,7 +14,7 @@ template <class T> struct Elementary;
 template <> struct Elementary<float> {
     static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     static constexpr int kMantissa = 23, kBias = 127;
-    static constexpr float kMinExponent = -124.0f, kMaxExponent = 128.0f;
+    static constexpr float kMinExponent = -124.0f, kMaxExponent = 128.0f, kLeastShare = -80.0f;
     static constexpr float kLn2Hi = 0.693145751953125f, kLn2Lo = 1.42860682030941723e-6f;
     // (2^x - 1) / x on [-1/2, 1/2]: 8e-9
     static constexpr float kExp2[] = {6.931471880e-01f, 2.402265076e-01f, 5.550357114e-02f,
@@ -32,7 +32,7 @@ template <> struct Elementary<float> {
 template <> struct Elementary<double> {
     static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
     static constexpr int kMantissa = 52, kBias = 1023;
-    static constexpr double kMinExponent = -1020.0, kMaxExponent = 1024.0;
+    static constexpr double kMinExponent = -1020.0, kMaxExponent = 1024.0, kLeastShare = -900.0;
     static constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10;
     // 1e-17
     static constexpr double kExp2[] = {6.93147180559945286e-01, 2.40226506959100972e-01,
@@ -83,20 +83,20 @@ template <class T> FASTVAE_INLINE Vec<T> exp2_(Vec<T> x) {
     return scale_by_power<T>(polynomial<T>(f, E::kExp2) * f + T(1), n);
 }
 
-// 2^x as a term of a sum: within 3 half-ulp, 0 below 2^kMinExponent; for x < kMaxExponent - 1, infinite x included.
-template <class T> FASTVAE_INLINE Vec<T> exp2_term(Vec<T> x) {
+// 2^x as a term of a sum: within 3 half-ulp, 0 below 2^least; for x < kMaxExponent - 1, infinite x included.
+template <class T> FASTVAE_INLINE Vec<T> exp2_term(Vec<T> x, T least = Elementary<T>::kMinExponent) {
     using E = Elementary<T>;
 #if FASTVAE_VECTOR_BYTES == 64
     constexpr int kNearest = 8;
     if constexpr (sizeof(T) == 4) {
         const __m512 f = _mm512_reduce_ps((__m512)x, kNearest);
-        const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(E::kMinExponent), _CMP_NLT_UQ);
+        const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_NLT_UQ);
         const Vec<T> p = polynomial<T>((Vec<T>)f, E::kExp2Term);
         return (Vec<T>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x - f);
     } else {
         // To sixteenths: 2^(k / 16) from two registers, and a polynomial of 6 terms instead of 11.
         const __m512d f = _mm512_reduce_pd((__m512d)x, 4 << 4 | kNearest), n = (__m512d)x - f;
-        const __mmask8 normal = _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(E::kMinExponent), _CMP_NLT_UQ);
+        const __mmask8 normal = _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(least), _CMP_NLT_UQ);
         const __m512i k = (__m512i)(n + E::kRound / 16);  // in its lowest bits
         const Vec<T> p = (Vec<T>)_mm512_permutex2var_pd((__m512d)load(E::kSixteenths), k,
                                                         (__m512d)load(E::kSixteenths + 8));
@@ -111,9 +111,14 @@ template <class T> FASTVAE_INLINE Vec<T> exp2_term(Vec<T> x) {
     else
         p = polynomial<T>(f, E::kExp2) * f + T(1);
     const Vec<T> r = (Vec<T>)((Bits<T>)p + ((Bits<T>)rounded << E::kMantissa));
-    return select<T>(x < E::kMinExponent, Vec<T>{}, r);
+    return select<T>(x < least, Vec<T>{}, r);
 #endif
 }
+
+// 2^x as a share of a sum, relative to its largest term: 0 below 2^kLeastShare, where nothing can come of it. What it is
+// multiplied by afterwards, an upstream gradient of 1/S among it, would make subnormal numbers of smaller ones, and an
+// operation with these takes a hundred times as long.
+template <class T> FASTVAE_INLINE Vec<T> exp2_share(Vec<T> x) { return exp2_term<T>(x, Elementary<T>::kLeastShare); }
 
 // e^x, and what is left of it without its first terms. Where x is in [-ln2/2, ln2/2] no power of two is split off, and
 // the polynomial is of e^x - 1 - x itself, accurate near 0 and never negative; elsewhere subtracting costs no more than

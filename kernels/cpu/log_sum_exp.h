@@ -31,7 +31,7 @@ template <class T> struct LogSumExp {
 
         Vec<T> part[2] = {};
         const auto term = [&](int64_t at) __attribute__((always_inline)) {
-            const Vec<T> p = exp2_term<T>(terms(at) - m);
+            const Vec<T> p = exp2_share<T>(terms(at) - m);
             seen(at, p);
             return p;
         };
@@ -62,7 +62,7 @@ template <class T> class Share {
 public:
     Share(const typename LogSumExp<T>::Total &total, T g)
         : shift_(T(total.shift)), factor_(total.sum == 0 ? T(0) : T(double(g) / total.sum)) {}
-    FASTVAE_INLINE Vec<T> operator()(Vec<T> s) const { return of(exp2_term<T>(s - shift_)); }
+    FASTVAE_INLINE Vec<T> operator()(Vec<T> s) const { return of(exp2_share<T>(s - shift_)); }
     FASTVAE_INLINE Vec<T> of(Vec<T> p) const { return factor_ * p; }  // p = 2^(s - the total's shift)
 
 private:

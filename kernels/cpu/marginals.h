@@ -159,7 +159,7 @@ __attribute__((noinline)) void add_densities(const T *rows, const T *planes, con
                 if (kWeighted) log_p += load(log_w + r * log_w_stride + v * L);
                 if (kSquares) square[r][v] += t * t;
                 log_p = minus_product<T>(log_p, t, t);
-                sum += exp2_term<T>(kOffset ? log_p + offsets[r] : log_p);
+                sum += kOffset ? exp2_share<T>(log_p + offsets[r]) : exp2_term<T>(log_p);
             }
             store(sums + r * L, sum);
         }
