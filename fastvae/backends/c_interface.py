@@ -13,7 +13,7 @@ from . import installed
 from .contract import LogWeights
 from .settings import WrongSetting, setting
 
-INTERFACE = 0x724A505  # FASTVAE_INTERFACE of kernels/include/fastvae.h
+INTERFACE = 0x4B391E0  # FASTVAE_INTERFACE of kernels/include/fastvae.h
 INTERRUPTED = 2  # a kernel's status, FASTVAE_INTERRUPTED
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
 SIZES = (c_int64,) * 3  # S, N, D or L, B, D
@@ -26,7 +26,7 @@ def _pointers(n: int) -> tuple[type, ...]:
 
 
 # What the headers declare, to which tests/backends/test_c_interface.py holds it: the parameters that the same kernel
-# has in both, before those that only one of them has.
+# has in both, before those that only one of them has; then what only one has.
 _ELEMENTWISE: dict[str, tuple[type, ...]] = {
     "kl_gauss": (*ROWS * 4, *SIZES[:2], c_int, c_double, c_void_p),
     "kl_gauss_backward": (*ROWS, c_int64, c_double, *ROWS * 4, *SIZES[:2], *_pointers(4)),
@@ -49,8 +49,18 @@ def _of_pairs(pairs: tuple[type, ...], n_of_marginals: int) -> dict[str, tuple[t
     }
 
 
+_WEIGHTED = (*_pointers(3), *WEIGHTS, *SIZES)
 # Of fastvae.h the table of kernels, in its order, without their last parameter, `threads`.
-KERNELS = _ELEMENTWISE | _of_pairs(_pointers(3), 4)
+KERNELS = {
+    **_ELEMENTWISE,
+    "sample_gauss": (*ROWS * 2, c_void_p, *SIZES, c_int, c_double, *_pointers(4)),
+    "sample_gauss_backward": (*_pointers(4), c_int64, c_double, *ROWS * 2, c_void_p, *SIZES, *_pointers(2)),
+    **_of_pairs(_pointers(3), 4),
+    "agg_entropy": (*_WEIGHTED, c_void_p, c_int),
+    "agg_entropy_backward": (c_void_p, *_WEIGHTED, *_pointers(4), c_int),
+    "kl_decomposition": (*_WEIGHTED, *_pointers(9)),
+    "kl_decomposition_backward": (*_pointers(8), *_WEIGHTED, *_pointers(4)),
+}
 # Of fastvae_cuda.h the functions fastvae_cuda_<op>_workspace, without the dtype before and `backward` after these.
 CUDA_WORKSPACES: dict[str, tuple[type, ...]] = {
     "kl_gauss": (*SIZES[:2], c_int),

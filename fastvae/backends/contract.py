@@ -1,10 +1,11 @@
 """The kernel contract: what every backend computes.
 
-A backend is a module with the functions of `Backend`, and `status`. The functions take detached tensors on one device,
-allocate their results, and know nothing of autograd or estimators. Shapes: S samples, N posteriors (columns),
-D dimensions, L samples per posterior, B batch. Results are in the accumulation dtype, but for samples and
-gradients, which come in the dtype of the tensors they belong to. `wanted` says which of the backward's
-inputs need a gradient; the result lists those, in order. Backward functions recompute what they need.
+A backend is a module with the functions of `Backend`, and `status`; it may have those of `Compositions` as well. The
+functions take detached tensors on one device, allocate their results, and know nothing of autograd or estimators.
+Shapes: S samples, N posteriors (columns), D dimensions, L samples per posterior, B batch. Results are in the
+accumulation dtype, but for samples and gradients, which come in the dtype of the tensors they belong to. `wanted` says
+which of the backward's inputs need a gradient; the result lists those, in order. Backward functions recompute what they
+need.
 """
 
 import math
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("none", "sample", "dim", "sum", "mean", "batchmean")
+# Of the KL; numbers, but for dim_kl [D].
+TERMS = ("mi", "agg_kl", "tc", "dim_kl", "prior_factorization", "kl", "entropy", "saturation")
 
 
 class LogWeights(NamedTuple):
@@ -94,9 +97,10 @@ class Backend(Protocol):
     ) -> list[Tensor]: ...
 
     def sample_gauss(
-        self, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]
+        self, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool], reduction: str
     ) -> list[Tensor]:
-        """Returns z [L, B, D], log_q [L, B], log_p [L, B] and kl [B], those that `outputs` asks for."""
+        """Returns z [L, B, D], log_q [L, B], log_p [L, B] and kl, those that `outputs` asks for; the KL is [B], where
+        `reduction` is "sample", or a number."""
 
     def sample_gauss_backward(
         self,
@@ -105,6 +109,7 @@ class Backend(Protocol):
         logvar: Tensor,
         seed: Tensor,
         n_samples: int,
+        reduction: str,
         wanted: Sequence[bool],
     ) -> list[Tensor]:
         """`upstream` has the gradients of z, log_q, log_p and kl."""
@@ -136,5 +141,28 @@ class Backend(Protocol):
         """`upstream` has the gradients of the joint and of the marginals."""
 
 
+class Compositions(Protocol):
+    """What a backend may compute in one call that its other functions can be put together to (composed.py)."""
+
+    def agg_entropy(self, pairs: Pairs) -> Tensor:
+        """Returns the mean of −joint, a number."""
+
+    def agg_entropy_backward(self, d_entropy: Tensor, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]: ...
+
+    def kl_decomposition(self, pairs: Pairs) -> list[Tensor]:
+        """Returns the terms of the KL from N(0, I), in the order of `TERMS`, then the joint [S] and the marginals
+        [S, D]. Sample i is from posterior i mod N, and S is a multiple of N."""
+
+    def kl_decomposition_backward(
+        self,
+        upstream: Sequence[Tensor | None],
+        joint: Tensor,
+        marginals: Tensor,
+        pairs: Pairs,
+        wanted: Sequence[bool],
+    ) -> list[Tensor]:
+        """`upstream` has the gradients of the terms but for the saturation, the last."""
+
+
 # Every op has a function of its name, and one for its gradients.
-OPS = tuple(name for name in vars(Backend) if f"{name}_backward" in vars(Backend))
+OPS, COMPOSITIONS = (tuple(n for n in vars(p) if f"{n}_backward" in vars(p)) for p in (Backend, Compositions))

@@ -175,7 +175,9 @@ def kl_gauss_backward(
     return _asked(outputs)
 
 
-def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]) -> list[Tensor]:
+def sample_gauss(
+    mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool], reduction: str
+) -> list[Tensor]:
     B, D = mu.shape
     sums = accumulation_dtype(mu.dtype)
     kinds = (((n_samples, B, D), mu.dtype), ((n_samples, B), sums), ((n_samples, B), sums), ((B,), sums))
@@ -193,6 +195,9 @@ def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outpu
         *(seed.data_ptr(), n_samples, B, D),
         *map(c.ptr, results),
     )
+    kl = results[3]
+    if kl is not None and reduction != "sample":
+        results[3] = kl.sum() * kl_scale(reduction, B, D)
     return _asked(results)
 
 
@@ -202,10 +207,14 @@ def sample_gauss_backward(
     logvar: Tensor,
     seed: Tensor,
     n_samples: int,
+    reduction: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     B, D = mu.shape
     sums = accumulation_dtype(mu.dtype)
+    *others, d_kl = upstream
+    if d_kl is not None and reduction != "sample":
+        upstream = (*others, (d_kl * kl_scale(reduction, B, D)).expand(B))
     given = [c.dense(g, dtype) for g, dtype in zip(upstream, (mu.dtype, sums, sums, sums), strict=True)]
     outputs = _outputs((mu, logvar), wanted)
     rows = [c.optional_rows(x, mu.dtype, B) for x in (mu, logvar)]

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from . import c_interface as c
 from . import interruption
-from .contract import Pairs, accumulation_dtype, kl_scale, kl_shape
+from .contract import TERMS, Pairs, accumulation_dtype, kl_scale, kl_shape
 from .native_library import kernels
 from .native_library import status as status  # of this backend
 from .settings import exact_skip
 
 HUGE_PAGES_FROM = 2**22  # bytes
+FACTORIZATION = TERMS.index("prior_factorization")
 
 _HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
 _MADVISE = None
@@ -121,18 +122,21 @@ def kl_gauss_backward(
     return _asked(outputs, likes)
 
 
-def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]) -> list[Tensor]:
+def sample_gauss(
+    mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool], reduction: str
+) -> list[Tensor]:
     sample_dtype = mu.dtype
     dtype = accumulation_dtype(sample_dtype)
     B, D = mu.shape
     mu, mu_row = c.rows(mu, dtype, B)
     logvar, logvar_row = c.rows(logvar, dtype, B)
-    shapes = ((n_samples, B, D), (n_samples, B), (n_samples, B), (B,))
+    shapes = ((n_samples, B, D), (n_samples, B), (n_samples, B), kl_shape(reduction, B, D))
     results = [_empty(*s, dtype=dtype) if want else None for s, want in zip(shapes, outputs, strict=True)]
     _run(
         kernels(dtype).sample_gauss,
         *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
         *(seed.data_ptr(), n_samples, B, D),
+        *(c.REDUCTION_CODE.get(reduction, 3), kl_scale(reduction, B, D)),
         *map(c.ptr, results),
     )
     if results[0] is not None:
@@ -146,6 +150,7 @@ def sample_gauss_backward(
     logvar: Tensor,
     seed: Tensor,
     n_samples: int,
+    reduction: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     likes = (mu, logvar)
@@ -158,6 +163,7 @@ def sample_gauss_backward(
     _run(
         kernels(dtype).sample_gauss_backward,
         *map(c.ptr, grads),
+        *(int(reduction == "sample"), kl_scale(reduction, B, D)),
         *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
         *(seed.data_ptr(), n_samples, B, D),
         *map(c.ptr, outputs),
@@ -252,3 +258,39 @@ def agg_log_prob_marginals_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     return _aggregate_backward("agg_log_prob_marginals_backward", (*upstream, joint, marginals), pairs, wanted)
+
+
+def agg_entropy(pairs: Pairs) -> Tensor:
+    dtype, inputs = _dense(pairs)
+    S, N, D = pairs.sizes
+    _alive, log_weights = c.log_weights(pairs.weights, dtype, N)
+    entropy = _empty(dtype=dtype)
+    _run(kernels(dtype).agg_entropy, *map(c.ptr, inputs), *log_weights, S, N, D, entropy.data_ptr(), exact_skip())
+    return entropy
+
+
+def agg_entropy_backward(d_entropy: Tensor, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
+    return _aggregate_backward("agg_entropy_backward", (d_entropy,), pairs, wanted, options=(exact_skip(),))
+
+
+def kl_decomposition(pairs: Pairs) -> list[Tensor]:
+    dtype, inputs = _dense(pairs)
+    S, N, D = pairs.sizes
+    _alive, log_weights = c.log_weights(pairs.weights, dtype, N)
+    results = [_empty(D, dtype=dtype) if name == "dim_kl" else _empty(dtype=dtype) for name in TERMS]
+    results += [_empty(S, dtype=dtype), _empty(S, D, dtype=dtype)]
+    results[FACTORIZATION].zero_()  # of N(0, I)
+    of_kernel = results[:FACTORIZATION] + results[FACTORIZATION + 1 :]
+    _run(kernels(dtype).kl_decomposition, *map(c.ptr, inputs), *log_weights, S, N, D, *map(c.ptr, of_kernel))
+    return results
+
+
+def kl_decomposition_backward(
+    upstream: Sequence[Tensor | None],
+    joint: Tensor,
+    marginals: Tensor,
+    pairs: Pairs,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    upstream = (*upstream[:FACTORIZATION], *upstream[FACTORIZATION + 1 :], joint, marginals)
+    return _aggregate_backward("kl_decomposition_backward", upstream, pairs, wanted)

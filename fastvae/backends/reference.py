@@ -41,7 +41,7 @@ def _standardize(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     return _held_finite((z - mu) * _inv_sigma(logvar))
 
 
-def _times(g: Tensor, x: Tensor) -> Tensor:
+def times(g: Tensor, x: Tensor) -> Tensor:
     """g x, but 0 where g is 0 even if x overflowed: no gradient in, none out."""
     return g * x.where((g != 0) | (x.abs() < math.inf), 0)
 
@@ -91,16 +91,16 @@ def kl_gauss_backward(
     t, inv_sigma = _standardize(mu, m, v), _inv_sigma(v)
 
     def d_mu() -> Tensor:
-        return _times(mu - m, g * inv_sigma * inv_sigma)  # so that what overflows is the product alone
+        return times(mu - m, g * inv_sigma * inv_sigma)  # so that what overflows is the product alone
 
     def d_logvar() -> Tensor:
-        return _times(g, 0.5 * torch.expm1(logvar - v))
+        return times(g, 0.5 * torch.expm1(logvar - v))
 
     def d_prior_mu() -> Tensor:
         return (-d_mu()).sum_to_size(inputs[2].shape)
 
     def d_prior_logvar() -> Tensor:
-        return (-d_logvar() - _times(g, 0.5 * t) * t).sum_to_size(inputs[3].shape)
+        return (-d_logvar() - times(g, 0.5 * t) * t).sum_to_size(inputs[3].shape)
 
     return _gradients((d_mu, d_logvar, d_prior_mu, d_prior_logvar), inputs, wanted)
 
@@ -114,11 +114,13 @@ def _noise(mu: Tensor, seed: Tensor, n_samples: int) -> Tensor:
     return philox.standard_normal(seed, 0, math.prod(shape)).reshape(shape).to(accumulation_dtype(mu.dtype))
 
 
-def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]) -> list[Tensor]:
-    return sampled(mu, logvar, _noise(mu, seed, n_samples), outputs)
+def sample_gauss(
+    mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool], reduction: str
+) -> list[Tensor]:
+    return sampled(mu, logvar, _noise(mu, seed, n_samples), outputs, reduction)
 
 
-def sampled(mu: Tensor, logvar: Tensor, eps: Tensor, outputs: Sequence[bool]) -> list[Tensor]:
+def sampled(mu: Tensor, logvar: Tensor, eps: Tensor, outputs: Sequence[bool], reduction: str) -> list[Tensor]:
     dtype = mu.dtype
     mu, logvar = _accumulate(mu, logvar)
     z = mu + torch.exp(0.5 * logvar) * eps  # [L, B, D]
@@ -126,7 +128,7 @@ def sampled(mu: Tensor, logvar: Tensor, eps: Tensor, outputs: Sequence[bool]) ->
         "z": lambda: z.to(dtype),
         "log_q": lambda: -0.5 * (LOG_2PI + logvar + eps * eps).sum(-1),
         "log_p": lambda: -0.5 * (LOG_2PI + z * z).sum(-1),
-        "kl": lambda: kl_gauss(mu, logvar, None, None, "sample"),
+        "kl": lambda: kl_gauss(mu, logvar, None, None, reduction),
     }
     return [result() for result, want in zip(results.values(), outputs, strict=True) if want]
 
@@ -137,26 +139,28 @@ def sample_gauss_backward(
     logvar: Tensor,
     seed: Tensor,
     n_samples: int,
+    reduction: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    return sampled_backward(upstream, mu, logvar, _noise(mu, seed, n_samples), wanted)
+    return sampled_backward(upstream, mu, logvar, _noise(mu, seed, n_samples), reduction, wanted)
 
 
 def sampled_backward(
-    upstream: Sequence[Tensor | None], mu: Tensor, logvar: Tensor, eps: Tensor, wanted: Sequence[bool]
+    upstream: Sequence[Tensor | None], mu: Tensor, logvar: Tensor, eps: Tensor, reduction: str, wanted: Sequence[bool]
 ) -> list[Tensor]:
     inputs = (mu, logvar)
+    scale = kl_scale(reduction, *mu.shape)
     mu, logvar, d_z, d_log_q, d_log_p, d_kl = _accumulate(mu, logvar, *upstream)
     sigma = torch.exp(0.5 * logvar)
-    d_z = d_z - _times(d_log_p[..., None], mu + sigma * eps)  # d log_p / d z = −z
+    d_z = d_z - times(d_log_p[..., None], mu + sigma * eps)  # d log_p / d z = −z
 
     def d_mu() -> Tensor:
-        return d_z.sum(0) + _times(d_kl[..., None], mu)
+        return d_z.sum(0) + times(scale * d_kl[..., None], mu)
 
     def d_logvar() -> Tensor:
-        from_z = _times(0.5 * (d_z * eps).sum(0), sigma)  # summed first: sigma may overflow, and eps has two signs
+        from_z = times(0.5 * (d_z * eps).sum(0), sigma)  # summed first: sigma may overflow, and eps has two signs
         from_log_q = d_log_q.expand(eps.shape[:2]).sum(0)[:, None]
-        return from_z - 0.5 * from_log_q + _times(0.5 * d_kl[..., None], torch.expm1(logvar))
+        return from_z - 0.5 * from_log_q + times(0.5 * scale * d_kl[..., None], torch.expm1(logvar))
 
     return _gradients((d_mu, d_logvar), inputs, wanted)
 

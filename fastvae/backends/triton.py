@@ -87,6 +87,16 @@ def _of_kl_gauss_backward(
     return (kl_scale(reduction, *mu.shape),)
 
 
+def _of_sample_gauss(mu: Tensor, logvar: Any, seed: Any, n_samples: Any, outputs: Any, reduction: str) -> tuple[float]:
+    return (kl_scale(reduction, *mu.shape),)
+
+
+def _of_sample_gauss_backward(
+    upstream: Any, mu: Tensor, logvar: Any, seed: Any, n_samples: Any, reduction: str, wanted: Any
+) -> tuple[float]:
+    return (kl_scale(reduction, *mu.shape),)
+
+
 def _of_agg_log_prob(*_: Any) -> tuple[bool, bool]:
     return exact_skip(otherwise=False), settings.current.precision == "tf32x3"
 
@@ -98,6 +108,8 @@ def _of_agg_log_prob_marginals_backward(*_: Any) -> tuple[bool]:
 _FURTHER: dict[str, Callable[..., tuple[Any, ...]]] = {
     "kl_gauss": _of_kl_gauss,
     "kl_gauss_backward": _of_kl_gauss_backward,
+    "sample_gauss": _of_sample_gauss,
+    "sample_gauss_backward": _of_sample_gauss_backward,
     "agg_log_prob": _of_agg_log_prob,
     "agg_log_prob_backward": _of_agg_log_prob,
     "agg_log_prob_marginals_backward": _of_agg_log_prob_marginals_backward,

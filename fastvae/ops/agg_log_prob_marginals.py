@@ -6,11 +6,13 @@
 The public function is in `fastvae.aggregate.marginals`, which tabulates log q_d where that is cheaper.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
 
+from ..backends.contract import Pairs
 from .declare import declare, declare_backward, placed
 from .pairs import INPUTS, POSTERIORS, WEIGHTS, as_pairs, restored, result, save
 
@@ -47,3 +49,17 @@ class AggLogProbMarginals(Function):
         wanted = ctx.needs_input_grad[:4]
         gradients = _agg_log_prob_marginals_backward(d_joint, d_marginals, *restored(ctx), wanted)
         return placed(gradients, wanted, 8)
+
+
+class MarginalsOps:
+    """The ops as functions of the contract, for what is composed of them, with a graph."""
+
+    @staticmethod
+    def agg_log_prob_marginals(pairs: Pairs) -> tuple[Tensor, Tensor]:
+        return agg_log_prob_marginals_op(*pairs[:3], *pairs.weights)
+
+    @staticmethod
+    def agg_log_prob_marginals_backward(
+        upstream: Sequence[Tensor | None], joint: Tensor, marginals: Tensor, pairs: Pairs, wanted: Sequence[bool]
+    ) -> list[Tensor]:
+        return _agg_log_prob_marginals_backward(*upstream, joint, marginals, *pairs[:3], *pairs.weights, wanted)

@@ -1,15 +1,10 @@
 // joint_i = log sum_j w_ij q(z_i | x_j), never forming [S, N], and its gradients.
 
-#include "fastvae.h"
 #include "gradients.h"
+#include "kernels.h"
 #include "totals.h"
 
 namespace fastvae::FASTVAE_ISA {
-
-// of agg_log_prob_marginals.cpp
-template <class T>
-int agg_log_prob_marginals(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N,
-                           int64_t D, void *joint, void *marginals, int threads);
 
 namespace {
 
@@ -160,7 +155,8 @@ int agg_log_prob_backward(const void *d_joint, const void *z, const void *mu, co
                            static_cast<T *>(d_log_w));
 }
 
-// for agg_log_prob_marginals_backward.cpp too
+template decltype(agg_log_prob<float>) agg_log_prob<float>;
+template decltype(agg_log_prob<double>) agg_log_prob<double>;
 template decltype(agg_log_prob_backward<float>) agg_log_prob_backward<float>;
 template decltype(agg_log_prob_backward<double>) agg_log_prob_backward<double>;
 

@@ -5,7 +5,7 @@
 // out so small that this could matter (its sample 10 sigma away from every column) is taken again with its maximum; so
 // is any where a term could be too large for exp2_term.
 
-#include "fastvae.h"
+#include "kernels.h"
 #include "marginals.h"
 
 namespace fastvae::FASTVAE_ISA {
@@ -75,7 +75,6 @@ int agg_log_prob_marginals(const void *z, const void *mu, const void *logvar, FA
     });
 }
 
-// for agg_log_prob.cpp too
 template decltype(agg_log_prob_marginals<float>) agg_log_prob_marginals<float>;
 template decltype(agg_log_prob_marginals<double>) agg_log_prob_marginals<double>;
 

@@ -9,17 +9,11 @@
 // sums over columns [rows of the wave, D] are added up over units afterwards. Waves bound that memory, and keep sums
 // over many rows accurate.
 
-#include "fastvae.h"
 #include "gradients.h"
+#include "kernels.h"
 #include "marginals.h"
 
 namespace fastvae::FASTVAE_ISA {
-
-// of agg_log_prob.cpp
-template <class T>
-int agg_log_prob_backward(const void *d_joint, const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS,
-                          int64_t S, int64_t N, int64_t D, void *joint, void *d_z, void *d_mu, void *d_logvar,
-                          void *d_log_w, int exact_skip, int threads);
 
 namespace {
 

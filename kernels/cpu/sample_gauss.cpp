@@ -2,6 +2,7 @@
 //
 // Both walk over contiguous chunks of a sample that fit in L1 with their eps: some whole rows, or a piece of one.
 
+#include "buffer.h"
 #include "fastvae.h"
 #include "parallel.h"
 #include "philox.h"
@@ -30,8 +31,8 @@ template <class F> FASTVAE_INLINE void for_each_chunk(int64_t begin, int64_t end
 
 template <class T>
 int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_t logvar_stride,
-                 const uint64_t *seed_, int64_t L, int64_t B, int64_t D, void *z_, void *log_q_, void *log_p_,
-                 void *kl_, int threads) {
+                 const uint64_t *seed_, int64_t L, int64_t B, int64_t D, int reduction, double kl_scale, void *z_,
+                 void *log_q_, void *log_p_, void *kl_, int threads) {
     const T *mu = static_cast<const T *>(mu_), *logvar = static_cast<const T *>(logvar_);    // [B, D]
     T *z = static_cast<T *>(z_);                                                             // [L, B, D]
     T *log_q = static_cast<T *>(log_q_), *log_p = static_cast<T *>(log_p_), *kl = static_cast<T *>(kl_);
@@ -39,11 +40,14 @@ int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_
     if (L == 0) L = 1, z = log_q = log_p = nullptr;  // the KL is still asked for
     const bool sums = log_q || log_p || kl, dense = mu_stride == D && logvar_stride == D;
     const int64_t unit_rows = rows_in(kUnit, D), blocks = (B + unit_rows - 1) / unit_rows;
+    const bool total = kl && reduction == FASTVAE_SUM;
+    Buffer<double> totals(total ? blocks : 0);  // of the KL, by block
+    if (!totals) return FASTVAE_OUT_OF_MEMORY;
 
-    return parallel_for(L * blocks, threads, [=](int64_t unit, const Worker &) {
+    const int status = parallel_for(L * blocks, threads, [=, &totals](int64_t unit, const Worker &) {
         const int64_t l = unit / blocks, begin = unit % blocks * unit_rows;
         const int64_t end = begin + unit_rows < B ? begin + unit_rows : B;
-        double q = 0, p = 0, k = 0;  // sums over the row so far
+        double q = 0, p = 0, k = 0, k_block = 0;  // sums over the row so far, and of the KL over the block
         for_each_chunk(begin, end, D, [&](int64_t b, int64_t d, int64_t rows, int64_t n) {
             alignas(64) T buffer[kChunk + kNormalsSlack];
             int64_t e = (l * B + b) * D + d;
@@ -69,21 +73,29 @@ int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_
                 const int64_t row = l * B + b + r;
                 if (log_q) log_q[row] = T(-0.5 * (double(D) * kLog2Pi + q));
                 if (log_p) log_p[row] = T(-0.5 * (double(D) * kLog2Pi + p));
-                if (kl && l == 0) kl[row] = T(0.5 * k);
+                if (total) k_block += 0.5 * k;
+                else if (kl && l == 0) kl[row] = T(kl_scale * (0.5 * k));
             }
         });
+        if (total && l == 0) totals[unit] = k_block;
     });
+    if (status == FASTVAE_OK && total) {
+        double sum = 0;
+        for (int64_t block = 0; block < blocks; ++block) sum += totals[block];
+        *kl = T(kl_scale * sum);
+    }
+    return status;
 }
 
 template <class T>
 int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_log_p_, const void *d_kl_,
-                          const void *mu_, int64_t mu_stride, const void *logvar_, int64_t logvar_stride,
-                          const uint64_t *seed_, int64_t L, int64_t B, int64_t D, void *d_mu_, void *d_logvar_,
-                          int threads) {
+                          int64_t kl_row, double kl_scale, const void *mu_, int64_t mu_stride, const void *logvar_,
+                          int64_t logvar_stride, const uint64_t *seed_, int64_t L, int64_t B, int64_t D, void *d_mu_,
+                          void *d_logvar_, int threads) {
     const T *mu = static_cast<const T *>(mu_), *logvar = static_cast<const T *>(logvar_);  // [B, D]
     const T *d_z = static_cast<const T *>(d_z_);                                           // [L, B, D]
     const T *d_log_q = static_cast<const T *>(d_log_q_), *d_log_p = static_cast<const T *>(d_log_p_);  // [L, B]
-    const T *d_kl = static_cast<const T *>(d_kl_);                                         // [B]
+    const T *d_kl = static_cast<const T *>(d_kl_);                                         // [B] or [1]
     T *d_mu = static_cast<T *>(d_mu_), *d_logvar = static_cast<T *>(d_logvar_);            // [B, D]
     const uint64_t seed = *seed_;
     const bool flat = !d_log_q && !d_log_p && !d_kl && mu_stride == D && logvar_stride == D;
@@ -123,7 +135,7 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
             }
             for (int64_t r = 0; r < rows && from_rest; ++r) {
                 const T *mu_row = mu + (b + r) * mu_stride + d, *logvar_row = logvar + (b + r) * logvar_stride + d;
-                const T g_kl = d_kl ? d_kl[b + r] : T(0);
+                const T g_kl = d_kl ? T(kl_scale) * d_kl[(b + r) * kl_row] : T(0);
                 const int64_t out = e + r * n;
                 double g_q = 0;
                 if (d_log_q)

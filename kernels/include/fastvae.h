@@ -17,7 +17,7 @@ extern "C" {
 /* The number of this interface and of fastvae_cuda.h's: a digest of both files, which
  * tests/backends/test_c_interface.py gives. It stands in fastvae/backends/c_interface.py as well: the Python package
  * refuses a library that has another. */
-#define FASTVAE_INTERFACE 0x724A505
+#define FASTVAE_INTERFACE 0x4B391E0
 
 enum fastvae_status {
     FASTVAE_OK = 0,
@@ -56,16 +56,18 @@ typedef struct fastvae_kernels {
                              void *d_prior_mu, void *d_prior_logvar, int threads);
 
     /* z [L, B, D] = mu + exp(logvar / 2) * eps, with eps from Philox4x32-10 keyed by *seed;
-     * log_q [L, B] = log q(z | x), log_p [L, B] = log N(z; 0, I), kl [B] = KL(q || N(0, I)). */
+     * log_q [L, B] = log q(z | x), log_p [L, B] = log N(z; 0, I), kl = KL(q || N(0, I)): FASTVAE_SAMPLE or
+     * FASTVAE_SUM, multiplied by kl_scale. */
     int (*sample_gauss)(const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
-                        const uint64_t *seed, int64_t L, int64_t B, int64_t D, void *z, void *log_q,
-                        void *log_p, void *kl, int threads);
+                        const uint64_t *seed, int64_t L, int64_t B, int64_t D, int reduction, double kl_scale,
+                        void *z, void *log_q, void *log_p, void *kl, int threads);
 
-    /* Any of the four upstream gradients may be NULL (zero). d_mu, d_logvar: [B, D]. */
+    /* Any of the four upstream gradients may be NULL (zero); that of row b's KL is kl_scale * d_kl[b * kl_row].
+     * d_mu, d_logvar: [B, D]. */
     int (*sample_gauss_backward)(const void *d_z, const void *d_log_q, const void *d_log_p, const void *d_kl,
-                                 const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
-                                 const uint64_t *seed, int64_t L, int64_t B, int64_t D, void *d_mu,
-                                 void *d_logvar, int threads);
+                                 int64_t kl_row, double kl_scale, const void *mu, int64_t mu_stride,
+                                 const void *logvar, int64_t logvar_stride, const uint64_t *seed, int64_t L,
+                                 int64_t B, int64_t D, void *d_mu, void *d_logvar, int threads);
 
     /* out [S, N] = log N(z_i; mu_j, exp logvar_j). */
     int (*cross_log_prob)(const void *z, const void *mu, const void *logvar, int64_t S, int64_t N, int64_t D,
@@ -92,6 +94,28 @@ typedef struct fastvae_kernels {
                                            const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N,
                                            int64_t D, void *d_z, void *d_mu, void *d_logvar, void *d_log_w,
                                            int threads);
+
+    /* entropy = -1/S sum_i joint_i */
+    int (*agg_entropy)(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N,
+                       int64_t D, void *entropy, int exact_skip, int threads);
+    int (*agg_entropy_backward)(const void *d_entropy, const void *z, const void *mu, const void *logvar,
+                                FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D, void *d_z, void *d_mu,
+                                void *d_logvar, void *d_log_w, int exact_skip, int threads);
+
+    /* The terms of the KL from N(0, I), as means over samples, sample i being from posterior i mod N, and N a divisor
+     * of S: with c_i = log q(z_i | x_i), p_id = log N(z_id; 0, 1) and p_i its sum over d, the joint j_i and the marginals
+     * m_id, which are outputs for the backward,
+     *     mi: c - j   agg_kl: j - p   tc: j - sum_d m_d   dim_kl [D]: m_d - p_d   kl: c - p   entropy: -j
+     * and saturation = exp(mi) / N. */
+    int (*kl_decomposition)(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N,
+                            int64_t D, void *mi, void *agg_kl, void *tc, void *dim_kl, void *kl, void *entropy,
+                            void *saturation, void *joint, void *marginals, int threads);
+    /* Any of the six upstream gradients may be NULL. */
+    int (*kl_decomposition_backward)(const void *d_mi, const void *d_agg_kl, const void *d_tc, const void *d_dim_kl,
+                                     const void *d_kl, const void *d_entropy, const void *joint,
+                                     const void *marginals, const void *z, const void *mu, const void *logvar,
+                                     FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D, void *d_z, void *d_mu,
+                                     void *d_logvar, void *d_log_w, int threads);
 } fastvae_kernels;
 
 /* FASTVAE_INTERFACE of the headers that the library was built with: to be asked for before anything else. */

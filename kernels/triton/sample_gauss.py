@@ -218,7 +218,24 @@ def _constants(config: Config, aligned: bool, dtype: torch.dtype, unit: int, alo
     return {**of_rows, **config, "enable_fp_fusion": False}
 
 
-def sample_gauss(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]) -> list[Tensor]:
+def sample_gauss(
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    n_samples: int,
+    outputs: Sequence[bool],
+    reduction: str,
+    kl_scale: float,
+) -> list[Tensor]:
+    results = _sample_gauss_of_rows(mu, logvar, seed, n_samples, outputs)
+    if outputs[3] and reduction != "sample":
+        results[-1] = results[-1].sum() * kl_scale
+    return results
+
+
+def _sample_gauss_of_rows(
+    mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]
+) -> list[Tensor]:
     B, D = mu.shape
     L = n_samples
     shapes = (
@@ -260,10 +277,15 @@ def sample_gauss_backward(
     logvar: Tensor,
     seed: Tensor,
     n_samples: int,
+    reduction: str,
     wanted: Sequence[bool],
+    kl_scale: float,
 ) -> list[Tensor]:
     B, D = mu.shape
     L = n_samples
+    *others, of_kl = upstream
+    if of_kl is not None and reduction != "sample":
+        upstream = (*others, (of_kl * kl_scale).expand(B))
     upstream = [None if g is None else g.contiguous() for g in upstream]
     gradients = [empty_like(x) if want else None for x, want in zip((mu, logvar), wanted, strict=True)]
     inputs = (rows(mu, B), rows(logvar, B))

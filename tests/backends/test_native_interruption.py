@@ -87,13 +87,23 @@ LONG_CALLS: dict[str, Callable[[], object]] = {
     "agg_log_prob_marginals_backward": lambda: native.agg_log_prob_marginals_backward(
         (zeros(600), zeros(600, 64)), zeros(600), zeros(600, 64), pairs(600, 50_000, 64), ALL
     ),
+    "agg_entropy": lambda: native.agg_entropy(pairs(40_000, 40_000, 32)),
+    "agg_entropy_backward": lambda: native.agg_entropy_backward(zeros(), pairs(40_000, 40_000, 32), ALL),
+    "kl_decomposition": lambda: native.kl_decomposition(pairs(6_000, 6_000, 64)),
+    "kl_decomposition_backward": lambda: native.kl_decomposition_backward(
+        (zeros(), zeros(), zeros(), None, None, None, None),
+        zeros(6_000),
+        zeros(6_000, 64),
+        pairs(6_000, 6_000, 64),
+        ALL,
+    ),
     "cross_log_prob": lambda: native.cross_log_prob(pairs(2000, 2000, 6000)),
     "cross_log_prob_backward": lambda: native.cross_log_prob_backward(
         torch.ones(2000, 2000, dtype=torch.float64), pairs(2000, 2000, 4000), ALL[:3]
     ),
-    "sample_gauss": lambda: native.sample_gauss(*POSTERIORS, SEED, 20_000, (False, True, True, False)),
+    "sample_gauss": lambda: native.sample_gauss(*POSTERIORS, SEED, 20_000, (False, True, True, False), "sample"),
     "sample_gauss_backward": lambda: native.sample_gauss_backward(
-        (None, None, zeros(20_000, 64), None), *POSTERIORS, SEED, 20_000, (True, True)
+        (None, None, zeros(20_000, 64), None), *POSTERIORS, SEED, 20_000, "sample", (True, True)
     ),
 }
 
