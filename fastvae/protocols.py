@@ -78,6 +78,7 @@ class Draws:
         prior: Prior,
         step: Tensor,
         log_qz_x: Tensor | None = None,  # [k, m, B]; None where the objective does not need it
+        kl: Tensor | None = None,  # the closed form, where it came with z
         needs: Collection[str] = NEEDS,  # those of NEEDS that the objective uses
     ):
         if z.ndim != 4 or z.shape[2:] != mu.shape or 0 in z.shape[:3]:
@@ -87,7 +88,7 @@ class Draws:
         self._likelihood = log_px_z
         self._log_px_z: Tensor | None = None
         self._log_pz: Tensor | None = None
-        self._kl: Tensor | None = None
+        self._kl = kl
         self._log_qz_x = None if log_qz_x is None else _of_samples("log_qz_x", log_qz_x, z)
 
     @property

@@ -16,11 +16,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..backends import composed
 from ..ops.checks import accumulated, check_flag, check_posterior
 from ..ops.cross_log_prob import log_prob_gauss
+from ..ops.kl_decomposition import kl_decomposition_op
+from ..ops.modes import is_usual_call
+from ..ops.pairs import checked
 from ..protocols import Prior, check_log_prob, check_prior
-from .estimators import check_drawn, check_estimator, sample_weights
-from .marginals import agg_log_prob_marginals
+from .estimators import check_drawn, check_estimator, sample_weights, usual_weights
+from .marginals import agg_log_prob_marginals, check_method, is_direct
 
 
 class KLDecomposition(NamedTuple):
@@ -99,12 +103,26 @@ def kl_decomposition(
     check_prior(prior)
     analytic_conditional = check_flag("analytic_conditional", analytic_conditional)
     estimator = check_estimator(estimator, dataset_size)
+    if prior is None and own is None and not analytic_conditional and is_usual_call(mu, logvar, z):
+        check_method(method, tol, z.dtype)
+        if is_direct(z, mu, method):
+            *terms, _joint, _marginals = kl_decomposition_op.short(
+                z, mu, logvar, *usual_weights(z, estimator, dataset_size)
+            )
+            return KLDecomposition._make([*terms, estimator])
+    check_posterior(mu, logvar, min_ndim=2)
     weights = sample_weights(z, mu, dataset_size, estimator, own)
     check_drawn(weights.own, mu.shape[-2])
-    check_posterior(mu, logvar)
     z, mu, logvar = accumulated(z, mu, logvar)
+    n_columns = mu.shape[-2]
+    check_method(method, tol, z.dtype)
+    rows, _, _, log_weights = checked(z, mu, logvar, weights)
+    usual = prior is None and own is None and not analytic_conditional and mu.ndim == 2
+    if usual and is_direct(rows, mu, method):
+        *terms, _joint, _marginals = kl_decomposition_op(rows, mu, logvar, *log_weights)
+        return KLDecomposition._make([*terms, estimator])
     joint, marginals = agg_log_prob_marginals(z, mu, logvar, weights=weights, method=method, tol=tol)
-    n_columns = mu.shape[-2]  # joint: [*batch, S], marginals: [*batch, S, D]
+    # joint: [*batch, S], marginals: [*batch, S, D]
     if z.ndim > mu.ndim:
         z = z.movedim(0, -3).flatten(-3, -2)  # [*batch, S, D]
     if own is not None:
@@ -140,19 +158,8 @@ def decompose(
     else:
         prior_joint = check_log_prob("log_prob", prior.log_prob(z), z.shape[:1])
         prior_marginals = check_log_prob("marginal_log_prob", prior.marginal_log_prob(z), z.shape)
-    mi = (conditional - joint).mean()
-    agg_kl = (joint - prior_joint).mean()
-    return KLDecomposition(
-        mi=mi,
-        agg_kl=agg_kl,
-        tc=(joint - marginals.sum(-1)).mean(),
-        dim_kl=(marginals - prior_marginals).mean(0),
-        prior_factorization=(prior_joint - prior_marginals.sum(-1)).mean(),
-        kl=(conditional - prior_joint).mean(),  # not mi + agg_kl: both may be infinite
-        entropy=-joint.mean(),
-        saturation=mi.detach().exp() / n_columns,
-        estimator=estimator,
-    )
+    found = composed.terms(conditional, joint, marginals, prior_joint, prior_marginals, n_columns)
+    return KLDecomposition._make([*found, estimator])
 
 
 def _own_rows(own: Tensor, x: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops.agg_log_prob import agg_log_prob
+from ..backends.contract import LogWeights
+from ..ops.agg_entropy import agg_entropy_op
 from ..ops.checks import check_choice, check_count, check_indices, check_tensor
-from ..ops.modes import is_known
-from ..ops.pairs import ColumnWeights, log
+from ..ops.modes import is_known, is_usual_call
+from ..ops.pairs import ColumnWeights, checked, log, over_batches
 
 __all__ = ["ESTIMATORS", "agg_entropy", "estimator_weights"]
 
@@ -56,34 +57,41 @@ def estimator_weights(
     """
     estimator = check_estimator(estimator, dataset_size)
     B = check_count("n_columns", n_columns, least=1)
-    N = None if dataset_size is None else check_count("dataset_size", dataset_size)
-    if N is not None and N < B:
-        raise ValueError(f"dataset_size: expected at least the batch's {B} posteriors, got {N}")
     if own is not None:
         check_indices("own", own)
         if own.ndim != 1:
             raise ValueError(f"own: expected shape [S], one column for each sample, got {tuple(own.shape)}")
+    log_w, log_w_own, log_w_next = _log_weights(estimator, B, dataset_size)
+    if estimator not in ("uniform", "mws"):
+        check_drawn(own, B)
+    return ColumnWeights(log_w, own, log_w_own, log_w_next)
+
+
+def _log_weights(estimator: str, B: int, dataset_size: int | None) -> tuple[float, float | None, float | None]:
+    """The log-weights of every column, and of the own and the next one where these have others. `estimator` and
+    `dataset_size` are such that `check_estimator` passes them."""
+    N = None if dataset_size is None else check_count("dataset_size", dataset_size)
+    if N is not None and N < B:
+        raise ValueError(f"dataset_size: expected at least the batch's {B} posteriors, got {N}")
     M = B - 1
     if estimator == "uniform":
-        return ColumnWeights(-log(B), own)
-    if estimator != "mws":
-        check_drawn(own, B)
-        if M == 0 and (estimator == "loo" or N != 1):
-            of = "" if N is None else f" of {N}"
-            raise ValueError(
-                f"estimator: {estimator!r} cannot be had from a batch of one posterior{of}; expected at least 2, so"
-                " give the DataLoader drop_last=True"
-            )
+        return -log(B), None, None
+    if estimator != "mws" and M == 0 and (estimator == "loo" or N != 1):
+        of = "" if N is None else f" of {N}"
+        raise ValueError(
+            f"estimator: {estimator!r} cannot be had from a batch of one posterior{of}; expected at least 2, so"
+            " give the DataLoader drop_last=True"
+        )
     if estimator == "loo":
-        return ColumnWeights(-log(M), own, -math.inf)
+        return -log(M), -math.inf, None
     assert N is not None
     if estimator == "mws":
-        return ColumnWeights(-log(B * N), own)
+        return -log(B * N), None, None
     if M == 0:
-        return ColumnWeights(-math.inf, own, 0.0)
+        return -math.inf, 0.0, None
     if estimator == "stratified":
-        return ColumnWeights(log((N - 1) / (N * M)), own, -log(N))
-    return ColumnWeights(-log(M), own, -log(N), log((N - M) / (N * M)))
+        return log((N - 1) / (N * M)), -log(N), None
+    return -log(M), -log(N), log((N - M) / (N * M))
 
 
 def agg_entropy(
@@ -120,8 +128,14 @@ def agg_entropy(
         >>> z = fastvae.reparameterize(mu, logvar)
         >>> loss = loss - 0.1 * fastvae.agg_entropy(z, mu, logvar, dataset_size=60_000)
     """
-    log_qz = agg_log_prob(z, mu, logvar, weights=sample_weights(z, mu, dataset_size, estimator, own))
-    return -log_qz.mean()
+    if own is None and is_usual_call(mu, logvar, z):
+        return agg_entropy_op.short(
+            z, mu, logvar, *usual_weights(z, check_estimator(estimator, dataset_size), dataset_size)
+        )
+    weights = sample_weights(z, mu, dataset_size, estimator, own)
+    z, mu, logvar, log_weights = checked(z, mu, logvar, weights)
+    entropy = over_batches(agg_entropy_op, z, mu, logvar, *log_weights)
+    return entropy if z.ndim == 2 else entropy.mean()
 
 
 def check_estimator(estimator: str | None, dataset_size: int | None) -> str:
@@ -143,6 +157,13 @@ def check_drawn(own: Tensor | None, n_columns: int) -> None:
     eager = own.device.type == "cpu" and is_known(own)
     if eager and own.numel() > 0 and own.min() < 0:
         raise ValueError(f"own: expected columns from 0 to {n_columns - 1}, got values from {int(own.min())}")
+
+
+def usual_weights(z: Tensor, estimator: str, dataset_size: int | None) -> LogWeights:
+    """The estimator's weights in a usual call (`is_usual_call`) with samples z `[B, D]`, one of each posterior."""
+    log_w, log_w_own, log_w_next = _log_weights(estimator, len(z), dataset_size)
+    own = None if log_w_own is None else torch.arange(len(z), device=z.device)
+    return LogWeights(None, log_w, own, log_w_own, log_w_next)
 
 
 def sample_weights(

@@ -15,7 +15,7 @@ from ..backends.contract import LogWeights
 from ..ops.agg_log_prob import agg_log_prob_op
 from ..ops.agg_log_prob_marginals import agg_log_prob_marginals_op
 from ..ops.checks import accumulated, check_choice, check_number
-from ..ops.modes import has_values
+from ..ops.modes import has_values, is_usual_call
 from ..ops.pairs import ColumnWeights, checked, over_batches
 from .columns import Columns, InMemory
 from .table import override, tabulate
@@ -70,15 +70,13 @@ def agg_log_prob_marginals(
         >>> log_q = fastvae.agg_log_prob_marginals(z, mu, logvar)
         >>> total_correlation = (log_q.joint - log_q.marginals.sum(-1)).mean()
     """
+    if weights is None and is_usual_call(mu, logvar, z):
+        check_method(method, tol, z.dtype)
+        if is_direct(z, mu, method):
+            return AggregateLogProb(*agg_log_prob_marginals_op.short(z, mu, logvar, None, None, None, None, None))
     z, mu, logvar, log_weights = checked(z, mu, logvar, weights)
     tol = check_method(method, tol, z.dtype)
-    if method != "direct" and not has_values(z):
-        if method == "table":
-            raise ValueError("method: expected 'auto' or 'direct' where values cannot be looked at, got 'table'")
-        method = "direct"
-    if method == "auto" and (z.device.type != "cpu" or affordable(z.shape[-2], mu.shape[-2], z.dtype) <= 0):
-        method = "direct"
-    if method == "direct":
+    if is_direct(z, mu, method):
         return AggregateLogProb(*over_batches(agg_log_prob_marginals_op, z, mu, logvar, *log_weights))
 
     def of_a_batch(z: Tensor, mu: Tensor, logvar: Tensor, *fields: Any) -> tuple[Tensor | None, Tensor]:
@@ -90,6 +88,17 @@ def agg_log_prob_marginals(
     if log_weights.log_w is not None:
         log_weights = log_weights._replace(log_w=log_weights.log_w.to(z.dtype))
     return AggregateLogProb(*over_batches(of_a_batch, z, mu, logvar, *log_weights))
+
+
+def is_direct(z: Tensor, mu: Tensor, method: str) -> bool:
+    """Whether all marginals of samples z `[..., S, D]` are evaluated directly: by a method that has been checked."""
+    if method != "direct" and not has_values(z):
+        if method == "table":
+            raise ValueError("method: expected 'auto' or 'direct' where values cannot be looked at, got 'table'")
+        return True
+    if method == "auto":
+        return z.device.type != "cpu" or affordable(z.shape[-2], mu.shape[-2], z.dtype) <= 0
+    return method == "direct"
 
 
 def log_densities(

@@ -14,6 +14,7 @@ from ..aggregate.mmd import check_bandwidth, mmd
 from ..ops.checks import check_choice, check_count
 from ..protocols import Draws
 from .objectives import terms
+from .priors import StandardNormal
 from .schedules import Scheduled, Weight, check_weight
 
 DIVERGENCES = ("mmd", "agg_kl")
@@ -79,7 +80,7 @@ class BetaTCVAE(Scheduled):
             own=own,
             dataset_size=self.dataset_size,
             estimator=self.estimator,
-            prior=draws.prior,
+            prior=None if type(draws.prior) is StandardNormal else draws.prior,
         )
         alpha, beta, gamma = (self._now(name, draws) for name in ("alpha", "beta", "gamma"))
         loss = nell + alpha * of_kl.mi + beta * of_kl.tc + gamma * (of_kl.dim_kl.sum() - of_kl.prior_factorization)

@@ -60,7 +60,10 @@ class ELBO(Scheduled):
     capacity: Weight | None = None
     k: int = 1
     m: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("kl",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return () if self.free_bits else ("kl",)  # free bits take that of each dimension
 
     def __post_init__(self) -> None:
         self._convert(

@@ -143,8 +143,12 @@ class VAE(CountsSteps):
         if isinstance(self.prior, StandardNormal):
             self.prior.meet(mu)  # whatever the objective asks of it
         needs = needs_of(self.objective)
-        outputs = ("z", "log_q") if needs_log_q(needs, self.prior) else ("z",)
-        samples, log_q, _, _ = sample_gauss(mu, logvar, k * m, outputs=outputs)
+        outputs = ["z"]
+        if needs_log_q(needs, self.prior):
+            outputs.append("log_q")
+        if "kl" in needs and type(self.prior) is StandardNormal:  # its closed form comes with z
+            outputs.append("kl")
+        samples, log_q, _, kl = sample_gauss(mu, logvar, k * m, outputs=tuple(outputs), reduction="batchmean")
         assert samples is not None
         draws = Draws(
             samples.unflatten(0, (k, m)),  # [k, m, B, D], a view that the objective may hook: `samples` stays as it is
@@ -154,6 +158,7 @@ class VAE(CountsSteps):
             prior=self.prior,
             step=self._step(step, x.device, self.objective),
             log_qz_x=None if log_q is None else log_q.unflatten(0, (k, m)),
+            kl=kl,
             needs=needs,
         )
         result = self.objective(draws)

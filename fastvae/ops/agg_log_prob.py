@@ -5,12 +5,15 @@
 It serves every estimator of the aggregate posterior, mixture priors and EM; nothing of shape [S, N] is formed.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
 
+from ..backends.contract import Pairs
 from .declare import declare, declare_backward, placed
+from .modes import is_usual_call
 from .pairs import INPUTS, POSTERIORS, WEIGHTS, ColumnWeights, as_pairs, checked, over_batches, restored, result, save
 
 # Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
@@ -45,6 +48,18 @@ class AggLogProb(Function):
         return placed(_agg_log_prob_backward(d_joint, *restored(ctx), wanted), wanted, 8)
 
 
+class JointOps:
+    """The ops as functions of the contract, for what is composed of them, with a graph."""
+
+    @staticmethod
+    def agg_log_prob(pairs: Pairs) -> Tensor:
+        return agg_log_prob_op(*pairs[:3], *pairs.weights)
+
+    @staticmethod
+    def agg_log_prob_backward(d_joint: Tensor, joint: Any, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
+        return _agg_log_prob_backward(d_joint, joint, *pairs[:3], *pairs.weights, wanted)
+
+
 def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeights | None = None) -> Tensor:
     """The aggregate posterior's log-density log sum_j w_ij q(z_i | x_j), in nats, without the [S, N] matrix.
 
@@ -71,6 +86,8 @@ def agg_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, *, weights: ColumnWeight
     Example:
         >>> entropy = -fastvae.agg_log_prob(z, mu, logvar).mean()
     """
+    if weights is None and is_usual_call(mu, logvar, z):
+        return agg_log_prob_op.short(z, mu, logvar, None, None, None, None, None)
     z, mu, logvar, log_weights = checked(z, mu, logvar, weights)
     return over_batches(agg_log_prob_op, z, mu, logvar, *log_weights)
 

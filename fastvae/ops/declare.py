@@ -30,23 +30,26 @@ _library = torch.library.Library("fastvae", "DEF")
 
 
 class Op:
-    """An op in the namespace fastvae. A call computes the result, and records what its gradients need, if any.
+    """An op in the namespace fastvae. A call computes the result, and records what its gradients need, if any. `short`
+    is the same for arguments that `is_usual_call` has passed, of which nothing is asked again.
 
-    `run` has a backend compute it, from tensors without gradients; `formula` computes the same in torch's operations.
+    `run` has a backend compute it, from tensors without gradients; `compute` does so for usual arguments; `formula`
+    computes the same in torch's operations.
     """
 
     def __init__(
         self,
         schema: str,
         fake: Callable[..., Any],
+        compute: Callable[..., Any],
         run: Callable[..., Any],
         formula: Callable[..., Any],
         *tags: torch.Tag,
     ):
         self.name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         self.handle = getattr(torch.ops.fastvae, self.name).default
-        self.run, self.formula = run, formula
-        self.record = self.below_autograd
+        self.compute, self.run, self.formula = compute, run, formula
+        self.record, self.short = self.below_autograd, compute
         self.rule = one_by_one(self.handle)
 
         def vmapped(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
@@ -100,8 +103,15 @@ class Op:
                 results = self.record(*arguments)
             return list(results) if lists else results
 
+        class Short(function):  # type: ignore
+            @staticmethod
+            def forward(*arguments: Any) -> Any:
+                results = self.compute(*arguments)
+                return tuple(results) if lists else results
+
         # Not Function.apply itself, which binds arguments through `inspect.signature`: 20 us, three times the rest.
         self.record = super(Function, function).apply  # type: ignore[misc]
+        self.short = super(Function, Short).apply  # type: ignore[misc]
         _library.impl(self.name, autograd, "Autograd")
         return function
 
@@ -208,9 +218,10 @@ def declare(
     default is what the reference computes.
     """
     name = schema.partition("(")[0]
+    by = compute or (lambda backend, *arguments: getattr(backend, name)(*arguments))
 
-    def by(backend: Any, *arguments: Any) -> Any:
-        return compute(backend, *arguments) if compute else getattr(backend, name)(*arguments)
+    def of_usual(*arguments: Any) -> Any:
+        return by(backend_for(arguments[0].device), *arguments)
 
     def run(*arguments: Any) -> Any:
         first, empty = None, False
@@ -225,7 +236,7 @@ def declare(
         assert first is not None
         return by(backend_for(first.device), *arguments)
 
-    return kind(schema, fake, run, formula or functools.partial(by, reference))
+    return kind(schema, fake, of_usual, run, formula or functools.partial(by, reference))
 
 
 def declare_backward(
@@ -252,7 +263,7 @@ def declare_backward(
 
 def declare_random(schema: str, fake: Callable[..., Any], draw: Callable[..., Any]) -> Op:
     """Declare an op that draws from torch's generators: the compiler must not cache, merge or drop its calls."""
-    return Op(schema, fake, draw, draw, torch.Tag.nondeterministic_seeded)
+    return Op(schema, fake, draw, draw, draw, torch.Tag.nondeterministic_seeded)
 
 
 def placed(gradients: Sequence[Tensor | None], wanted: Sequence[bool], n_inputs: int) -> tuple[Tensor | None, ...]:

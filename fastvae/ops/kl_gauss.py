@@ -14,6 +14,7 @@ from ..backends.contract import REDUCTIONS, accumulation_dtype, kl_scale, kl_sha
 from .batching import leading
 from .checks import as_rows, check_choice, check_device, check_number, check_posterior, check_tensor, promote
 from .declare import declare, declare_backward, placed
+from .modes import is_usual_call
 
 
 def _fake(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str) -> Tensor:
@@ -127,6 +128,9 @@ def kl_gauss(
         >>> mu, logvar = encoder(x).chunk(2, dim=-1)
         >>> loss = nell + fastvae.kl_gauss(mu, logvar)
     """
+    usual = prior_mu is None and prior_logvar is None and type(free_bits) is float and free_bits == 0
+    if usual and type(reduction) is str and reduction in REDUCTIONS and is_usual_call(mu, logvar):
+        return _kl_gauss.short(mu, logvar, None, None, reduction)
     check_posterior(mu, logvar)
     check_choice("reduction", reduction, REDUCTIONS)
     free_bits = check_number("free_bits", free_bits, least=0.0, finite=True)

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backends import reference
-from ..backends.contract import accumulation_dtype
+from ..backends.contract import accumulation_dtype, kl_scale, kl_shape
 from .batching import leading, one_by_one
 from .checks import as_rows, check_choice, check_count, check_posterior, check_seed, promote
 from .declare import declare, declare_backward, declare_random, placed
-from .modes import in_a_transform
+from .modes import in_a_transform, is_usual_call
 
 OUTPUTS = ("z", "log_q", "log_p", "kl")
+KL_REDUCTIONS = ("sample", "sum", "mean", "batchmean")
 
 
 class GaussianSample(NamedTuple):
@@ -34,7 +35,9 @@ class GaussianSample(NamedTuple):
 # Ops: mu, logvar [B, D]; n_samples L, or None for one sample without the axis of samples.
 
 
-def _fake(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: list[bool]) -> list[Tensor]:
+def _fake(
+    mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: list[bool], reduction: str
+) -> list[Tensor]:
     B, D = mu.shape
     samples = () if n_samples is None else (n_samples,)
     dtype = accumulation_dtype(mu.dtype)
@@ -42,15 +45,21 @@ def _fake(mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outpu
         ((*samples, B, D), mu.dtype),
         ((*samples, B), dtype),
         ((*samples, B), dtype),
-        ((B,), dtype),
+        (kl_shape(reduction, B, D), dtype),
     )
     return [mu.new_empty(s, dtype=d) for (s, d), want in zip(results, outputs, strict=True) if want]
 
 
 def _compute(
-    backend: Any, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int | None, outputs: list[bool]
+    backend: Any,
+    mu: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    n_samples: int | None,
+    outputs: list[bool],
+    reduction: str,
 ) -> list[Tensor]:
-    results = backend.sample_gauss(mu, logvar, seed, 1 if n_samples is None else n_samples, outputs)
+    results = backend.sample_gauss(mu, logvar, seed, 1 if n_samples is None else n_samples, outputs, reduction)
     if n_samples is None:
         for result in results[: sum(outputs[:3])]:
             result.squeeze_(0)  # in place: views returned by a Function could not be modified by the caller
@@ -58,22 +67,22 @@ def _compute(
 
 
 def _compute_backward(backend: Any, *arguments: Any) -> list[Tensor]:
-    *upstream, mu, logvar, seed, n_samples, wanted = arguments
+    *upstream, mu, logvar, seed, n_samples, reduction, wanted = arguments
     if n_samples is None:
         n_samples = 1
         upstream[:3] = [None if g is None else g.unsqueeze(0) for g in upstream[:3]]  # all but the KL's
-    return backend.sample_gauss_backward(upstream, mu, logvar, seed, n_samples, wanted)
+    return backend.sample_gauss_backward(upstream, mu, logvar, seed, n_samples, reduction, wanted)
 
 
 _sample_gauss = declare(
-    "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, SymInt? n_samples, bool[] outputs) -> Tensor[]",
+    "sample_gauss(Tensor mu, Tensor logvar, Tensor seed, SymInt? n_samples, bool[] outputs, str reduction) -> Tensor[]",
     _fake,
     _compute,
     formula=lambda *arguments: _compute(_Formulas, *arguments),
 )
 _sample_gauss_backward = declare_backward(
     "sample_gauss_backward(Tensor? d_z, Tensor? d_log_q, Tensor? d_log_p, Tensor? d_kl, Tensor mu, Tensor logvar,"
-    " Tensor seed, SymInt? n_samples, bool[] wanted) -> Tensor[]",
+    " Tensor seed, SymInt? n_samples, str reduction, bool[] wanted) -> Tensor[]",
     ("mu", "logvar"),
     _compute_backward,
     formula=lambda *arguments: _compute_backward(_Formulas, *arguments),
@@ -87,12 +96,12 @@ _draw_seed = declare_random(
 
 @_sample_gauss.differentiate
 class SampleGauss(Function):
-    """The autograd Function from mu, logvar [B, D] to those of z [L, B, D], log_q [L, B], log_p [L, B], kl [B] that
-    `outputs` selects, without the axis of samples where `n_samples` is None."""
+    """The autograd Function from mu, logvar [B, D] to those of z [L, B, D], log_q [L, B], log_p [L, B], kl [B] or a
+    number that `outputs` selects, without the axis of samples where `n_samples` is None."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        mu, logvar, seed, ctx.n_samples, ctx.outputs = inputs
+        mu, logvar, seed, ctx.n_samples, ctx.outputs, ctx.reduction = inputs
         ctx.save_for_backward(mu, logvar, seed)
         ctx.set_materialize_grads(False)
 
@@ -100,8 +109,8 @@ class SampleGauss(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:2]
         upstream = placed(grads, ctx.outputs, 4)
-        gradients = _sample_gauss_backward(*upstream, *ctx.saved_tensors, ctx.n_samples, wanted)
-        return placed(gradients, wanted, 5)
+        gradients = _sample_gauss_backward(*upstream, *ctx.saved_tensors, ctx.n_samples, ctx.reduction, wanted)
+        return placed(gradients, wanted, 6)
 
 
 class _Formulas:
@@ -111,24 +120,31 @@ class _Formulas:
     def _noise(mu: Tensor, seed: Tensor, n_samples: int) -> Tensor:
         """eps `[L, B, D]`, the samples of N(0, I)."""
         zeros = torch.zeros(mu.shape, dtype=accumulation_dtype(mu.dtype), device=mu.device)
-        return _sample_gauss(zeros, zeros, seed, n_samples, (True, False, False, False))[0]
+        return _sample_gauss(zeros, zeros, seed, n_samples, (True, False, False, False), "sample")[0]
 
     @classmethod
     def sample_gauss(
-        cls, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]
+        cls, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool], reduction: str
     ) -> list[Tensor]:
-        return reference.sampled(mu, logvar, cls._noise(mu, seed, n_samples), outputs)
+        return reference.sampled(mu, logvar, cls._noise(mu, seed, n_samples), outputs, reduction)
 
     @classmethod
     def sample_gauss_backward(
-        cls, upstream: Any, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, wanted: Sequence[bool]
+        cls,
+        upstream: Any,
+        mu: Tensor,
+        logvar: Tensor,
+        seed: Tensor,
+        n_samples: int,
+        reduction: str,
+        wanted: Sequence[bool],
     ) -> list[Tensor]:
-        return reference.sampled_backward(upstream, mu, logvar, cls._noise(mu, seed, n_samples), wanted)
+        return reference.sampled_backward(upstream, mu, logvar, cls._noise(mu, seed, n_samples), reduction, wanted)
 
 
 # Under vmap with randomness="different" every problem has a seed of its own. The V problems are then one of V·B rows,
 # whose noise one of the seeds gives. Where they share a seed, as where it is the caller's, they share the noise, and
-# are computed one by one.
+# are computed one by one. A KL is reduced for each problem alone.
 
 
 @_sample_gauss.batch
@@ -136,10 +152,13 @@ def _batched(V: int, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], Any]:
     if in_dims[2] is None or V == 0:
         return one_by_one(_sample_gauss)(V, in_dims, *arguments)
     mu, logvar, seed = leading(arguments[:3], in_dims, V)
-    n_samples, outputs = arguments[3:]
-    results = _sample_gauss(mu.flatten(0, 1), logvar.flatten(0, 1), seed[0], n_samples, outputs)
+    n_samples, outputs, reduction = arguments[3:]
+    results = _sample_gauss(mu.flatten(0, 1), logvar.flatten(0, 1), seed[0], n_samples, outputs, "sample")
     axes = list(itertools.compress(_row_axes(n_samples), outputs))
-    return [r.unflatten(axis, (V, -1)) for r, axis in zip(results, axes, strict=True)], axes
+    results = [r.unflatten(axis, (V, -1)) for r, axis in zip(results, axes, strict=True)]
+    if outputs[3] and reduction != "sample":
+        results[-1] = results[-1].sum(1) * kl_scale(reduction, *mu.shape[1:])
+    return results, axes
 
 
 @_sample_gauss_backward.batch
@@ -147,12 +166,16 @@ def _backward_batched(V: int, in_dims: Any, *arguments: Any) -> tuple[list[Tenso
     if in_dims[6] is None or V == 0:
         return one_by_one(_sample_gauss_backward)(V, in_dims, *arguments)
     *upstream, mu, logvar, seed = leading(arguments[:7], in_dims, V)
-    n_samples, wanted = arguments[7:]
+    n_samples, reduction, wanted = arguments[7:]
+    if upstream[3] is not None and reduction != "sample":
+        B, D = mu.shape[1:]
+        upstream[3] = (upstream[3] * kl_scale(reduction, B, D))[:, None].expand(V, B)
     upstream = [
         None if g is None else g.movedim(0, axis).flatten(axis, axis + 1)
         for g, axis in zip(upstream, _row_axes(n_samples), strict=True)
     ]
-    gradients = _sample_gauss_backward(*upstream, mu.flatten(0, 1), logvar.flatten(0, 1), seed[0], n_samples, wanted)
+    rows = mu.flatten(0, 1), logvar.flatten(0, 1)
+    gradients = _sample_gauss_backward(*upstream, *rows, seed[0], n_samples, "sample", wanted)
     return [g.unflatten(0, (V, -1)) for g in gradients], 0
 
 
@@ -168,6 +191,7 @@ def sample_gauss(
     n_samples: int | None = None,
     *,
     outputs: tuple[str, ...] = OUTPUTS,
+    reduction: str = "sample",
     seed: int | None = None,
     generator: torch.Generator | None = None,
 ) -> GaussianSample:
@@ -178,21 +202,25 @@ def sample_gauss(
         logvar: log sigma², the shape of `mu`.
         n_samples: L samples per posterior on a new leading axis; None for one without that axis.
         outputs: which of `"z"`, `"log_q"`, `"log_p"`, `"kl"` to compute.
+        reduction: of the KL, as in `kl_gauss`: `"sample"`, `"sum"`, `"mean"` or `"batchmean"`.
         seed: an integer that fixes the sample on every backend; None draws one from torch's generator of the
             tensors' device, so that `torch.manual_seed` governs.
         generator: the torch.Generator to draw the seed from instead (not under `torch.compile`).
 
     Returns:
         GaussianSample: `z` `[(L,) ..., D]` in the dtype of `mu`; `log_q` and `log_p` `[(L,) ...]` and `kl`
-        `[...]` = KL(q ‖ N(0, I)), in nats, in float32 (float64 for float64 inputs), from z before it is rounded
-        to half precision. Gradients are total, at fixed noise: d log_q / d mu = 0, d log_q / d logvar = −½.
+        = KL(q ‖ N(0, I)), `[...]` or reduced to a scalar, in nats, in float32 (float64 for float64 inputs), from z
+        before it is rounded to half precision. Gradients are total, at fixed noise: d log_q / d mu = 0,
+        d log_q / d logvar = −½.
 
     Raises:
         TypeError: an input is not a floating-point tensor, or `n_samples` or `seed` not an integer.
-        ValueError: shapes or devices do not match, a negative `n_samples`, an unknown name in `outputs`, or
-            both `seed` and `generator`.
+        ValueError: shapes or devices do not match, a negative `n_samples`, an unknown name in `outputs`, an
+            unknown `reduction`, or both `seed` and `generator`.
 
     Example:
+        >>> z, _, _, kl = fastvae.sample_gauss(mu, logvar, outputs=("z", "kl"), reduction="batchmean")
+        >>> loss = nell(decoder(z), x) + kl
         >>> z, log_q, log_p, _ = fastvae.sample_gauss(mu, logvar, 8, outputs=("z", "log_q", "log_p"))
         >>> log_w = decoder(z).log_prob(x) + log_p - log_q
     """
@@ -200,8 +228,9 @@ def sample_gauss(
         raise TypeError(f"outputs: expected a tuple of names, got {outputs!r}")
     for name in outputs:
         check_choice("outputs", name, OUTPUTS)
+    check_choice("reduction", reduction, KL_REDUCTIONS)
     asked = tuple(name in outputs for name in OUTPUTS)
-    return GaussianSample(*placed(_sample(mu, logvar, n_samples, asked, seed, generator), asked, 4))
+    return GaussianSample(*placed(_sample(mu, logvar, n_samples, asked, reduction, seed, generator), asked, 4))
 
 
 def _sample(
@@ -209,10 +238,13 @@ def _sample(
     logvar: Tensor,
     n_samples: int | None,
     asked: tuple[bool, ...],
+    reduction: str,
     seed: int | None,
     generator: torch.Generator | None,
 ) -> Sequence[Tensor]:
     """Compute those of z, log_q, log_p and kl that `asked` selects."""
+    if n_samples is None and generator is None and any(asked) and is_usual_call(mu, logvar):
+        return _sample_gauss.short(mu, logvar, _usual_seed(mu, seed), None, asked, reduction)
     check_posterior(mu, logvar)
     if n_samples is not None:
         n_samples = check_count("n_samples", n_samples)
@@ -223,11 +255,12 @@ def _sample(
     if not any(asked):
         return ()
     seed_tensor = _seed(mu, seed, generator)
-    results = _sample_gauss(as_rows(mu), as_rows(logvar), seed_tensor, n_samples, asked)
+    results = _sample_gauss(as_rows(mu), as_rows(logvar), seed_tensor, n_samples, asked, reduction)
     if len(shape) == 2:
         return results
     samples = () if n_samples is None else (n_samples,)
-    shapes = (samples + shape, samples + shape[:-1], samples + shape[:-1], shape[:-1])
+    of_kl = shape[:-1] if reduction == "sample" else ()
+    shapes = (samples + shape, samples + shape[:-1], samples + shape[:-1], of_kl)
     return [r.reshape(s) for r, s in zip(results, itertools.compress(shapes, asked), strict=True)]
 
 
@@ -257,7 +290,14 @@ def reparameterize(
         >>> z = fastvae.reparameterize(mu, logvar)
         >>> z8 = fastvae.reparameterize(mu, logvar, 8, seed=0)  # [8, B, D]
     """
-    return _sample(mu, logvar, n_samples, (True, False, False, False), seed, generator)[0]
+    return _sample(mu, logvar, n_samples, (True, False, False, False), "sample", seed, generator)[0]
+
+
+def _usual_seed(mu: Tensor, seed: int | None) -> Tensor:
+    """The seed of a usual call."""
+    if seed is None:
+        return torch.empty((), dtype=torch.int64, device=mu.device).random_()
+    return _seed(mu, seed, None)
 
 
 def _seed(like: Tensor, seed: int | None, generator: torch.Generator | None) -> Tensor:
