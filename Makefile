@@ -24,7 +24,7 @@ TORCH  := torch==2.13.0 "triton==3.7.1; platform_system == 'Linux'"
 BUILT  := $(VENV)/built
 NATIVE_TESTS := -k "native or (test_every_op and (compile or transforms))"
 WERROR := $(if $(CI),--config-settings=cmake.define.FASTVAE_WERROR=ON)
-SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/include/*.h kernels/cpu/*.h kernels/cpu/*.cpp)
+SOURCES := CMakeLists.txt pyproject.toml packaging/build_backend.py kernels/python/calls.c $(wildcard kernels/include/*.h kernels/cpu/*.h kernels/cpu/*.cpp)
 
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 # Nothing is installed, and no test skipped, for want of what cannot be compiled.

@@ -12,6 +12,7 @@ import torch
 from . import __version__, backends
 from .backends import installed, native_library
 from .backends.settings import setting
+from .ops import short
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,6 +114,7 @@ def _info(options: argparse.Namespace) -> int:
         ("torch", torch.__version__),
         ("native library", _said(_native_library)),
         ("instruction set", _said(_instruction_sets)),
+        ("small calls", _said(_small_calls)),
         ("threads", str(torch.get_num_threads())),
         ("CUDA", _said(_cuda)),
     )
@@ -160,6 +162,11 @@ def _native_library() -> str:
         return "not loaded"
     library = native_library.library()
     return f"{library.fastvae_version().decode()}, {library._name}"
+
+
+def _small_calls() -> str:
+    calls = short.module()
+    return f"by Python: {calls}" if isinstance(calls, str) else f"by C, {calls.__file__}"
 
 
 def _instruction_sets() -> str:

@@ -63,6 +63,7 @@ def test_info_gives_the_reason_where_native_cannot_be_used(capsys, monkeypatch):
         "FASTVAE_CUDA_LIBRARY=/dev/null",
         "FASTVAE_CPU_ISA=mmx",
         "FASTVAE_EXACT_SKIP=yes",
+        "FASTVAE_CALLS=yes",
     ],
 )
 def test_info_says_which_variable_is_wrong(wrong, monkeypatch, capsys):

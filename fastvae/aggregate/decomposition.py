@@ -20,8 +20,8 @@ from ..backends import composed
 from ..ops.checks import accumulated, check_flag, check_posterior
 from ..ops.cross_log_prob import log_prob_gauss
 from ..ops.kl_decomposition import kl_decomposition_op
-from ..ops.modes import is_usual_call
 from ..ops.pairs import checked
+from ..ops.short import is_usual_call
 from ..protocols import Prior, check_log_prob, check_prior
 from .estimators import check_drawn, check_estimator, sample_weights, usual_weights
 from .marginals import agg_log_prob_marginals, check_method, is_direct

@@ -19,8 +19,9 @@ from torch import Tensor
 from ..backends.contract import LogWeights
 from ..ops.agg_entropy import agg_entropy_op
 from ..ops.checks import check_choice, check_count, check_indices, check_tensor
-from ..ops.modes import is_known, is_usual_call
+from ..ops.modes import is_known
 from ..ops.pairs import ColumnWeights, checked, log, over_batches
+from ..ops.short import is_usual_call
 
 __all__ = ["ESTIMATORS", "agg_entropy", "estimator_weights"]
 

@@ -15,8 +15,9 @@ from ..backends.contract import LogWeights
 from ..ops.agg_log_prob import agg_log_prob_op
 from ..ops.agg_log_prob_marginals import agg_log_prob_marginals_op
 from ..ops.checks import accumulated, check_choice, check_number
-from ..ops.modes import has_values, is_usual_call
+from ..ops.modes import has_values
 from ..ops.pairs import ColumnWeights, checked, over_batches
+from ..ops.short import is_usual_call
 from .columns import Columns, InMemory
 from .table import override, tabulate
 

@@ -104,6 +104,7 @@ def wrong_settings() -> list[str]:
     forced = settings.current.backend
     asked: list[Callable[[], object]] = [functools.partial(_choose, forced, device) for device in ("cpu", "cuda")]
     asked += [functools.partial(_status, name) for name in NAMES]
+    asked.append(functools.partial(switch, "FASTVAE_CALLS"))
     found: list[str] = []
     for ask in asked:
         try:

@@ -14,7 +14,6 @@ from .contract import LogWeights
 from .settings import WrongSetting, setting
 
 INTERFACE = 0x4B391E0  # FASTVAE_INTERFACE of kernels/include/fastvae.h
-INTERRUPTED = 2  # a kernel's status, FASTVAE_INTERRUPTED
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
 SIZES = (c_int64,) * 3  # S, N, D or L, B, D
 WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)

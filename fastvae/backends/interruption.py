@@ -10,6 +10,7 @@ from collections.abc import Generator
 from ctypes import c_int, c_uint64
 from typing import Any
 
+INTERRUPTED = 2  # a kernel's status, FASTVAE_INTERRUPTED
 POLL = ctypes.CFUNCTYPE(c_int)  # what fastvae_poll takes
 
 _poll: Any = None
@@ -58,6 +59,13 @@ def _renew() -> None:
     new = _Watch()
     _watches.append(new)  # before the library may call it, as it must not be freed then
     _poll(new.ask, threading.main_thread().ident)
+
+
+def settle(status: int) -> None:
+    """After a kernel that gave this status and not 0: raise what ended it, or return for it to run again."""
+    if status != INTERRUPTED:
+        raise MemoryError("fastvae: no memory for the kernel's workspace")
+    raise_kept()
 
 
 def raise_kept() -> None:

@@ -29,9 +29,7 @@ if _HUGE_PAGES is not None:
 def _run(kernel: Any, *arguments: Any) -> None:
     try:
         while status := kernel(*arguments, torch.get_num_threads()):
-            if status != c.INTERRUPTED:
-                raise MemoryError("fastvae: no memory for the kernel's workspace")
-            interruption.raise_kept()  # or else the kernel runs again
+            interruption.settle(status)
     except BaseException:
         interruption.forget()
         raise

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_int, c_int64
 from typing import Any
 
@@ -49,6 +50,7 @@ def kernels_for(instruction_set: str, dtype: torch.dtype) -> Any:
 
 
 _instruction_set: str | None = None
+_told: list[Callable[[tuple[Any, Any]], object]] = []  # who is told of the tables that are in use
 
 
 def use_instruction_set(name: str | None) -> None:
@@ -59,6 +61,18 @@ def use_instruction_set(name: str | None) -> None:
         raise ValueError(f"instruction set: expected one of {', '.join(available)}, got {name!r}")
     _instruction_set = name or available[0]
     kernels.cache_clear()
+    for tell in _told:
+        tell(_tables())
+
+
+def when_chosen(tell: Callable[[tuple[Any, Any]], object]) -> None:
+    """Call a function with the tables of float32 and float64, now and whenever others are chosen."""
+    tell(_tables())
+    _told.append(tell)
+
+
+def _tables() -> tuple[Any, Any]:
+    return kernels(torch.float32), kernels(torch.float64)
 
 
 def instruction_set() -> str:

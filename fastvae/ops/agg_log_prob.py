@@ -13,8 +13,8 @@ from torch.autograd import Function
 
 from ..backends.contract import Pairs
 from .declare import declare, declare_backward, placed
-from .modes import is_usual_call
 from .pairs import INPUTS, POSTERIORS, WEIGHTS, ColumnWeights, as_pairs, checked, over_batches, restored, result, save
+from .short import is_usual_call
 
 # Ops: z [S, D]; mu, logvar [N, D]; the weights of LogWeights, one by one.
 

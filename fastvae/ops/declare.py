@@ -23,6 +23,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from ..backends import backend_for, reference
 from .batching import Rule, in_autograds_batch, is_in_autograds_batch, one_by_one
 from .modes import are_ordinary, have_tangents, in_a_transform, in_forward_mode, is_traced, seen_by_others
+from .short import shortened
 
 TEMPORARIES = 40  # of [R, N, D], that a derivative of a backward's formula has at a time
 
@@ -30,8 +31,7 @@ _library = torch.library.Library("fastvae", "DEF")
 
 
 class Op:
-    """An op in the namespace fastvae. A call computes the result, and records what its gradients need, if any. `short`
-    is the same for arguments that `is_usual_call` has passed, of which nothing is asked again.
+    """An op in the namespace fastvae. A call computes the result, and records what its gradients need, if any.
 
     `run` has a backend compute it, from tensors without gradients; `compute` does so for usual arguments; `formula`
     computes the same in torch's operations.
@@ -49,7 +49,7 @@ class Op:
         self.name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         self.handle = getattr(torch.ops.fastvae, self.name).default
         self.compute, self.run, self.formula = compute, run, formula
-        self.record, self.short = self.below_autograd, compute
+        self.record = self.below_autograd
         self.rule = one_by_one(self.handle)
 
         def vmapped(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
@@ -66,6 +66,11 @@ class Op:
         if is_traced():
             return self.traced(*arguments)
         return self.record(*arguments)
+
+    @functools.cached_property
+    def short(self) -> Callable[..., Any]:
+        """The call for arguments that `is_usual_call` has passed, of which nothing is asked again."""
+        return shortened(self.name, self.function, self.compute)
 
     def traced(self, *arguments: Any) -> Any:
         """The call for torch.jit.trace, which records ops, but none with lists."""
@@ -103,15 +108,9 @@ class Op:
                 results = self.record(*arguments)
             return list(results) if lists else results
 
-        class Short(function):  # type: ignore
-            @staticmethod
-            def forward(*arguments: Any) -> Any:
-                results = self.compute(*arguments)
-                return tuple(results) if lists else results
-
         # Not Function.apply itself, which binds arguments through `inspect.signature`: 20 us, three times the rest.
         self.record = super(Function, function).apply  # type: ignore[misc]
-        self.short = super(Function, Short).apply  # type: ignore[misc]
+        self.function = function
         _library.impl(self.name, autograd, "Autograd")
         return function
 

@@ -14,7 +14,7 @@ from ..backends.contract import REDUCTIONS, accumulation_dtype, kl_scale, kl_sha
 from .batching import leading
 from .checks import as_rows, check_choice, check_device, check_number, check_posterior, check_tensor, promote
 from .declare import declare, declare_backward, placed
-from .modes import is_usual_call
+from .short import is_usual_call, unpacked
 
 
 def _fake(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, reduction: str) -> Tensor:
@@ -52,7 +52,7 @@ class KLGauss(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
-        return placed(_kl_gauss_backward(grad, *ctx.saved_tensors, ctx.reduction, wanted), wanted, 5)
+        return placed(_kl_gauss_backward(grad, *unpacked(ctx), ctx.reduction, wanted), wanted, 5)
 
 
 # Under vmap the V problems are one of V·B rows, each of which is reduced alone, and then with those of its problem.

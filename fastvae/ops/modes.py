@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 in_a_transform = _are_functorch_transforms_active  # of torch.func
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_USUAL_DTYPES = (torch.float32, torch.float64)
 _OTHERS = frozenset((type(None), bool, int, float, str, tuple, list))
 
 
@@ -54,23 +53,6 @@ def is_known(x: Tensor) -> bool:
 def has_values(x: Tensor) -> bool:
     """The same where what comes of x is looked at too, and so no function transform may be active."""
     return is_known(x) and not in_a_transform()
-
-
-def is_usual_call(*tensors: Any) -> bool:
-    """Whether a call of these tensors may take the short way (declare.py): it is an eager one that nobody else has to
-    see, and they are [n, D], of one shape, dtype and device, float32 or float64, not empty, and such that a backend can
-    read them."""
-    if seen_by_others() or in_forward_mode() or is_traced():
-        return False
-    first = tensors[0]
-    for x in tensors:
-        if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
-            return False
-        if x.shape != first.shape or x.dtype is not first.dtype or x.device != first.device:
-            return False
-    if first.ndim != 2 or first.numel() == 0 or first.dtype not in _USUAL_DTYPES:
-        return False
-    return are_ordinary(tensors)
 
 
 def are_ordinary(arguments: Sequence[Any]) -> bool:

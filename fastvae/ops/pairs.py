@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends.contract import LogWeights, Pairs, accumulation_dtype
 from .checks import accumulated, check_device, check_indices, check_number, check_posterior, check_tensor, promote
 from .modes import is_known
+from .short import unpacked
 
 POSTERIORS = "Tensor z, Tensor mu, Tensor logvar"  # of an op's schema: z [S, D]; mu, logvar [N, D]
 INPUTS = ("z", "mu", "logvar", "log_w")  # that may want a gradient
@@ -83,7 +84,7 @@ def save(ctx: Any, inputs: tuple[Any, ...], *results: Tensor) -> None:
 def restored(ctx: Any) -> tuple[Any, ...]:
     """The saved (*results, z, mu, logvar, then the fields of LogWeights). Gradients are functions of the inputs alone,
     as kernels compute the results again (architecture.md), so that derivatives go past the results."""
-    *results, z, mu, logvar, log_w, own = ctx.saved_tensors
+    *results, z, mu, logvar, log_w, own = unpacked(ctx)
     log_w_all, log_w_own, log_w_next = ctx.numbers
     results = [x.detach() for x in results]
     return (*results, z, mu, logvar, log_w, log_w_all, own, log_w_own, log_w_next)

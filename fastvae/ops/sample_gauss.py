@@ -17,9 +17,17 @@ from ..backends.contract import accumulation_dtype, kl_scale, kl_shape
 from .batching import leading, one_by_one
 from .checks import as_rows, check_choice, check_count, check_posterior, check_seed, promote
 from .declare import declare, declare_backward, declare_random, placed
-from .modes import in_a_transform, is_usual_call
+from .modes import in_a_transform
+from .short import is_usual_call, unpacked
 
 OUTPUTS = ("z", "log_q", "log_p", "kl")
+_Z = (True, False, False, False)
+_ASKED = {  # which of OUTPUTS the usual ways to ask for them mean
+    outputs: tuple(name in outputs for name in OUTPUTS)
+    for n in range(1, 5)
+    for outputs in itertools.combinations(OUTPUTS, n)
+}
+_A_SEED = torch.zeros((), dtype=torch.int64, device="cpu")
 KL_REDUCTIONS = ("sample", "sum", "mean", "batchmean")
 
 
@@ -109,7 +117,7 @@ class SampleGauss(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:2]
         upstream = placed(grads, ctx.outputs, 4)
-        gradients = _sample_gauss_backward(*upstream, *ctx.saved_tensors, ctx.n_samples, ctx.reduction, wanted)
+        gradients = _sample_gauss_backward(*upstream, *unpacked(ctx), ctx.n_samples, ctx.reduction, wanted)
         return placed(gradients, wanted, 6)
 
 
@@ -224,6 +232,11 @@ def sample_gauss(
         >>> z, log_q, log_p, _ = fastvae.sample_gauss(mu, logvar, 8, outputs=("z", "log_q", "log_p"))
         >>> log_w = decoder(z).log_prob(x) + log_p - log_q
     """
+    if n_samples is None and seed is None and generator is None and is_usual_call(mu, logvar):
+        known = _ASKED.get(outputs) if type(outputs) is tuple and all(type(name) is str for name in outputs) else None
+        if known and type(reduction) is str and reduction in KL_REDUCTIONS:
+            results = iter(_sample_gauss.short(mu, logvar, _usual_seed(mu), None, known, reduction))
+            return GaussianSample(*[next(results) if want else None for want in known])
     if not isinstance(outputs, (tuple, list)):
         raise TypeError(f"outputs: expected a tuple of names, got {outputs!r}")
     for name in outputs:
@@ -243,8 +256,6 @@ def _sample(
     generator: torch.Generator | None,
 ) -> Sequence[Tensor]:
     """Compute those of z, log_q, log_p and kl that `asked` selects."""
-    if n_samples is None and generator is None and any(asked) and is_usual_call(mu, logvar):
-        return _sample_gauss.short(mu, logvar, _usual_seed(mu, seed), None, asked, reduction)
     check_posterior(mu, logvar)
     if n_samples is not None:
         n_samples = check_count("n_samples", n_samples)
@@ -290,14 +301,16 @@ def reparameterize(
         >>> z = fastvae.reparameterize(mu, logvar)
         >>> z8 = fastvae.reparameterize(mu, logvar, 8, seed=0)  # [8, B, D]
     """
-    return _sample(mu, logvar, n_samples, (True, False, False, False), "sample", seed, generator)[0]
+    if n_samples is None and seed is None and generator is None and is_usual_call(mu, logvar):
+        return _sample_gauss.short(mu, logvar, _usual_seed(mu), None, _Z, "sample")[0]
+    return _sample(mu, logvar, n_samples, _Z, "sample", seed, generator)[0]
 
 
-def _usual_seed(mu: Tensor, seed: int | None) -> Tensor:
-    """The seed of a usual call."""
-    if seed is None:
-        return torch.empty((), dtype=torch.int64, device=mu.device).random_()
-    return _seed(mu, seed, None)
+def _usual_seed(mu: Tensor) -> Tensor:
+    """A seed for a usual call that has none."""
+    if mu.is_cpu:
+        return torch.empty_like(_A_SEED).random_()  # takes half as long as the following
+    return torch.empty((), dtype=torch.int64, device=mu.device).random_()
 
 
 def _seed(like: Tensor, seed: int | None, generator: torch.Generator | None) -> Tensor:

@@ -38,9 +38,9 @@ int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_
     T *log_q = static_cast<T *>(log_q_), *log_p = static_cast<T *>(log_p_), *kl = static_cast<T *>(kl_);
     const uint64_t seed = *seed_;
     if (L == 0) L = 1, z = log_q = log_p = nullptr;  // the KL is still asked for
-    const bool sums = log_q || log_p || kl, dense = mu_stride == D && logvar_stride == D;
+    const bool sums = log_q || log_p || kl, total = kl && reduction == FASTVAE_SUM;
+    const bool flat = !log_q && !log_p && (!kl || total) && mu_stride == D && logvar_stride == D;
     const int64_t unit_rows = rows_in(kUnit, D), blocks = (B + unit_rows - 1) / unit_rows;
-    const bool total = kl && reduction == FASTVAE_SUM;
     Buffer<double> totals(total ? blocks : 0);  // of the KL, by block
     if (!totals) return FASTVAE_OUT_OF_MEMORY;
 
@@ -52,7 +52,7 @@ int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_
             alignas(64) T buffer[kChunk + kNormalsSlack];
             int64_t e = (l * B + b) * D + d;
             const T *eps = fill_normals(uint64_t(e), rows * n, seed, buffer);
-            if (!sums && dense) n *= rows, rows = 1;
+            if (flat) n *= rows, rows = 1;
             for (int64_t r = 0; r < rows; ++r, e += n, eps += n) {
                 const T *mu_row = mu + (b + r) * mu_stride + d, *logvar_row = logvar + (b + r) * logvar_stride + d;
                 Vec<T> vq{}, vp{}, vk{};
@@ -67,14 +67,15 @@ int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_
                     if (kl && l == 0) vk += vmu * vmu + Exponential<T>(vlogvar).minus_1_minus_x(T(0.5) * vlogvar);
                 });
                 if (!sums) continue;
+                if (total) k_block += 0.5 * sum_lanes<T>(vk);
+                if (flat) continue;
                 if (d == 0) q = p = k = 0;
                 q += sum_lanes<T>(vq), p += sum_lanes<T>(vp), k += sum_lanes<T>(vk);
                 if (d + n < D) continue;
                 const int64_t row = l * B + b + r;
                 if (log_q) log_q[row] = T(-0.5 * (double(D) * kLog2Pi + q));
                 if (log_p) log_p[row] = T(-0.5 * (double(D) * kLog2Pi + p));
-                if (total) k_block += 0.5 * k;
-                else if (kl && l == 0) kl[row] = T(kl_scale * (0.5 * k));
+                if (kl && !total && l == 0) kl[row] = T(kl_scale * (0.5 * k));
             }
         });
         if (total && l == 0) totals[unit] = k_block;
@@ -98,7 +99,7 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
     const T *d_kl = static_cast<const T *>(d_kl_);                                         // [B] or [1]
     T *d_mu = static_cast<T *>(d_mu_), *d_logvar = static_cast<T *>(d_logvar_);            // [B, D]
     const uint64_t seed = *seed_;
-    const bool flat = !d_log_q && !d_log_p && !d_kl && mu_stride == D && logvar_stride == D;
+    const bool flat = !d_log_q && !d_log_p && (!d_kl || !kl_row) && mu_stride == D && logvar_stride == D;
     const bool from_eps = L > 0 && (d_z || d_log_p), from_rest = d_log_q || d_kl || !from_eps;
     const int64_t unit_rows = rows_in(kUnit, D), blocks = (B + unit_rows - 1) / unit_rows;
 

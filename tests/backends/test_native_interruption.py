@@ -222,7 +222,7 @@ def test_the_exception_and_its_traceback() -> None:
     with alarm(raising), pytest.raises(Enough, match="of it") as caught:
         LONG_CALLS["agg_log_prob"]()
     assert isinstance(caught.value.__cause__, ValueError)
-    assert [frame.name for frame in traceback.extract_tb(caught.tb)][-3:] == ["_run", "raise_kept", "raising"]
+    assert [frame.name for frame in traceback.extract_tb(caught.tb)][-4:] == ["_run", "settle", "raise_kept", "raising"]
     kept = weakref.ref(caught.value)
     del caught
     gc.collect()

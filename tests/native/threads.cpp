@@ -51,8 +51,8 @@ template <class T> Outputs<T> run_all(const fastvae_kernels &k, int threads) {
     const int64_t S = 331, N = 517, D = 33, L = 3;
     const auto z = noise<T>(S * D, 1, 2), mu = noise<T>(N * D, 2), logvar = noise<T>(N * D, 3, 1, -1);
     const auto prior = noise<T>(D, 4), g = noise<T>(S * N, 5), log_w = noise<T>(N, 6, 1, -6);
-    std::vector<int64_t> own(S);
-    for (int64_t i = 0; i < S; ++i) own[i] = i % 7 ? i % N : -1;
+    std::vector<int64_t> own(N);
+    for (int64_t i = 0; i < N; ++i) own[i] = i % 7 ? i % N : -1;
     const uint64_t seed = 42;
     Outputs<T> out;
     out.names.reserve(64), out.values.reserve(64);
@@ -65,12 +65,14 @@ template <class T> Outputs<T> run_all(const fastvae_kernels &k, int threads) {
     out.status |= k.kl_gauss_backward(g.data(), D, 1, 0.5, mu.data(), D, logvar.data(), D, prior.data(), 0,
                                       prior.data(), 0, N, D, out.add("kl d_mu", N * D), out.add("kl d_logvar", N * D),
                                       out.add("kl d_prior_mu", D), out.add("kl d_prior_logvar", D), threads);
-    out.status |= k.sample_gauss(mu.data(), D, logvar.data(), D, &seed, L, N, D, out.add("z", L * N * D),
-                                 out.add("log_q", L * N), out.add("log_p", L * N), out.add("kl", N), threads);
+    for (const auto &[reduction, size] : {std::pair(FASTVAE_SAMPLE, N), std::pair(FASTVAE_SUM, int64_t(1))})
+        out.status |= k.sample_gauss(mu.data(), D, logvar.data(), D, &seed, L, N, D, reduction, 0.5,
+                                     out.add("z", L * N * D), out.add("log_q", L * N), out.add("log_p", L * N),
+                                     out.add("kl", size), threads);
     const auto d_z = noise<T>(L * N * D, 7);
-    out.status |= k.sample_gauss_backward(d_z.data(), d_z.data() + 1, d_z.data() + 2, d_z.data() + 3, mu.data(), D,
-                                          logvar.data(), D, &seed, L, N, D, out.add("sample d_mu", N * D),
-                                          out.add("sample d_logvar", N * D), threads);
+    out.status |= k.sample_gauss_backward(d_z.data(), d_z.data() + 1, d_z.data() + 2, d_z.data() + 3, 1, 0.5,
+                                          mu.data(), D, logvar.data(), D, &seed, L, N, D,
+                                          out.add("sample d_mu", N * D), out.add("sample d_logvar", N * D), threads);
     out.status |= k.cross_log_prob(z.data(), mu.data(), logvar.data(), S, N, D, out.add("cross", S * N), threads);
     out.status |= k.cross_log_prob_backward(g.data(), z.data(), mu.data(), logvar.data(), S, N, D,
                                             out.add("cross d_z", S * D), out.add("cross d_mu", N * D),
@@ -88,6 +90,19 @@ template <class T> Outputs<T> run_all(const fastvae_kernels &k, int threads) {
                                                     logvar.data(), WEIGHTS, S, N, D, out.add("marg d_z", S * D),
                                                     out.add("marg d_mu", N * D), out.add("marg d_logvar", N * D),
                                                     out.add("marg d_log_w", N), threads);
+    out.status |= k.agg_entropy(z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D, out.add("entropy", 1), 1, threads);
+    out.status |= k.agg_entropy_backward(g.data(), z.data(), mu.data(), logvar.data(), WEIGHTS, S, N, D,
+                                         out.add("entropy d_z", S * D), out.add("entropy d_mu", N * D),
+                                         out.add("entropy d_logvar", N * D), out.add("entropy d_log_w", N), 1, threads);
+    const auto of_each = noise<T>(N * D, 8, 2);
+    joint = out.add("joint of each", N), marginals = out.add("marginals of each", N * D);
+    out.status |= k.kl_decomposition(of_each.data(), mu.data(), logvar.data(), WEIGHTS, N, N, D, out.add("mi", 1),
+                                     out.add("agg_kl", 1), out.add("tc", 1), out.add("dim_kl", D), out.add("kl term", 1),
+                                     out.add("entropy term", 1), out.add("saturation", 1), joint, marginals, threads);
+    out.status |= k.kl_decomposition_backward(g.data(), g.data(), g.data(), g.data(), g.data(), g.data(), joint, marginals,
+                                              of_each.data(), mu.data(), logvar.data(), WEIGHTS, N, N, D,
+                                              out.add("terms d_z", N * D), out.add("terms d_mu", N * D),
+                                              out.add("terms d_logvar", N * D), out.add("terms d_log_w", N), threads);
     return out;
 }
 
