@@ -101,6 +101,7 @@ template <class T> struct Responsibilities {
 template <class T>
 int agg_log_prob(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N,
                  int64_t D, void *joint, int exact_skip, int threads) {
+    threads = threads_for_pairs(S, N, D, threads);
     // In one dimension the joint is a marginal, whose sum needs no pass for its maximum; with few rows, threads divide
     // columns.
     if (D == 1 && S >= ForwardGrid::kMaxRows) {
@@ -126,6 +127,7 @@ template <class T>
 int agg_log_prob_backward(const void *d_joint, const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS,
                           int64_t S, int64_t N, int64_t D, void *joint, void *d_z, void *d_mu, void *d_logvar,
                           void *d_log_w, int exact_skip, int threads) {
+    threads = threads_for_pairs(S, N, D, threads);
     const Weights<T> weights(log_w, log_w_all, own, log_w_own, log_w_next, N);
     const T *const samples = static_cast<const T *>(z), *const upstream = static_cast<const T *>(d_joint);
     const bool early = exact_skip && N >= kMinExitColumns;

@@ -53,6 +53,7 @@ template <class T> struct Forward {
 template <class T>
 int agg_log_prob_marginals(const void *z, const void *mu, const void *logvar, FASTVAE_WEIGHTS, int64_t S, int64_t N,
                            int64_t D, void *joint, void *marginals, int threads) {
+    threads = threads_for_pairs(S, N, D, threads);
     const Weights<T> weights(log_w, log_w_all, own, log_w_own, log_w_next, N);
     MarginalColumns<T> columns(weights, N, D);
     const int64_t row_size = kTileRows * D, rows_size = round_up(row_size, kLanes<T>);

@@ -297,6 +297,7 @@ int agg_log_prob_marginals_backward(const void *d_joint, const void *d_marginals
                                     const void *marginals, const void *z, const void *mu, const void *logvar,
                                     FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D, void *d_z, void *d_mu,
                                     void *d_logvar, void *d_log_w, int threads) {
+    threads = threads_for_pairs(S, N, D, threads);
     if (d_joint && !d_marginals)
         return agg_log_prob_backward<T>(d_joint, z, mu, logvar, log_w, log_w_all, own, log_w_own, log_w_next, S, N, D,
                                         nullptr, d_z, d_mu, d_logvar, d_log_w, 0, threads);

@@ -8,6 +8,7 @@ namespace fastvae::FASTVAE_ISA {
 template <class T>
 int cross_log_prob(const void *z, const void *mu, const void *logvar, int64_t S, int64_t N, int64_t D,
                    void *out, int threads) {
+    threads = threads_for_pairs(S, N, D, threads);
     constexpr int64_t W = kPanelWidth<T>, L = kLanes<T>, kRows = 8 * kTileRows;
     const int64_t chunk = chunk_panels<T>(D), blocks = (S + kRows - 1) / kRows;
     const int64_t scratch_size = kTileRows * (round_up(D, L) + W);
@@ -40,6 +41,7 @@ int cross_log_prob(const void *z, const void *mu, const void *logvar, int64_t S,
 template <class T>
 int cross_log_prob_backward(const void *grad, const void *z, const void *mu, const void *logvar, int64_t S,
                             int64_t N, int64_t D, void *d_z, void *d_mu, void *d_logvar, int threads) {
+    threads = threads_for_pairs(S, N, D, threads);
     constexpr int64_t W = kPanelWidth<T>;
     const T *const samples = static_cast<const T *>(z);
     Panels<T> panels(N, D);

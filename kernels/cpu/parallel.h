@@ -15,4 +15,11 @@ template <class F> [[nodiscard]] int parallel_for(int64_t units, int threads, co
         const_cast<F *>(&f));
 }
 
+// The threads for samples against posteriors: one where all pairs take less time than another takes to wake, which is
+// milliseconds on a busy machine (README.md).
+inline int threads_for_pairs(int64_t S, int64_t N, int64_t D, int threads) {
+    constexpr double kFewest = 160000;
+    return double(S) * double(N) * double(D) < kFewest ? 1 : threads;
+}
+
 }  // namespace fastvae::FASTVAE_ISA

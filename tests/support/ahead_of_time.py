@@ -90,7 +90,7 @@ def kl_backward(B: int, D: int, dtype: torch.dtype = torch.float32, prior: int =
 
 def sample(L: int, B: int, D: int, outputs: str, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
     x = meta(B, D, dtype=dtype)
-    return lambda: op("sample_gauss", x, x, meta(dtype=torch.int64), L, [o in outputs for o in "zqpk"])
+    return lambda: op("sample_gauss", x, x, meta(dtype=torch.int64), L, [o in outputs for o in "zqpk"], "sample")
 
 
 def sample_backward(L: int, B: int, D: int, outputs: str, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
@@ -98,7 +98,7 @@ def sample_backward(L: int, B: int, D: int, outputs: str, dtype: torch.dtype = t
     wide = torch.promote_types(dtype, torch.float32)
     shapes = {"z": (L, B, D), "q": (L, B), "p": (L, B), "k": (B,)}
     upstream = [meta(*s, dtype=dtype if o == "z" else wide) if o in outputs else None for o, s in shapes.items()]
-    return lambda: op("sample_gauss_backward", upstream, x, x, meta(dtype=torch.int64), L, [True, True])
+    return lambda: op("sample_gauss_backward", upstream, x, x, meta(dtype=torch.int64), L, "sample", [True, True])
 
 
 class Problem(NamedTuple):
