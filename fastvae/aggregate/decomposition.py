@@ -103,24 +103,24 @@ def kl_decomposition(
     check_prior(prior)
     analytic_conditional = check_flag("analytic_conditional", analytic_conditional)
     estimator = check_estimator(estimator, dataset_size)
-    if prior is None and own is None and not analytic_conditional and is_usual_call(mu, logvar, z):
+    in_one_call = prior is None and own is None and not analytic_conditional
+    if in_one_call and is_usual_call(mu, logvar, z):
         check_method(method, tol, z.dtype)
         if is_direct(z, mu, method):
-            *terms, _joint, _marginals = kl_decomposition_op.short(
-                z, mu, logvar, *usual_weights(z, estimator, dataset_size)
-            )
+            usual = usual_weights(z, estimator, dataset_size)
+            *terms, _joint, _marginals = kl_decomposition_op.short(z, mu, logvar, *usual)
             return KLDecomposition._make([*terms, estimator])
     check_posterior(mu, logvar, min_ndim=2)
     weights = sample_weights(z, mu, dataset_size, estimator, own)
     check_drawn(weights.own, mu.shape[-2])
     z, mu, logvar = accumulated(z, mu, logvar)
     n_columns = mu.shape[-2]
-    check_method(method, tol, z.dtype)
-    rows, _, _, log_weights = checked(z, mu, logvar, weights)
-    usual = prior is None and own is None and not analytic_conditional and mu.ndim == 2
-    if usual and is_direct(rows, mu, method):
-        *terms, _joint, _marginals = kl_decomposition_op(rows, mu, logvar, *log_weights)
-        return KLDecomposition._make([*terms, estimator])
+    if in_one_call and mu.ndim == 2:
+        check_method(method, tol, z.dtype)
+        rows, _, _, log_weights = checked(z, mu, logvar, weights)
+        if is_direct(rows, mu, method):
+            *terms, _joint, _marginals = kl_decomposition_op(rows, mu, logvar, *log_weights)
+            return KLDecomposition._make([*terms, estimator])
     joint, marginals = agg_log_prob_marginals(z, mu, logvar, weights=weights, method=method, tol=tol)
     # joint: [*batch, S], marginals: [*batch, S, D]
     if z.ndim > mu.ndim:

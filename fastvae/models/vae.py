@@ -148,16 +148,17 @@ class VAE(CountsSteps):
             outputs.append("log_q")
         if "kl" in needs and type(self.prior) is StandardNormal:  # its closed form comes with z
             outputs.append("kl")
-        samples, log_q, _, kl = sample_gauss(mu, logvar, k * m, outputs=tuple(outputs), reduction="batchmean")
+        n_samples = None if k * m == 1 else k * m
+        samples, log_q, _, kl = sample_gauss(mu, logvar, n_samples, outputs=tuple(outputs), reduction="batchmean")
         assert samples is not None
         draws = Draws(
-            samples.unflatten(0, (k, m)),  # [k, m, B, D], a view that the objective may hook: `samples` stays as it is
+            samples.view(k, m, *mu.shape),  # a view that the objective may hook: `samples` stays as it is
             mu,
             logvar,
             log_px_z=lambda z: self.log_px_z(x, z),
             prior=self.prior,
             step=self._step(step, x.device, self.objective),
-            log_qz_x=None if log_q is None else log_q.unflatten(0, (k, m)),
+            log_qz_x=None if log_q is None else log_q.view(k, m, len(mu)),
             kl=kl,
             needs=needs,
         )
@@ -165,8 +166,7 @@ class VAE(CountsSteps):
         if not (isinstance(result, tuple) and len(result) == 2 and {"nell", "kl"} <= set(result[1])):
             raise TypeError("objective: expected (loss, terms) from it, with 'nell' and 'kl' among the terms")
         loss, terms = result
-        z = samples[0] if k * m == 1 else samples
-        return VAEOutput(loss, terms["nell"], terms["kl"], z, mu, logvar, terms)
+        return VAEOutput(loss, terms["nell"], terms["kl"], samples, mu, logvar, terms)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The posteriors' mu and logvar, `[B, D]` each."""
