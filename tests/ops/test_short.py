@@ -159,7 +159,7 @@ def test_nothing_is_left_behind(name: str) -> None:
     before, counts = tensors_alive(), [sys.getrefcount(x) for x in (*leaves, None, short._PLAIN)]
     for _ in range(1000):
         evaluated(name, leaves)
-    assert tensors_alive() == before
+    assert tensors_alive() <= before
     after = [sys.getrefcount(x) for x in (*leaves, None, short._PLAIN)]
     assert all(abs(a - b) < 500 for a, b in zip(after, counts, strict=True)), (counts, after)
 
