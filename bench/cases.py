@@ -115,6 +115,22 @@ def _sample_exactly(mu: Tensor, logvar: Tensor, eps: Tensor) -> tuple[Tensor, ..
     return z, log_q, -0.5 * (z.square() + peers.LOG_2PI).sum(-1), kl
 
 
+def _z_and_kl(mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
+    z, _, _, kl = fastvae.sample_gauss(mu, logvar, outputs=("z", "kl"), reduction="batchmean")
+    assert z is not None and kl is not None  # noqa: PT018
+    return z, kl
+
+
+def _z_and_kl_exactly(mu: Tensor, logvar: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
+    z, _, _, kl = _sample_exactly(mu, logvar, eps)
+    return z, kl.mean()
+
+
+def _decomposition(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
+    terms = fastvae.kl_decomposition(z, mu, logvar)
+    return terms.mi, terms.tc, terms.dim_kl
+
+
 def _pairs(B: int, D: int) -> float:
     return float(B) * B * D
 
@@ -128,6 +144,8 @@ def _elements(B: int, D: int) -> float:
 
 
 ELEMENTWISE: list[Size] = [(128, 32), (1024, 32), (8192, 64), (65536, 128)]
+SMALL: list[Size] = [(64, 10), (128, 32), (256, 64)]  # what a training step has, of which kernels are a tenth
+SMALL_PAIRS: list[Size] = [(64, 10), (128, 10), (256, 10)]
 
 # Work per element: FMAs, 2 forward and 6 backward; exponentials, one each way, of which a pair's joint needs one too;
 # bytes that must move.
@@ -140,7 +158,7 @@ OPS: dict[str, Op] = {
             torch_distributions=peers.kl_distributions,
         ),
         posteriors,
-        {FORWARD: ELEMENTWISE, BACKWARD: ELEMENTWISE[2:3], BOTH: ELEMENTWISE},
+        {FORWARD: ELEMENTWISE, BACKWARD: ELEMENTWISE[2:3], BOTH: sorted({*ELEMENTWISE, *SMALL})},
         _elements,
         "bandwidth",
         {FORWARD: 8, BACKWARD: 16, BOTH: 24},
@@ -155,7 +173,7 @@ OPS: dict[str, Op] = {
             torch_distributions=peers.reparameterize_distributions,
         ),
         posteriors,
-        {FORWARD: ELEMENTWISE, BACKWARD: ELEMENTWISE[2:3], BOTH: ELEMENTWISE},
+        {FORWARD: ELEMENTWISE, BACKWARD: ELEMENTWISE[2:3], BOTH: sorted({*ELEMENTWISE, *SMALL})},
         _elements,
         "bandwidth",
         {FORWARD: 12, BACKWARD: 16, BOTH: 28},
@@ -218,7 +236,7 @@ OPS: dict[str, Op] = {
                 *((2048, 32), (4096, 32), (4096, 128)),
             ],
             BACKWARD: [(1024, 32)],
-            BOTH: [(64, 32), (256, 10), (1024, 32), (2048, 32), (4096, 32)],
+            BOTH: [*SMALL_PAIRS, (64, 32), (1024, 32), (2048, 32), (4096, 32)],
         },
         _pairs,
         "fma",
@@ -253,6 +271,43 @@ OPS: dict[str, Op] = {
 
 # What is made of many ops.
 COMPOSED: dict[str, Op] = {
+    "z_and_kl": Op(
+        _always(fastvae=_z_and_kl, eager=peers.z_and_kl_formula, compiled=peers.compiled_z_and_kl),
+        posteriors,
+        {BOTH: SMALL},
+        _elements,
+        "bandwidth",
+        {BOTH: 28},
+        exact=_z_and_kl_exactly,
+        rowwise=2,
+        hidden=_noise,
+    ),
+    "agg_entropy": Op(
+        _always(
+            fastvae=fastvae.agg_entropy,
+            eager_broadcast=peers.entropy_broadcast,
+            eager_gemm=peers.entropy_gemm,
+            compiled_broadcast=peers.compiled_entropy_broadcast,
+            compiled_gemm=peers.compiled_entropy_gemm,
+        ),
+        samples_and_posteriors,
+        {BOTH: SMALL_PAIRS},
+        _pairs,
+        "fma",
+        {BOTH: 8},
+    ),
+    "kl_decomposition": Op(
+        _always(
+            fastvae=_decomposition,
+            eager_broadcast=peers.decomposition_broadcast,
+            compiled_broadcast=peers.compiled_decomposition,
+        ),
+        samples_and_posteriors,
+        {BOTH: SMALL_PAIRS},
+        _exponentials,
+        "exponentials",
+        {BOTH: 2},
+    ),
     "training_step": Op(
         training.contestants,  # type: ignore[arg-type]
         binary_images,

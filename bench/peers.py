@@ -33,6 +33,11 @@ def reparameterize_distributions(mu: Tensor, logvar: Tensor) -> Tensor:
     return normal(mu, logvar).rsample()
 
 
+def z_and_kl_formula(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """The two lines in every VAE: z [B, D], and the KL over the batch."""
+    return reparameterize_formula(mu, logvar), kl_formula(mu, logvar)
+
+
 def sample_formula(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z [B, D], log q(z|x), log p(z) and the KL, [B] each."""
     eps = torch.randn_like(mu)
@@ -130,6 +135,22 @@ def marginals_broadcast(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, 
     return torch.logsumexp(log_q.sum(-1), 1) - log_n, torch.logsumexp(log_q, 1) - log_n
 
 
+def entropy_broadcast(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return -agg_broadcast(z, mu, logvar).mean()
+
+
+def entropy_gemm(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return -agg_gemm(z, mu, logvar).mean()
+
+
+def decomposition_broadcast(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mi, tc, dim_kl [D]) of samples z [B, D], each from its own posterior, by way of [B, B, D]."""
+    joint, marginals = marginals_broadcast(z, mu, logvar)
+    conditional = -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar + LOG_2PI).sum(-1)
+    dim_kl = (marginals + 0.5 * (z.square() + LOG_2PI)).mean(0)
+    return (conditional - joint).mean(), (joint - marginals.sum(-1)).mean(), dim_kl
+
+
 def marginals_distributions(z: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
     """The joint, and for each dimension a mixture of its own, [D, N] components."""
     columns = normal(mu.T, logvar.T)
@@ -169,11 +190,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 compiled_kl = compiled(kl_formula)
 compiled_reparameterize = compiled(reparameterize_formula)
 compiled_sample = compiled(sample_formula)
+compiled_z_and_kl = compiled(z_and_kl_formula)
 compiled_cross_broadcast = compiled(cross_broadcast)
 compiled_cross_gemm = compiled(cross_gemm)
 compiled_broadcast = compiled(agg_broadcast)
 compiled_gemm = compiled(agg_gemm)
 compiled_marginals = compiled(marginals_broadcast)
+compiled_entropy_broadcast = compiled(entropy_broadcast)
+compiled_entropy_gemm = compiled(entropy_gemm)
+compiled_decomposition = compiled(decomposition_broadcast)
 
 
 # Over a whole data set.
