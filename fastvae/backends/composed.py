@@ -2,7 +2,6 @@
 their own (`Compositions` in contract.py)."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .contract import Pairs
-from .reference import LOG_2PI, times
+from .reference import LOG_2PI, inv_sigma, standardize, times
 
 
 def function(backend: Any, name: str) -> Callable[..., Any]:
@@ -93,7 +92,5 @@ def kl_decomposition_backward(
 
 def _standardized(pairs: Pairs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """z [S, D]; t = (z − mu) / sigma [L, N, D] of each sample under its own posterior; and 1 / sigma [N, D]."""
-    finite = torch.finfo(dtype).max  # not inf: 0 · inf is NaN
     z, mu, logvar = (x.to(dtype) for x in pairs[:3])
-    inverse_sigma = torch.exp((-0.5 * logvar).clamp(max=(1 - 1e-7) * math.log(finite)))
-    return z, ((z.unflatten(0, (-1, len(mu))) - mu) * inverse_sigma).clamp(-finite, finite), inverse_sigma
+    return z, standardize(z.unflatten(0, (-1, len(mu))), mu, logvar), inv_sigma(logvar)

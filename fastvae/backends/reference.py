@@ -32,13 +32,13 @@ def _held_finite(x: Tensor) -> Tensor:
     return x.clamp(-finite, finite)
 
 
-def _inv_sigma(logvar: Tensor) -> Tensor:
+def inv_sigma(logvar: Tensor) -> Tensor:
     return _held_finite(torch.exp(-0.5 * logvar))
 
 
-def _standardize(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+def standardize(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     """t = (z − mu) / sigma"""
-    return _held_finite((z - mu) * _inv_sigma(logvar))
+    return _held_finite((z - mu) * inv_sigma(logvar))
 
 
 def times(g: Tensor, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def kl_gauss(
     B, D = mu.shape
     mu, logvar, prior_mu, prior_logvar = _accumulate(mu, logvar, prior_mu, prior_logvar)
     delta = logvar - prior_logvar
-    t = _standardize(mu, prior_mu, prior_logvar)
+    t = standardize(mu, prior_mu, prior_logvar)
     kl = 0.5 * ((torch.expm1(delta) - delta).clamp(min=0) + t * t)  # [B, D]; the clamp removes rounding
     axes = {"none": (), "sample": (1,), "dim": (0,)}.get(reduction, (0, 1))
     return (kl.sum(axes) if axes else kl) * kl_scale(reduction, B, D)
@@ -88,10 +88,10 @@ def kl_gauss_backward(
     g = grad * kl_scale(reduction, B, D)
     if reduction == "sample":
         g = g[:, None]
-    t, inv_sigma = _standardize(mu, m, v), _inv_sigma(v)
+    t, inverse_sigma = standardize(mu, m, v), inv_sigma(v)
 
     def d_mu() -> Tensor:
-        return times(mu - m, g * inv_sigma * inv_sigma)  # so that what overflows is the product alone
+        return times(mu - m, g * inverse_sigma * inverse_sigma)  # so that what overflows is the product alone
 
     def d_logvar() -> Tensor:
         return times(g, 0.5 * torch.expm1(logvar - v))
@@ -173,7 +173,7 @@ class _Chunk:
 
     def __init__(self, rows: slice, z: Tensor, mu: Tensor, logvar: Tensor):
         self.rows = rows
-        self.t = _standardize(z[rows, None], mu, logvar)
+        self.t = standardize(z[rows, None], mu, logvar)
         self.log_q = -0.5 * (self.t * self.t + logvar + LOG_2PI)
 
     def log_weights(self, weights: LogWeights) -> tuple[Tensor, Tensor]:
@@ -235,7 +235,7 @@ class _PairGradients:
 
     def __init__(self, z: Tensor, mu: Tensor, logvar: Tensor, wanted: Sequence[bool]):
         self.z, self.mu, self.wanted = z, mu, wanted
-        self.inv_sigma = _inv_sigma(logvar)
+        self.inv_sigma = inv_sigma(logvar)
         self.up = self.inv_sigma.clamp(min=1)
         self.d_z: list[Tensor] = []
         self.c, self.ce, self.cee = (torch.zeros_like(mu) for _ in range(3))

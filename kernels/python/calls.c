@@ -204,7 +204,7 @@ static int wanted(PyObject *ctx, int n, int *want) {
 }
 
 /* A tuple of n: the tensors, those that are NULL None, and None. Takes them over. */
-static PyObject *gradients(PyObject **tensors, int n_tensors, int n) {
+static PyObject *tuple_of(PyObject **tensors, int n_tensors, int n) {
     PyObject *result = PyTuple_New(n);
     if (!result) return drop(tensors, n_tensors), NULL;
     for (int i = 0; i < n; ++i) {
@@ -274,7 +274,7 @@ static PyObject *kl_gauss_backward(PyObject *self, PyObject *const *args, Py_ssi
     RUN(kernels->kl_gauss_backward(grad, code == FASTVAE_SAMPLE, 0, scale, data(&mu), mu.strides[0], data(&logvar),
                                    logvar.strides[0], NULL, 0, NULL, 0, B, D, memory[0], memory[1], NULL, NULL, t));
     Py_DECREF(saved), Py_DECREF(reduction);
-    return gradients(out, 2, 5);
+    return tuple_of(out, 2, 5);
 failed:
     drop(out, 2), Py_XDECREF(saved), Py_XDECREF(reduction);
     return NULL;
@@ -350,7 +350,7 @@ static PyObject *sample_gauss_backward(PyObject *self, PyObject *const *args, Py
                                        mu.strides[0], data(&logvar), logvar.strides[0], (const uint64_t *)data(&seed), 1,
                                        B, D, memory[0], memory[1], t));
     Py_DECREF(saved), Py_DECREF(reduction), Py_DECREF(outputs), Py_DECREF(samples);
-    return gradients(out, 2, 6);
+    return tuple_of(out, 2, 6);
 failed:
     drop(out, 2), Py_XDECREF(saved), Py_XDECREF(reduction), Py_XDECREF(outputs), Py_XDECREF(samples);
     return NULL;
@@ -464,7 +464,7 @@ static PyObject *agg_log_prob_backward(PyObject *self, PyObject *const *args, Py
     const int t = threads();
     RUN(p.kernels->agg_log_prob_backward(grad, PAIRS(p), NULL, memory[0], memory[1], memory[2], NULL, p.skip, t));
     Py_DECREF(saved);
-    return gradients(out, 3, 8);
+    return tuple_of(out, 3, 8);
 failed:
     Py_DECREF(saved), drop(out, 3);
     return NULL;
@@ -497,7 +497,7 @@ static PyObject *agg_entropy_backward(PyObject *self, PyObject *const *args, Py_
     const int t = threads();
     RUN(p.kernels->agg_entropy_backward(grad, PAIRS(p), memory[0], memory[1], memory[2], NULL, p.skip, t));
     Py_DECREF(saved);
-    return gradients(out, 3, 8);
+    return tuple_of(out, 3, 8);
 failed:
     Py_DECREF(saved), drop(out, 3);
     return NULL;
@@ -520,7 +520,7 @@ static PyObject *kl_decomposition(PyObject *self, PyObject *const *args, Py_ssiz
         goto failed;
     const int t = threads();
     RUN(p.kernels->kl_decomposition(PAIRS(p), m[0], m[1], m[2], m[3], m[5], m[6], m[7], m[8], m[9], t));
-    return gradients(out, 10, 10);
+    return tuple_of(out, 10, 10);
 failed:
     drop(out, 10);
     return NULL;
@@ -543,7 +543,7 @@ static PyObject *kl_decomposition_backward(PyObject *self, PyObject *const *args
     RUN(p.kernels->kl_decomposition_backward(g[0], g[1], g[2], g[3], g[5], g[6], data(&joint), data(&marginals), PAIRS(p),
                                              memory[0], memory[1], memory[2], NULL, t));
     Py_DECREF(saved);
-    return gradients(out, 3, 8);
+    return tuple_of(out, 3, 8);
 failed:
     Py_DECREF(saved), drop(out, 3);
     return NULL;
