@@ -155,13 +155,19 @@ def test_nothing_is_left_behind(name: str) -> None:
         gc.collect()
         return sum(isinstance(x, Tensor) for x in gc.get_objects())
 
+    def references() -> list[int]:
+        return [sys.getrefcount(x) for x in (*leaves, None, short._PLAIN)]
+
     evaluated(name, leaves)
-    before, counts = tensors_alive(), [sys.getrefcount(x) for x in (*leaves, None, short._PLAIN)]
-    for _ in range(1000):
-        evaluated(name, leaves)
-    assert tensors_alive() <= before
-    after = [sys.getrefcount(x) for x in (*leaves, None, short._PLAIN)]
-    assert all(abs(a - b) < 500 for a, b in zip(after, counts, strict=True)), (counts, after)
+    before = tensors_alive()
+    changes = []
+    for _ in range(3):  # what others let go meanwhile, they let go once
+        counts = references()
+        for _ in range(1000):
+            evaluated(name, leaves)
+        changes.append([abs(after - count) for after, count in zip(references(), counts, strict=True)])
+        assert tensors_alive() <= before
+    assert max(map(min, zip(*changes, strict=True))) < 500, changes
 
 
 def test_in_python_alone() -> None:
