@@ -118,6 +118,7 @@ _FURTHER: dict[str, Callable[..., tuple[Any, ...]]] = {
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """The function with its tensors' device made the current one, on which Triton launches."""
+    from fastvae.kernels.triton._replay import replay
 
     @functools.wraps(launch)
     def on_device(*arguments: Any) -> Any:
@@ -131,8 +132,8 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
                 )
             return launch(*arguments)
         if device.index == torch.cuda.current_device():
-            return launch(*arguments)
+            return replay(launch, settings.current, *arguments)
         with torch.cuda.device(device):
-            return launch(*arguments)
+            return replay(launch, settings.current, *arguments)
 
     return on_device

@@ -46,8 +46,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     many a kernel runs. On NVIDIA's GPUs this remembers it by what tells binaries apart: dtypes, which arguments are
     None, integers of more than 32 bits, constants, and, where a kernel's parameter is specialized on that, alignment or
     being 1. Nothing else may be specialized on. What is changed later of Triton's knobs for compiling is not seen."""
+    observer = observed.by
     if target().backend != "cuda":  # AMD's compiler asks how large a tensor's storage is
         kernel[grid](*arguments, **constants)
+        if observer:
+            observer(None, grid, arguments)
         return
     parameters, binaries = _known.get(kernel.fn) or _known.setdefault(kernel.fn, (_specialized(kernel), {}))
     kinds = _kinds(arguments, parameters)
@@ -56,17 +59,29 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         binary, last = found
         grid = (*grid, 1, 1)
         binary[grid](*arguments, *last)
-        return
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{kernel.__name__} has not run yet with such arguments, and a CUDA graph is being captured, while which no"
-            " kernel can be compiled and loaded: run what is captured once before, with tensors of the same shapes and"
-            " dtypes, forward and backward"
-        )
-    last = [constants[name] for name in kernel.arg_names[len(arguments) :]]
-    binary = kernel[grid](*arguments, **constants)
-    if binary is not None:  # as a hook may have it
-        binaries[key] = binary, last
+    else:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{kernel.__name__} has not run yet with such arguments, and a CUDA graph is being captured, while"
+                " which no kernel can be compiled and loaded: run what is captured once before, with tensors of the"
+                " same shapes and dtypes, forward and backward"
+            )
+        last = [constants[name] for name in kernel.arg_names[len(arguments) :]]
+        binary = kernel[grid](*arguments, **constants)
+        if binary is not None:  # as a hook may have it
+            binaries[key] = binary, last
+    if observer:
+        observer(binary, grid, (*arguments, *last))
+
+
+class _Observed(threading.local):
+    """Who is told of this thread's launches, with the binary, or None where there is none to launch again, the grid
+    and all arguments, constants included."""
+
+    by: Callable[[Any, tuple[int, ...], Sequence[Any]], None] | None = None
+
+
+observed = _Observed()
 
 
 def _specialized(kernel: Any) -> list[tuple[bool, bool]]:

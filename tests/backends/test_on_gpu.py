@@ -76,8 +76,11 @@ def test_a_first_call_within_a_capture(name: str, backend: str, monkeypatch: pyt
         launch = pytest.importorskip("fastvae.kernels.triton._launch")
         if not launch._known:
             pytest.skip("nothing was launched")
-        with monkeypatch.context() as patch:
-            patch.setattr(launch, "_known", {})  # as in a process that has launched nothing
+        from fastvae.kernels.triton import _replay
+
+        with monkeypatch.context() as patch:  # as in a process that has launched nothing
+            patch.setattr(launch, "_known", {})
+            patch.setattr(_replay, "_plans", {})
             with pytest.raises(RuntimeError, match="while which no kernel can be compiled"), torch.cuda.graph(graph):
                 step()
     else:

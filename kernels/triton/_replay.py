@@ -1,0 +1,165 @@
+"""What a launcher does, remembered and done again without it.
+
+For small problems a launcher takes longer than its kernels. What it does depends on the shapes, strides, dtypes and
+alignments of its arguments and on its numbers, and on nothing in memory: it allocates, takes views and launches. So at
+the second call with the same of these it is recorded, and from the third on done again: results are allocated one by
+one, all else as one piece of memory, and what was launched is launched with the new addresses. A launcher that asks
+torch for anything but memory and views is not replayed, and runs as it is written.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import _launch
+
+LARGEST = 1 << 26  # bytes besides the results; what needs more runs for longer than its launcher
+MOST = 4096  # plans; then all are made anew
+_ALIGNMENT = 512  # bytes, of what torch allocates on a GPU
+
+_aten = torch.ops.aten
+_EMPTY = (_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default)
+
+
+class Launch(NamedTuple):
+    run: Callable[..., None]  # the binary, on its grid
+    arguments: list[Any]  # with anything at the places of addresses
+    addresses: list[tuple[int, int, int]]  # place among the arguments, number of the memory, bytes from its start
+
+
+class Plan(NamedTuple):
+    """What a launcher does. The memory that is launched on is numbered: inputs, results, the rest."""
+
+    results: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
+    together: Callable[[list[Tensor]], Any]  # the results as the launcher gives them
+    rest: int  # bytes
+    launches: list[Launch]
+
+    def run(self, inputs: list[Tensor]) -> Any:
+        device = inputs[0].device
+        results = [
+            torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self.results
+        ]
+        starts = [x.data_ptr() for x in (*inputs, *results)]
+        if self.rest:
+            rest = torch.empty(self.rest, dtype=torch.uint8, device=device)  # given back to the same stream's next ones
+            starts.append(rest.data_ptr())
+        driver = triton.runtime.driver.active
+        stream = driver.get_current_stream(driver.get_current_device())
+        for run, arguments, addresses in self.launches:
+            filled = arguments.copy()
+            for place, memory, offset in addresses:
+                filled[place] = starts[memory] + offset
+            run(*filled, stream=stream)
+        return self.together(results)
+
+
+_plans: dict[tuple[Any, ...], Plan | None] = {}  # None: not to be replayed
+_seen: set[tuple[Any, ...]] = set()
+
+
+def replay(launcher: Callable[..., Any], depends_on: Any, *arguments: Any) -> Any:
+    """launcher(*arguments), whose tensors are on the current device. What it does also depends on `depends_on`."""
+    inputs: list[Tensor] = []
+    described = [launcher, depends_on]
+    _describe(arguments, described, inputs)
+    key = (*described, inputs[0].get_device())
+    plan = _plans.get(key)
+    if plan is not None:
+        return plan.run(inputs)
+    if key in _plans or _launch.AUTOTUNE:
+        return launcher(*arguments)
+    if key not in _seen:
+        if len(_seen) >= MOST:
+            _seen.clear()
+            _plans.clear()
+        _seen.add(key)
+        return launcher(*arguments)
+    with _Recorder(inputs) as recorder:
+        results = launcher(*arguments)
+    _plans[key] = recorder.plan(results)
+    return results
+
+
+def _describe(arguments: Sequence[Any], described: list[Any], inputs: list[Tensor]) -> None:
+    """Appends the tensors among the arguments to the inputs, and to `described` what a launcher's doing depends on."""
+    for a in arguments:
+        if isinstance(a, Tensor):
+            inputs.append(a)
+            described += (a.dtype, a.shape, a.stride(), a.data_ptr() % 16)
+        elif isinstance(a, (tuple, list)):
+            described.append(len(a))
+            _describe(a, described, inputs)
+        else:
+            described.append(a)
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees what a launcher asks torch for, and what it launches."""
+
+    def __init__(self, inputs: list[Tensor]):
+        super().__init__()
+        self.inputs = [x.data_ptr() for x in inputs]
+        self.made: list[Tensor] = []  # kept, so that no two are given the same memory
+        self.launches: list[tuple[Any, tuple[int, ...], Sequence[Any]]] = []
+        self.replayable = len(set(self.inputs)) == len(inputs)  # else an address does not tell which one is meant
+
+    def __enter__(self) -> "_Recorder":
+        _launch.observed.by = self.launched
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _launch.observed.by = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _EMPTY:
+            self.made.append(result)
+        elif not func.is_view or (args[0].data_ptr() in self.inputs and result.data_ptr() not in self.inputs):
+            self.replayable = False  # a part of an input is not told from another input
+        return result
+
+    def launched(self, binary: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
+        self.replayable &= binary is not None
+        self.launches.append((binary, (*grid, 1, 1), arguments))
+
+    def plan(self, results: Any) -> Plan | None:
+        """The plan; None where there can be none."""
+        outputs = [results] if isinstance(results, Tensor) else list(results)
+        starts = [x.data_ptr() for x in outputs]
+        made = {x.data_ptr(): x.untyped_storage().nbytes() for x in self.made}
+        whole = all(made.get(x.data_ptr()) == x.numel() * x.itemsize > 0 for x in outputs)
+        if not self.replayable or not whole or len(set(starts)) < len(starts):
+            return None
+        memory = [(start, 1, number, 0) for number, start in enumerate(self.inputs)]
+        first, rest = len(memory), 0
+        for start, n_bytes in made.items():
+            if start in starts:
+                memory.append((start, n_bytes, first + starts.index(start), 0))
+            else:
+                memory.append((start, n_bytes, first + len(starts), rest))
+                rest += -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+        launches = []
+        for binary, grid, arguments in self.launches:
+            addresses = []
+            for place, x in enumerate(arguments):
+                if isinstance(x, Tensor) and x.numel():
+                    at = x.data_ptr()
+                    homes = [
+                        (number, offset + at - start) for start, n, number, offset in memory if 0 <= at - start < n
+                    ]
+                    if len(homes) != 1:
+                        return None
+                    addresses.append((place, *homes[0]))
+            fixed = [0 if isinstance(x, Tensor) else x for x in arguments]
+            launches.append(Launch(binary[grid], fixed, addresses))
+        if rest > LARGEST:
+            return None
+        together = operator.itemgetter(0) if isinstance(results, Tensor) else type(results)
+        return Plan([(x.shape, x.stride(), x.dtype) for x in outputs], together, rest, launches)
