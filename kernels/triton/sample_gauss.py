@@ -18,6 +18,7 @@ from ._launch import (
     Config,
     accumulation_dtype,
     accumulator,
+    add_up,
     blocks_of,
     cdiv,
     columns_of_partials,
@@ -56,10 +57,11 @@ _SIZES = ["mu_stride", "logvar_stride", "B", "D", "column_blocks"]  # L, a model
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["L"])
 def _sample_gauss(
     mu, mu_stride, logvar, logvar_stride, seed, z, log_q, log_p, kl, L, B, D, column_blocks,
-    WRAPS: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr, ALONE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    WRAPS: tl.constexpr, REDUCED: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr,
+    ALONE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes z [L B, D], log_q and log_p [L B], kl [B], those not wanted None. With sums, a program has whole rows."""
+    """Writes z [L B, D], log_q and log_p [L B], kl [B], those not wanted None. With sums, a program has whole rows.
+    Where the KL is REDUCED, kl has the sum of each program's rows among the first B, [B / BLOCK_B] in float64."""
     D = tl.cast(D, tl.int64) * UNIT
     if ALONE:
         column_blocks = 1
@@ -102,18 +104,22 @@ def _sample_gauss(
     if log_p is not None:
         tl.store(log_p + row, -0.5 * (constant + p), row < n_rows)
     if kl is not None:
-        tl.store(kl + row, 0.5 * k, row < B)
+        if REDUCED:
+            total = tl.sum(tl.where(row < B, 0.5 * k, 0.0).to(tl.float64))
+            tl.store(kl + row_block, total, first_row < B)
+        else:
+            tl.store(kl + row, 0.5 * k, row < B)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "samples"], do_not_specialize_on_alignment=["L"])
+@triton.jit(do_not_specialize=[*_SIZES, "samples", "kl_row"], do_not_specialize_on_alignment=["L", "d_kl"])
 def _sample_gauss_backward(
-    d_z, d_log_q, d_log_p, d_kl, mu, mu_stride, logvar, logvar_stride, seed, d_mu, d_logvar, L, B, D, samples,
-    column_blocks,
+    d_z, d_log_q, d_log_p, d_kl, kl_row, kl_scale: tl.float64, mu, mu_stride, logvar, logvar_stride, seed,
+    d_mu, d_logvar, L, B, D, samples, column_blocks,
     PART: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr, ALONE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes d_mu and d_logvar [B, D]; or with PART, where the samples are split over programs of `samples` each,
-    partial sums [parts, B, D] of d/dz and of d/dz eps."""
+    partial sums [parts, B, D] of d/dz and of d/dz eps. Upstream of row b's KL is kl_scale d_kl[b kl_row]."""
     D = tl.cast(D, tl.int64) * UNIT
     if ALONE:
         column_blocks = 1
@@ -146,13 +152,18 @@ def _sample_gauss_backward(
         if d_log_q is not None and not PART:
             by_log_q += tl.load(d_log_q + sample, row < B, other=0.0).to(ACC)
     if not PART:
-        g_kl = None if d_kl is None else tl.load(d_kl + row, row < B, other=0.0).to(ACC)[:, None]
+        g_kl = None if d_kl is None else _of_kl(d_kl, kl_row, kl_scale, row, row < B, ACC)[:, None]
         by_z, by_sigma = _gradients(by_z, by_sigma, by_log_q[:, None], g_kl, m, v, ACC)
     out = part.to(tl.int64) * B * D + row[:, None] * D + column[None, :]
     if d_mu is not None:
         tl.store(d_mu + out, by_z, inside)
     if d_logvar is not None:
         tl.store(d_logvar + out, by_sigma, inside)
+
+
+@triton.jit
+def _of_kl(d_kl, kl_row, kl_scale, row, inside, ACC: tl.constexpr):
+    return tl.load(d_kl + row * kl_row, inside, other=0.0).to(ACC) * tl.full((), kl_scale, ACC)
 
 
 @triton.jit
@@ -167,9 +178,13 @@ def _gradients(by_z, by_sigma, by_log_q, g_kl, m, v, ACC: tl.constexpr):
     return d_mu, d_logvar
 
 
-@triton.jit(do_not_specialize=["mu_stride", "logvar_stride", "P", "L", "B", "D"])
+@triton.jit(
+    do_not_specialize=["kl_row", "mu_stride", "logvar_stride", "P", "L", "B", "D"],
+    do_not_specialize_on_alignment=["d_kl"],
+)
 def _add_parts(
-    by_z, by_sigma, d_log_q, d_kl, mu, mu_stride, logvar, logvar_stride, d_mu, d_logvar, P, L, B, D,
+    by_z, by_sigma, d_log_q, d_kl, kl_row, kl_scale: tl.float64, mu, mu_stride, logvar, logvar_stride, d_mu, d_logvar,
+    P, L, B, D,
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradients [B, D] from partial sums [P, B, D], d_log_q and d_kl, of all of which some may be None."""
@@ -186,7 +201,7 @@ def _add_parts(
         s = sum_of_rows(by_sigma, n, element, inside, P, BLOCK_P).to(ACC)
     if d_log_q is not None:
         q = sum_of_rows(d_log_q, B, row, inside, L, BLOCK_P).to(ACC)
-    g_kl = None if d_kl is None else tl.load(d_kl + row, inside, other=0.0).to(ACC)
+    g_kl = None if d_kl is None else _of_kl(d_kl, kl_row, kl_scale, row, inside, ACC)
     z, s = _gradients(z, s, q, g_kl, m, v, ACC)
     if d_mu is not None:
         tl.store(d_mu + element, z, inside)
@@ -227,32 +242,21 @@ def sample_gauss(
     reduction: str,
     kl_scale: float,
 ) -> list[Tensor]:
-    results = _sample_gauss_of_rows(mu, logvar, seed, n_samples, outputs)
-    if outputs[3] and reduction != "sample":
-        results[-1] = results[-1].sum() * kl_scale
-    return results
-
-
-def _sample_gauss_of_rows(
-    mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool]
-) -> list[Tensor]:
     B, D = mu.shape
     L = n_samples
-    shapes = (
-        ((L, B, D), mu.dtype),
-        *(((L, B), accumulation_dtype(mu.dtype)),) * 2,
-        ((B,), accumulation_dtype(mu.dtype)),
-    )
+    wide = accumulation_dtype(mu.dtype)
+    reduced = outputs[3] and reduction != "sample"
+    shapes = (((L, B, D), mu.dtype), *(((L, B), wide),) * 2, (() if reduced else (B,), wide))
     results = [
         torch.empty(shape, dtype=dtype, device=mu.device) if want else None
         for (shape, dtype), want in zip(shapes, outputs, strict=True)
     ]
-    targets = list(results)
+    *targets, kl = results
     if L == 0:
-        L, targets[:3] = 1, [None] * 3  # the KL is still asked for
+        L, targets = 1, [None, None, None]  # the KL is still asked for
     inputs = (rows(mu, B), rows(logvar, B))
     unit = unit_of(mu.dtype, D, *(stride for _, stride in inputs))
-    sums = any(t is not None for t in targets[1:])
+    sums = any(t is not None for t in (*targets[1:], kl))
     flat = not sums and same_layout(B, mu, logvar)
     aligned = _aligned(D, L, flat)
     if flat:
@@ -260,12 +264,16 @@ def _sample_gauss_of_rows(
 
     def run(config: Config) -> list[Tensor]:
         down, across = blocks_of(L * B, D, config)
+        partials = mu.new_empty((1, cdiv(B, config["BLOCK_B"]), 1), dtype=torch.float64) if reduced else None
         launch(
             *(_sample_gauss, (down if sums else down * across,), *in_units(inputs, unit), seed, *targets),
-            *(L, B, D // unit, across),
+            *(kl if partials is None else partials, L, B, D // unit, across),
             WRAPS=L > 1,
+            REDUCED=reduced,
             **_constants(config, aligned, mu.dtype, unit, across == 1 and not flat),
         )
+        if partials is not None and kl is not None:
+            add_up(partials, [kl], kl_scale)
         return [r for r in results if r is not None]
 
     return fastest(run, _configs(L * B, D, aligned, mu.dtype, flat), "sample_gauss", mu.dtype, *outputs, L, B, D)
@@ -283,14 +291,11 @@ def sample_gauss_backward(
 ) -> list[Tensor]:
     B, D = mu.shape
     L = n_samples
-    *others, of_kl = upstream
-    if of_kl is not None and reduction != "sample":
-        upstream = (*others, (of_kl * kl_scale).expand(B))
-    upstream = [None if g is None else g.contiguous() for g in upstream]
+    of_z, of_log_q, of_log_p = (None if g is None else g.contiguous() for g in upstream[:3])
+    of_kl = upstream[3], 0 if upstream[3] is None or reduction != "sample" else upstream[3].stride(0), kl_scale
     gradients = [empty_like(x) if want else None for x, want in zip((mu, logvar), wanted, strict=True)]
     inputs = (rows(mu, B), rows(logvar, B))
     unit = unit_of(mu.dtype, D, *(stride for _, stride in inputs))
-    of_z, of_log_q, of_log_p, of_kl = upstream
     from_eps = of_z is not None or of_log_p is not None
     flat = all(g is None for g in upstream[1:]) and same_layout(B, mu, logvar)
     aligned = _aligned(D, L, flat)
@@ -308,15 +313,15 @@ def sample_gauss_backward(
             targets = [mu.new_empty((parts, B * D), dtype=wide) if want and from_eps else None for want in wanted]
         if from_eps or parts == 1:
             launch(
-                *(_sample_gauss_backward, (tiles, parts), *upstream, *in_units(inputs, unit), seed, *targets),
-                *(L, B, D // unit, samples, across),
+                *(_sample_gauss_backward, (tiles, parts), of_z, of_log_q, of_log_p, *of_kl, *in_units(inputs, unit)),
+                *(seed, *targets, L, B, D // unit, samples, across),
                 PART=parts > 1,
                 **_constants(config, aligned, mu.dtype, unit, across == 1 and not flat),
             )
         if parts > 1:
             block = columns_of_partials(B * D)
             launch(
-                *(_add_parts, (cdiv(B * D, block["BLOCK_N"]),), *targets, of_log_q, of_kl, *in_units(inputs, 1)),
+                *(_add_parts, (cdiv(B * D, block["BLOCK_N"]),), *targets, of_log_q, *of_kl, *in_units(inputs, 1)),
                 *(*gradients, parts, L, B, D),
                 ACC=accumulator(mu.dtype),
                 **block,

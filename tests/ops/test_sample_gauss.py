@@ -72,6 +72,25 @@ def test_any_outputs(backend: Target, asked: tuple[str, ...]) -> None:
     assert_accurate(fast, formula, inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
+@pytest.mark.parametrize("asked", [("kl",), ("z", "kl"), OUTPUTS], ids=str)
+def test_reductions(backend: Target, asked: tuple[str, ...], reduction: str, dtype: torch.dtype) -> None:
+    L, B, D = 3, 131, 7
+    eps = normals(L, B, D, dtype=dtype, seed=3)
+    scale = {"sum": 1, "mean": 1 / (B * D), "batchmean": 1 / B}[reduction]
+
+    def fast(**x: Any) -> list[Tensor]:
+        result = fastvae.sample_gauss(**x, n_samples=L, outputs=asked, reduction=reduction, seed=3)
+        return [getattr(result, name) for name in asked]
+
+    def formula(**x: Tensor) -> list[Tensor]:
+        *others, kl = sample(**x, eps=eps)
+        return [r for name, r in zip(OUTPUTS, (*others, scale * kl.sum()), strict=True) if name in asked]
+
+    assert_accurate(fast, formula, gaussians(B, D, dtype))
+
+
 def test_no_outputs(backend: Target) -> None:
     assert fastvae.sample_gauss(**gaussians(5, 7, torch.float32), outputs=()) == (None,) * 4
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae.backends import triton as triton_backend
-from fastvae.backends.contract import LogWeights, Pairs
+from fastvae.backends.contract import LogWeights, Pairs, kl_shape
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -88,17 +88,21 @@ def kl_backward(B: int, D: int, dtype: torch.dtype = torch.float32, prior: int =
     return lambda: op("kl_gauss_backward", meta(), x, x, p, p, "batchmean", [True, True, bool(prior), bool(prior)])
 
 
-def sample(L: int, B: int, D: int, outputs: str, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+def sample(
+    L: int, B: int, D: int, outputs: str, dtype: torch.dtype = torch.float32, reduction: str = "sample"
+) -> Callable[[], object]:
     x = meta(B, D, dtype=dtype)
-    return lambda: op("sample_gauss", x, x, meta(dtype=torch.int64), L, [o in outputs for o in "zqpk"], "sample")
+    return lambda: op("sample_gauss", x, x, meta(dtype=torch.int64), L, [o in outputs for o in "zqpk"], reduction)
 
 
-def sample_backward(L: int, B: int, D: int, outputs: str, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+def sample_backward(
+    L: int, B: int, D: int, outputs: str, dtype: torch.dtype = torch.float32, reduction: str = "sample"
+) -> Callable[[], object]:
     x = meta(B, D, dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    shapes = {"z": (L, B, D), "q": (L, B), "p": (L, B), "k": (B,)}
+    shapes = {"z": (L, B, D), "q": (L, B), "p": (L, B), "k": kl_shape(reduction, B, D)}
     upstream = [meta(*s, dtype=dtype if o == "z" else wide) if o in outputs else None for o, s in shapes.items()]
-    return lambda: op("sample_gauss_backward", upstream, x, x, meta(dtype=torch.int64), L, "sample", [True, True])
+    return lambda: op("sample_gauss_backward", upstream, x, x, meta(dtype=torch.int64), L, reduction, [True, True])
 
 
 class Problem(NamedTuple):
@@ -164,11 +168,18 @@ CASES = {
     "kl_gauss_backward float16": Case(kl_backward(97, 129, torch.float16, 97), "_kl_gauss_backward"),
     "sample_gauss z": Case(sample(1, MANY, 128, "z"), "_sample_gauss", 64, instructions=66, wide=True),
     "sample_gauss all": Case(sample(1, MANY, 128, "zqpk"), "_sample_gauss", 96, instructions=112, wide=True),
+    "sample_gauss z and a KL": Case(
+        sample(1, MANY, 128, "zk", reduction="batchmean"), "_sample_gauss", 80, instructions=102, wide=True
+    ),
     "sample_gauss L bfloat16": Case(sample(8, MANY, 128, "z", HALF), "_sample_gauss", 64, instructions=72, wide=True),
     "sample_gauss D 10": Case(sample(5, MANY, 10, "zqp"), "_sample_gauss", instructions=240),
     "sample_gauss float64": Case(sample(1, 8192, 64, "zqpk", DOUBLE), "_sample_gauss"),
     "sample_gauss_backward z": Case(
         sample_backward(1, MANY, 128, "z"), "_sample_gauss_backward", 64, instructions=71, wide=True
+    ),
+    "sample_gauss_backward z and a KL": Case(
+        *(sample_backward(1, MANY, 128, "zk", reduction="batchmean"), "_sample_gauss_backward", 104),
+        instructions=110,
     ),
     "sample_gauss_backward all": Case(sample_backward(8, MANY, 33, "zqpk"), "_sample_gauss_backward"),
     "sample_gauss_backward parts": Case(sample_backward(8, 507, 33, "zqpk"), "_add_parts"),
