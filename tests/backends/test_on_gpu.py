@@ -55,6 +55,14 @@ def captured(step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, li
     return graph, results
 
 
+def test_again(name: str) -> None:
+    """The same comes of what is remembered of a call and done again."""
+    step = training_step(name)
+    expected = step()
+    for _ in range(4):
+        assert_same(step(), expected)
+
+
 def test_cuda_graph(name: str) -> None:
     step = training_step(name)
     graph, results = captured(step)
