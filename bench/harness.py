@@ -101,40 +101,23 @@ def seconds(run: Run) -> float:
 
 
 def race(
-    repeats: dict[Name, int],
-    once: Callable[[Name, int], Time],
-    lead: Callable[[Iterator[int]], Sequence[Time]] | None = None,
-    limit: float = math.inf,
+    repeats: dict[Name, int], once: Callable[[Name, int], Time], limit: float = math.inf
 ) -> dict[Name, list[Time]]:
-    """The times of each, where `once(name, n)` times a run in round n.
+    """The times of each, where `once(name, n)` times a run, or a turn of several, in round n.
 
     There are as many rounds as repeats of the first, who takes part in all. The others' repeats are spread evenly over
-    them. The order in a round changes; but where the first is timed by `lead`, its turn is the last: `lead` goes
-    through the rounds, each of which it gets when the others have had their turns. No round begins after `limit`
-    seconds, but for the first LEAST.
+    them. The order in a round changes. No round begins after `limit` seconds, but for the first LEAST.
     """
     times: dict[Name, list[Time]] = {name: [] for name in repeats}
-    if not repeats:
-        return times
-    first = next(iter(repeats))
+    rounds = next(iter(repeats.values()), 0)
     order = random.Random(0)
     until = time.perf_counter() + limit
-
-    def rounds() -> Iterator[int]:
-        for n in range(repeats[first]):
-            if n >= LEAST and time.perf_counter() > until:
-                return
-            due = [name for name in repeats if _due(n, min(repeats[name], repeats[first]), repeats[first])]
-            due = due[1:] if lead else due
-            for name in order.sample(due, len(due)):
-                times[name].append(once(name, n))
-            yield n
-
-    if lead:
-        times[first] = list(lead(rounds()))
-    else:
-        for _ in rounds():
-            pass
+    for n in range(rounds):
+        if n >= LEAST and time.perf_counter() > until:
+            break
+        due = [name for name in repeats if _due(n, min(repeats[name], rounds), rounds)]
+        for name in order.sample(due, len(due)):
+            times[name].append(once(name, n))
     return times
 
 

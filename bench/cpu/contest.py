@@ -1,9 +1,10 @@
 """One case measured: every contestant checked against float64, then its memory, then all of them raced."""
 
 import gc
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from ..harness import (
     MODES,
     Ceilings,
     Prepare,
-    Run,
     give_back,
     memory_limit,
     peak_extra_bytes,
@@ -28,15 +28,15 @@ from ..harness import (
 )
 from .machine import slowness
 
-Clock = Callable[[Iterator[Run], int], Sequence[float]]  # the times in seconds of so many runs, each prepared
-
 FRESH = 3  # inputs take turns
 MEMORY = 4 * 2**30  # what a call may allocate
 SECONDS = 4.0  # what a peer's call may take, to judge by the size before; on a slower machine, so much more
-MOST = 300  # repeats
+MOST = 500  # repeats
 BUDGET = 0.15  # seconds of repeats of a contestant
 LONG = 0.5  # seconds; a longer run, which varies less, is repeated once
 SHORT = 0.01  # seconds; the time of a shorter run depends on what ran before
+TURN = 20  # short runs in a row
+TURNS = 5  # of short runs, at least
 PATIENCE = 40.0  # seconds, for the calls before the race, compilation included; likewise
 TOO_SLOW = "too slow"
 
@@ -44,17 +44,13 @@ _compiled_for: list[object] = [None]
 _pace: dict[tuple[str, str, str], float] = {}  # seconds per element, by op, mode and contestant
 
 
-def by_hand(runs: Iterator[Run], rounds: int) -> list[float]:
-    return [seconds(run) for run in runs]
-
-
-def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand) -> dict[str, Any]:
-    """Measures a case, and gives what is to be known of it, for JSON:
+def measure(case: Case, ceilings: Ceilings | None = None) -> tuple[dict[str, Any], list[float]]:
+    """Measures a case, and gives fastvae's times in seconds, none where it is left out, after what is to be known, for
+    JSON:
 
     op, size, mode: of the case. work: the ceiling that bounds the op, how many of its units a call needs, and the
     ceiling itself, if it is known. results: by contestant, fastvae first, either `why_not`, or `median`, `low` and
     `high` (quartiles) in seconds, `repeats`, `bytes` of peak extra memory, `error`, `bound` and `verdict`.
-    `clock` is for fastvae's times, and is not used where fastvae is left out.
     """
     op = case.op
     factor = slowness(ceilings) if ceilings else 1.0
@@ -105,43 +101,45 @@ def measure(case: Case, ceilings: Ceilings | None = None, clock: Clock = by_hand
         except ImportError as error:
             results[name] = {"why_not": f"not installed: {error.name}"}
     give_back()
-    clock = clock if "fastvae" in prepares else by_hand
-    for name, times in raced(prepares, estimates, refresh, clock).items():
-        low, median, high = statistics.quantiles(times, n=4)
-        results[name] |= {"median": median, "low": low, "high": high, "repeats": len(times)}
+    times = raced(prepares, estimates, refresh)
+    for name, found in times.items():
+        low, median, high = statistics.quantiles(found, n=4)
+        results[name] |= {"median": median, "low": low, "high": high, "repeats": len(found)}
     work: dict[str, Any] | None = None
     if op.ceiling:
         work = {"ceiling": op.ceiling, "amount": op.work[case.mode] * elements}
         if ceilings:
             work["rate"] = getattr(ceilings, op.ceiling)
-    return {"op": case.name, "size": list(case.size), "mode": case.mode, "work": work, "results": results}
+    known = {"op": case.name, "size": list(case.size), "mode": case.mode, "work": work, "results": results}
+    return known, times.get("fastvae", [])
 
 
 def raced(
     prepares: dict[str, Prepare],
     estimates: dict[str, float],
     refresh: Callable[[int], None] = lambda _: None,
-    clock: Clock = by_hand,
     budget: float = BUDGET,
 ) -> dict[str, list[float]]:
-    """The times of each: as many as fit into `budget` seconds of its own by `estimates` of one, prepared; the first's
-    by `clock`. A short run follows one of its own that is not timed, so that nobody finds the caches and the threads as
-    another has left them. Before each run `refresh(round)` writes the inputs anew."""
-    least = {name: 2 if estimate > LONG else LEAST for name, estimate in estimates.items()}
-    repeats = {name: min(MOST, max(least[name], int(budget / estimates[name]))) for name in prepares}
+    """The times of each: as many as fit into `budget` seconds of its own by `estimates` of one, prepared.
 
-    def prepared(name: str, n: int) -> Run:
-        if estimates[name] < SHORT:
-            refresh(n)
-            prepares[name]()()
+    All take turns, and before each turn `refresh(round)` writes the inputs anew. A turn is one run; or TURN short runs
+    in a row, each timed by itself, after one that is not timed, so that nobody finds the caches and the threads as
+    another has left them.
+    """
+    short = {name: estimates[name] < SHORT for name in prepares}
+
+    def turns(name: str) -> int:
+        runs = min(MOST, int(budget / estimates[name]))
+        return max(TURNS, runs // TURN) if short[name] else max(2 if estimates[name] > LONG else LEAST, runs)
+
+    def turn(name: str, n: int) -> list[float]:
         refresh(n)
-        return prepares[name]()
+        if short[name]:
+            prepares[name]()()
+        return [seconds(prepares[name]()) for _ in range(TURN if short[name] else 1)]
 
-    def lead(rounds: Iterator[int]) -> Sequence[float]:
-        first = next(iter(repeats))
-        return clock((prepared(first, n) for n in rounds), repeats[first])
-
-    return race(repeats, lambda name, n: seconds(prepared(name, n)), lead)
+    times = race({name: turns(name) for name in prepares}, turn)
+    return {name: [*itertools.chain(*found)] for name, found in times.items()}
 
 
 def try_out(case: Case) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import statistics
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -62,15 +63,35 @@ def test_race_interleaves_its_contestants_on_fresh_inputs() -> None:
     assert {runs[n - 1] for n in rare} == {"first", "even"}  # the order changes
 
 
-def test_a_short_run_follows_one_of_its_own() -> None:
+def test_short_runs_follow_each_other_in_turns() -> None:
     events: list[str] = []
+    now = [0.0]
 
-    def prepare(name: str) -> harness.Prepare:
-        return lambda: lambda: events.append(name)
+    def contestant(name: str) -> harness.Prepare:
+        def prepare() -> harness.Run:
+            now[0] += 100  # not timed
 
-    times = contest.raced({name: prepare(name) for name in "ab"}, {"a": 0.001, "b": 0.01}, budget=0.1)
-    assert {name: len(t) for name, t in times.items()} == {"a": 100, "b": 10}
-    assert "".join(events) == 10 * (9 * "aa" + "baa")
+            def run() -> None:
+                events.append(name)
+                now[0] += len(events)
+
+            return run
+
+        return prepare
+
+    def refresh(n: int) -> None:
+        events.append("|")
+
+    estimates = {"a": 0.001, "b": 0.009, "c": 0.01}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.time, "perf_counter", lambda: now[0])
+        times = contest.raced({name: contestant(name) for name in "abc"}, estimates, refresh, budget=0.17)
+    turns = "".join(events).split("|")[1:]
+    assert sorted(turns) == 8 * ["a" * 21] + 5 * ["b" * 21] + 8 * ["c"]  # 8 is what the first has, of the others' 17
+    for name in "ab":
+        timed = [n for n, who in enumerate(events) if who == name and events[n - 1] == name]  # all but a turn's first
+        assert times[name] == [n + 1 for n in timed]
+    assert len(times["c"]) == 8
 
 
 def test_what_a_mode_times() -> None:
@@ -254,7 +275,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
     monkeypatch.setattr(contest, "PATIENCE", 1.0)
     monkeypatch.setitem(OPS, "kl_gauss", OPS["kl_gauss"]._replace(contestants=lambda B, D: dict(contestants)))
-    return contest.measure(SMALL, harness.Ceilings(1e11, 1e10, 1e10))  # of which a third of the bandwidth
+    known, times = contest.measure(SMALL, harness.Ceilings(1e11, 1e10, 1e10))  # of which a third of the bandwidth
+    ours = known["results"]["fastvae"]
+    assert (len(times), statistics.median(times)) == (ours["repeats"], ours["median"])
+    return known
 
 
 def left_out(monkeypatch: pytest.MonkeyPatch, **contestants: Callable[..., Any]) -> dict[str, Any]:
@@ -269,10 +293,9 @@ def left_out(monkeypatch: pytest.MonkeyPatch, **contestants: Callable[..., Any])
     op = OPS["kl_gauss"]._replace(contestants=lambda B, D: dict(contestants), exact=peers.kl_formula)
     monkeypatch.setitem(OPS, "kl_gauss", op)
 
-    def clock(*_: object) -> list[float]:
-        raise AssertionError("whose times are fastvae's")
-
-    return contest.measure(SMALL, clock=clock)
+    known, times = contest.measure(SMALL)
+    assert times == []
+    return known
 
 
 def test_where_fastvae_is_left_out_the_report_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -315,7 +338,7 @@ def test_patience_is_for_the_contestants_alone(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(contest, "PATIENCE", 2.0)
     monkeypatch.setattr(contest, "_pace", {("kl_gauss", FORWARD, who): 1.0 for who in contestants})
     monkeypatch.setitem(OPS, "kl_gauss", op)
-    results = contest.measure(SMALL)["results"]
+    results = contest.measure(SMALL)[0]["results"]
     assert results["fastvae"]["verdict"] == "accurate"
     assert results["eager"] == {"why_not": "not run: about 8192 s a call"}
 
