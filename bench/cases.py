@@ -72,6 +72,11 @@ class Case(NamedTuple):
     def op(self) -> Op:
         return (OPS | COMPOSED | VARIANTS)[self.name]
 
+    @property
+    def is_small(self) -> bool:
+        """Whether kernels are a small part of it: a call is then timed cold too."""
+        return self.mode == BOTH and self.size in (*SMALL, *SMALL_PAIRS)
+
     def __str__(self) -> str:
         return f"{self.name}-{self.mode}-{self.size[0]}x{self.size[1]}"
 

@@ -37,6 +37,8 @@ LONG = 0.5  # seconds; a longer run, which varies less, is repeated once
 SHORT = 0.01  # seconds; the time of a shorter run depends on what ran before
 TURN = 20  # short runs in a row
 TURNS = 5  # of short runs, at least
+SWEPT = 8 * 2**20  # bytes, before a cold run
+MOST_COLD = 100  # repeats
 PATIENCE = 40.0  # seconds, for the calls before the race, compilation included; likewise
 TOO_SLOW = "too slow"
 
@@ -50,7 +52,8 @@ def measure(case: Case, ceilings: Ceilings | None = None) -> tuple[dict[str, Any
 
     op, size, mode: of the case. work: the ceiling that bounds the op, how many of its units a call needs, and the
     ceiling itself, if it is known. results: by contestant, fastvae first, either `why_not`, or `median`, `low` and
-    `high` (quartiles) in seconds, `repeats`, `bytes` of peak extra memory, `error`, `bound` and `verdict`.
+    `high` (quartiles) in seconds, `repeats`, `bytes` of peak extra memory, `error`, `bound` and `verdict`; of a small
+    case `cold` too, the median of runs that each follow a sweep over memory, which leaves nothing else in inner caches.
     """
     op = case.op
     factor = slowness(ceilings) if ceilings else 1.0
@@ -105,6 +108,10 @@ def measure(case: Case, ceilings: Ceilings | None = None) -> tuple[dict[str, Any
     for name, found in times.items():
         low, median, high = statistics.quantiles(found, n=4)
         results[name] |= {"median": median, "low": low, "high": high, "repeats": len(found)}
+    if case.is_small:
+        swept = torch.zeros(SWEPT, dtype=torch.uint8)
+        for name, found in raced(prepares, estimates, refresh, lambda: swept.add_(1), MOST_COLD).items():
+            results[name]["cold"] = statistics.median(found)
     work: dict[str, Any] | None = None
     if op.ceiling:
         work = {"ceiling": op.ceiling, "amount": op.work[case.mode] * elements}
@@ -118,25 +125,33 @@ def raced(
     prepares: dict[str, Prepare],
     estimates: dict[str, float],
     refresh: Callable[[int], None] = lambda _: None,
+    before: Callable[[], object] = lambda: None,
+    most: int = MOST,
     budget: float = BUDGET,
 ) -> dict[str, list[float]]:
-    """The times of each: as many as fit into `budget` seconds of its own by `estimates` of one, prepared.
+    """The times of each: as many as fit into `budget` seconds of its own by `estimates` of one, prepared; no more than
+    `most`.
 
     All take turns, and before each turn `refresh(round)` writes the inputs anew. A turn is one run; or TURN short runs
     in a row, each timed by itself, after one that is not timed, so that nobody finds the caches and the threads as
-    another has left them.
+    another has left them. Each timed run follows a call of `before`.
     """
     short = {name: estimates[name] < SHORT for name in prepares}
 
     def turns(name: str) -> int:
-        runs = min(MOST, int(budget / estimates[name]))
+        runs = min(most, int(budget / estimates[name]))
         return max(TURNS, runs // TURN) if short[name] else max(2 if estimates[name] > LONG else LEAST, runs)
 
     def turn(name: str, n: int) -> list[float]:
         refresh(n)
         if short[name]:
             prepares[name]()()
-        return [seconds(prepares[name]()) for _ in range(TURN if short[name] else 1)]
+        times = []
+        for _ in range(TURN if short[name] else 1):
+            run = prepares[name]()
+            before()
+            times.append(seconds(run))
+        return times
 
     times = race({name: turns(name) for name in prepares}, turn)
     return {name: [*itertools.chain(*found)] for name, found in times.items()}

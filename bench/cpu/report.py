@@ -78,13 +78,13 @@ def _rounded(x: Any) -> Any:
 # Figures.
 
 
-def ratio(measured: Measured, who: str) -> float | None:
-    """The factor by which `who` is slower than fastvae; None where either was not timed, fastvae is not accurate, or
-    `who` is wrong. A yardstick has no result to be wrong."""
+def ratio(measured: Measured, who: str, time: str = "median") -> float | None:
+    """The factor by which `who` is slower than fastvae, in `"median"` or `"cold"`; None where either was not timed,
+    fastvae is not accurate, or `who` is wrong. A yardstick has no result to be wrong."""
     ours, other = measured["results"]["fastvae"], measured["results"].get(who, {})
-    if "median" not in ours or "median" not in other or ours["verdict"] != "accurate":
+    if time not in ours or time not in other or ours["verdict"] != "accurate":
         return None
-    return None if other.get("verdict") == "wrong" else other["median"] / ours["median"]
+    return None if other.get("verdict") == "wrong" else other[time] / ours[time]
 
 
 def share(measured: Measured) -> float | None:
@@ -97,14 +97,14 @@ def share(measured: Measured) -> float | None:
     return work["amount"] / ours["median"] / work["rate"]
 
 
-def peers_of(measured: Measured) -> list[str]:
+def peers_of(measured: Measured, time: str = "median") -> list[str]:
     """The peers with a ratio, fastest first; no yardsticks, and no variants of fastvae."""
     names = [
         name
         for name, r in measured["results"].items()
-        if not name.startswith("fastvae") and "verdict" in r and ratio(measured, name) is not None
+        if not name.startswith("fastvae") and "verdict" in r and ratio(measured, name, time) is not None
     ]
-    return sorted(names, key=lambda name: measured["results"][name]["median"])
+    return sorted(names, key=lambda name: measured["results"][name][time])
 
 
 def time_text(seconds: float) -> str:
@@ -119,8 +119,8 @@ def memory_text(count: float) -> str:
     return "< 1 MiB" if mebibytes < 1 else f"{mebibytes:.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
 
 
-def ratio_text(measured: Measured, who: str) -> str:
-    value = ratio(measured, who)
+def ratio_text(measured: Measured, who: str, time: str = "median") -> str:
+    value = ratio(measured, who, time)
     return "" if value is None else f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
 
 
@@ -139,8 +139,12 @@ def size_text(case: Case) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    line = ["|---"] * left + ["|--:"] * (len(head) - left)
-    return ["| " + " | ".join(head) + " |", "".join(line) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+    """A table, without the columns in which no row has anything."""
+    rows = list(rows)
+    used = [n for n in range(len(head)) if any(row[n] for row in rows) or not rows]
+    line = "".join("|---" if n < left else "|--:" for n in used)
+    first, *others = ("| " + " | ".join(row[n] for n in used) + " |" for row in (head, *rows))
+    return [first, f"{line}|", *others]
 
 
 def full_tables(cases: Iterable[Measured]) -> Iterator[str]:
@@ -151,7 +155,8 @@ def full_tables(cases: Iterable[Measured]) -> Iterator[str]:
     for (op, mode), group in groups.items():
         yield from ("", f"**{op}, {mode}**", "")
         rows = [row for measured in group for row in _rows(measured)]
-        head = ("size", "who", "median", "quartiles", "ratio", "peak extra memory", "error", "share of ceiling")
+        head = ("size", "who", "median", "quartiles", "ratio", "cold", "ratio", "peak extra memory", "error")
+        head = (*head, "share of ceiling")
         yield from table(head, rows, left=2)
 
 
@@ -161,7 +166,7 @@ def _rows(measured: Measured) -> Iterator[tuple[str, ...]]:
         first = name == "fastvae"
         what = (size if first else "", "**fastvae**" if first else name)
         if "why_not" in r:
-            yield (*what, r["why_not"], "", "", "", "", "")
+            yield (*what, r["why_not"], *(7 * [""]))
             continue
         reached = share(measured) if first else None
         yield (
@@ -169,6 +174,8 @@ def _rows(measured: Measured) -> Iterator[tuple[str, ...]]:
             time_text(r["median"]) + mark(r),
             f"{time_text(r['low'])} to {time_text(r['high'])}",
             "" if first else ratio_text(measured, name),
+            time_text(r["cold"]) if "cold" in r else "",
+            "" if first else ratio_text(measured, name, "cold"),
             memory_text(r["bytes"]),
             f"{r['error']:.1e}" if "error" in r else "not compared",
             "" if reached is None else f"{reached:.0%} of {measured['work']['ceiling']}",
@@ -183,21 +190,22 @@ def target_lines(results: Results) -> list[str]:
             reached = ratio(measured, who) if measured else None
             verdict = "not measured" if reached is None else "yes" if reached >= goal else "no"
             what = f"{case.name}, {case.mode}, {size_text(case)}" if n == 0 else ""
-            times = [_median(measured, name) for name in ("fastvae", who)] if measured else ["", ""]
-            rows.append((what, *times, who, f"{goal:.2f}×", ratio_text(measured, who) if measured else "", verdict))
+            times = [_time(measured, name) for name in ("fastvae", who)] if measured else ["", ""]
+            ratios = [ratio_text(measured, who, time) for time in ("median", "cold")] if measured else ["", ""]
+            rows.append((what, *times, who, f"{goal:.2f}×", ratios[0], verdict, ratios[1]))
     for case, most in MEMORY_TARGETS.items():
         found = results.cases.get(case, {"results": {}})["results"].get("fastvae", {}).get("bytes")
         verdict = "not measured" if found is None else "yes" if found <= most else "no"
         reached_text = "" if found is None else memory_text(found)
         what = f"{case.name}, {case.mode}, {size_text(case)}"
-        rows.append((what, "", "", "peak extra memory", f"≤ {memory_text(most)}", reached_text, verdict))
-    head = ("op, mode and size", "fastvae", "peer", "who", "target", "ratio", "reached")
+        rows.append((what, "", "", "peak extra memory", f"≤ {memory_text(most)}", reached_text, verdict, ""))
+    head = ("op, mode and size", "fastvae", "peer", "who", "target", "ratio", "reached", "cold")
     return table(head, rows)
 
 
-def _median(measured: Measured, who: str) -> str:
+def _time(measured: Measured, who: str, time: str = "median") -> str:
     r = measured["results"].get(who, {})
-    return time_text(r["median"]) + mark(r) if "median" in r else r.get("why_not", "")
+    return time_text(r[time]) + mark(r) if time in r else r.get("why_not", "")
 
 
 def headline_lines(results: Results) -> list[str]:
@@ -213,27 +221,40 @@ def headline_lines(results: Results) -> list[str]:
         fastest, memory = "none ran", ""
         peers = peers_of(measured)
         if peers:
-            fastest = f"{peers[0]}, {_median(measured, peers[0])}, {ratio_text(measured, peers[0])}"
+            fastest = f"{peers[0]}, {_time(measured, peers[0])}, {ratio_text(measured, peers[0])}"
             memory = memory_text(measured["results"][peers[0]]["bytes"])
-        what = (case.name, case.mode, size_text(case), _median(measured, "fastvae"))
+        what = (case.name, case.mode, size_text(case), _time(measured, "fastvae"))
         ours_memory = memory_text(ours["bytes"]) if "bytes" in ours else ""
         rows.append((*what, fastest, ratio_text(measured, usual) or why_not, ours_memory, memory))
     head = ("op", "mode", "size", "fastvae", "fastest peer", "eager formula", "memory", "fastest peer's")
     return table(head, rows, left=3)
 
 
-def slower_lines(results: Results) -> list[str]:
+def slower_lines(results: Results, time: str = "median") -> list[str]:
     """A list of the cases in which a peer is faster."""
     found = []
     for case, measured in results.cases.items():
-        first = next(iter(peers_of(measured)), None)
-        if first is not None and (ratio(measured, first) or 1) < 1:
+        first = next(iter(peers_of(measured, time)), None)
+        if first is not None and (ratio(measured, first, time) or 1) < 1:
             place = f"{case.name} {case.mode} {size_text(case)}"
-            found.append(f"{place}: {first}{mark(measured['results'][first])} {ratio_text(measured, first)}")
+            found.append(f"{place}: {first}{mark(measured['results'][first])} {ratio_text(measured, first, time)}")
     count = f"{len(found)} of {len(results.cases)}"
     return (
         [f"Where a peer is faster ({count} cases): {'; '.join(found)}."] if found else ["No peer is faster anywhere."]
     )
+
+
+def cold_lines(results: Results) -> list[str]:
+    """A table of the small cases, cold: fastvae, and the fastest peer; and where that is faster."""
+    cold = {case: m for case, m in results.cases.items() if "cold" in m["results"]["fastvae"]}
+    rows = []
+    for case, measured in cold.items():
+        times = [_time(measured, "fastvae", time) for time in ("median", "cold")]
+        peers = peers_of(measured, "cold")[:1]
+        peer = [f"{who}, {_time(measured, who, 'cold')}, {ratio_text(measured, who, 'cold')}" for who in peers]
+        rows.append((case.name, case.mode, size_text(case), *times, *(peer or ["none ran"])))
+    head = ("op", "mode", "size", "fastvae", "cold", "fastest peer, cold")
+    return [*table(head, rows, left=3), "", *slower_lines(results._replace(cases=cold), "cold")]
 
 
 def scaling_lines(results: Results) -> Iterator[str]:
@@ -263,6 +284,12 @@ A contestant may allocate 4 GiB and take about 4 s, longer where a ceiling of th
 so. Compilation is not timed. A share of a ceiling above 100% says that not all of the work was done: pairs too far
 apart are left out, and marginals tabulated (docs/beyond-brute-force.md)."""
 
+COLD_NOTES = """\
+A turn is one call, or, of calls below 10 ms, twenty in a row after one that is not timed; each is timed by itself, all
+contestants' by one clock. Cold calls are those that follow a sweep over 8 MB, each of them, as in a training loop: not
+only inputs but also programs have to come from the outer caches. They are timed of small cases, forward + backward, in
+turns too; a figure is the median of a hundred, or fewer of what takes long."""
+
 SCALING_NOTES = f"""\
 Elements are S·N·D, for kl_gauss and reparameterize B·D; B doubles from 32. The exponent is fitted over the {DECADES}
 decades below the largest size. A cost per element is called the same within a factor of {FLAT}; where it rises again at
@@ -283,15 +310,19 @@ def document(results: Results) -> str:
         m["work"]["ceiling"]: m["work"]["rate"] for m in results.cases.values() if m["work"] and "rate" in m["work"]
     }
     units = {"fma": "FMA/s", "exponentials": "exponentials/s", "bandwidth": "bytes/s copied, read plus written"}
+    # What was measured before cold calls were has no turns of twenty either.
+    cold = any("cold" in m["results"]["fastvae"] for m in results.cases.values())
     measured = ", ".join(f"{ceilings[name] / 1e9:.3g}e9 {unit}" for name, unit in units.items() if name in ceilings)
     lines = [
         *(f"# {results.machine['cpu']}, {results.machine['threads']} threads", ""),
         *("`make bench`, which ends with `python -m bench.cpu.report`. " + about(results), ""),
         *(f"Ceilings, measured in the same run: {measured}.", "", NOTES, ""),
+        *((COLD_NOTES, "") if cold else ()),
         *("![Time against the size](time.png)", ""),
         *("![Peak extra memory against the size](memory.png)", ""),
         *("![Error against time](error.png)", ""),
         *("## In short", "", *headline_lines(results), "", *slower_lines(results), ""),
+        *(("## Cold calls", "", *cold_lines(results), "") if cold else ()),
         *("## Targets", "", *target_lines(results), ""),
         *("## Scaling", "", SCALING_NOTES, "", *scaling_lines(results), ""),
         *("## Everything", *full_tables(results.cases.values())),

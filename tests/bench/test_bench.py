@@ -82,16 +82,20 @@ def test_short_runs_follow_each_other_in_turns() -> None:
     def refresh(n: int) -> None:
         events.append("|")
 
+    def before() -> None:
+        events.append(".")
+        now[0] += 100
+
     estimates = {"a": 0.001, "b": 0.009, "c": 0.01}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness.time, "perf_counter", lambda: now[0])
-        times = contest.raced({name: contestant(name) for name in "abc"}, estimates, refresh, budget=0.17)
+        times = contest.raced({name: contestant(name) for name in "abc"}, estimates, refresh, before, budget=0.17)
     turns = "".join(events).split("|")[1:]
-    assert sorted(turns) == 8 * ["a" * 21] + 5 * ["b" * 21] + 8 * ["c"]  # 8 is what the first has, of the others' 17
-    for name in "ab":
-        timed = [n for n, who in enumerate(events) if who == name and events[n - 1] == name]  # all but a turn's first
-        assert times[name] == [n + 1 for n in timed]
-    assert len(times["c"]) == 8
+    assert sorted(turns) == sorted(
+        8 * ["a" + 20 * ".a"] + 5 * ["b" + 20 * ".b"] + 8 * [".c"]
+    )  # 8: c has no more than a
+    for name in "abc":
+        assert times[name] == [n + 1 for n, who in enumerate(events) if who == name and events[n - 1] == "."]
 
 
 def test_what_a_mode_times() -> None:
@@ -395,6 +399,22 @@ def test_a_case_shows_what_cannot_run_and_marks_what_is_wrong(measured: dict[str
     assert report.peers_of(measured)[-1:] != ["wrong"]
 
 
+def test_small_cases_are_timed_cold_too(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any("cold" in r for r in measured["results"].values())  # of a forward
+    contestants = {"fastvae": fastvae.kl_gauss, "eager": peers.kl_formula, "absent": "has none"}
+    monkeypatch.setitem(OPS, "kl_gauss", OPS["kl_gauss"]._replace(contestants=lambda B, D: dict(contestants)))
+    known, _ = contest.measure(Case("kl_gauss", (64, 10), BOTH))
+    assert {name: "cold" in r for name, r in known["results"].items()} == dict.fromkeys(("fastvae", "eager"), True) | {
+        "absent": False
+    }
+    cold = [known["results"][name]["cold"] for name in ("fastvae", "eager")]
+    assert report.ratio(known, "eager", "cold") == cold[1] / cold[0]
+    text = "\n".join(report.full_tables([known]))
+    assert "| cold |" in text
+    assert all(f"| {report.time_text(t)} |" in text for t in cold)
+    assert "| cold |" not in "\n".join(report.full_tables([measured]))
+
+
 def test_every_op_of_the_contract_is_raced_and_compared() -> None:
     assert {*contract.OPS} <= {*OPS}
     assert {*contract.OPS} <= {call.function for call in calls.CALLS.values()}
@@ -501,6 +521,31 @@ def test_targets_and_losses_are_said(tmp_path: Path) -> None:
     assert "kl_gauss forward + backward [128, 32]: eager 0.75×" in report.slower_lines(results)[0]
     assert report.slower_lines(results)[0].startswith("Where a peer is faster (1 of 2 cases)")
     assert "0.75×" in report.section(results)
+
+
+def test_cold_calls_are_said(tmp_path: Path) -> None:
+    measured = made_up(KL, fastvae=2.0, eager=3.0, compiled=4.0)
+    before = report.document(report.load([written(tmp_path / "1.json", measured)]))
+    assert "cold" not in before.lower()
+    for who, milliseconds in {"fastvae": 5.0, "eager": 6.5, "compiled": 4.5}.items():
+        measured["results"][who]["cold"] = milliseconds / 1e3
+    results = report.load([written(tmp_path / "2.json", measured, made_up(AGG, fastvae=1.0, keops=0.5))])
+    text = report.document(results)
+    assert report.COLD_NOTES in text
+    assert "| kl_gauss | forward + backward | [128, 32] | 2 ms | 5 ms | compiled, 4.5 ms, 0.90× |" in text
+    assert "Where a peer is faster (1 of 1 cases): kl_gauss forward + backward [128, 32]: compiled 0.90×." in text
+    assert "| eager | 3 ms | 3 ms to 3 ms | 1.50× | 6.5 ms | 1.30× |" in text
+    assert "| 3 ms | eager | 2.00× | 1.50× | no | 1.30× |" in text
+
+
+def test_a_column_that_is_empty_is_left_out() -> None:
+    assert report.table(("a", "b", "c"), [("1", "", "3"), ("", "", "4")], left=2) == [
+        "| a | c |",
+        "|---|--:|",
+        "| 1 | 3 |",
+        "|  | 4 |",
+    ]
+    assert report.table(("a", "b"), []) == ["| a | b |", "|---|--:|"]
 
 
 def test_pictures_end_a_line_where_a_peer_runs_out(tmp_path: Path) -> None:
