@@ -284,7 +284,6 @@ COMPOSED: dict[str, Op] = {
         "bandwidth",
         {BOTH: 28},
         exact=_z_and_kl_exactly,
-        rowwise=2,
         hidden=_noise,
     ),
     "agg_entropy": Op(

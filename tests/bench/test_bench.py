@@ -250,6 +250,13 @@ def test_every_contestant_is_the_reference_in_float64(name: str, who: str, mode:
         assert truth.error(contestant).error < 1e-12
 
 
+@pytest.mark.parametrize("name", [name for name, op in ALL.items() if op.rowwise])
+def test_what_is_checked_by_rows_has_rows(name: str) -> None:
+    op, B = ALL[name], ROWS + 1
+    truth = Truth(op.exact or op.function, op.inputs(B, 3, 0), BOTH, op.rowwise, op.hidden)
+    assert truth.error(op.function).verdict == "accurate"
+
+
 # A whole case.
 
 SMALL = Case("kl_gauss", (256, 32), FORWARD)
