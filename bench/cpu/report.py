@@ -155,9 +155,8 @@ def full_tables(cases: Iterable[Measured]) -> Iterator[str]:
     for (op, mode), group in groups.items():
         yield from ("", f"**{op}, {mode}**", "")
         rows = [row for measured in group for row in _rows(measured)]
-        head = ("size", "who", "median", "quartiles", "ratio", "cold", "ratio", "peak extra memory", "error")
-        head = (*head, "share of ceiling")
-        yield from table(head, rows, left=2)
+        times = ("median", "quartiles", "ratio", "cold", "ratio")
+        yield from table(("size", "who", *times, "peak extra memory", "error", "share of ceiling"), rows, left=2)
 
 
 def _rows(measured: Measured) -> Iterator[tuple[str, ...]]:

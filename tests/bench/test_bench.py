@@ -408,7 +408,7 @@ def test_a_case_shows_what_cannot_run_and_marks_what_is_wrong(measured: dict[str
 
 def test_small_cases_are_timed_cold_too(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("cold" in r for r in measured["results"].values())  # of a forward
-    contestants = {"fastvae": fastvae.kl_gauss, "eager": peers.kl_formula, "absent": "has none"}
+    contestants: dict[str, Any] = {"fastvae": fastvae.kl_gauss, "eager": peers.kl_formula, "absent": "has none"}
     monkeypatch.setitem(OPS, "kl_gauss", OPS["kl_gauss"]._replace(contestants=lambda B, D: dict(contestants)))
     known, _ = contest.measure(Case("kl_gauss", (64, 10), BOTH))
     assert {name: "cold" in r for name, r in known["results"].items()} == dict.fromkeys(("fastvae", "eager"), True) | {
