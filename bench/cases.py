@@ -148,9 +148,22 @@ def _elements(B: int, D: int) -> float:
     return float(B) * D
 
 
+def _steps(trained: training.Training, sizes: list[Size], elements: Callable[[int, int], float]) -> Op:
+    contestants: Any = trained.contestants
+    return Op(
+        contestants,
+        binary_images,
+        {STEP: sizes},
+        elements,
+        exact=trained.truth,
+        hidden=lambda step, x: step.hidden(x),
+    )
+
+
 ELEMENTWISE: list[Size] = [(128, 32), (1024, 32), (8192, 64), (65536, 128)]
 SMALL: list[Size] = [(64, 10), (128, 32), (256, 64)]  # what a training step has, of which kernels are a tenth
 SMALL_PAIRS: list[Size] = [(64, 10), (128, 10), (256, 10)]
+STEPS: list[Size] = [(64, 10), (128, 10), (256, 10), (512, 10)]
 
 # Work per element: FMAs, 2 forward and 6 backward; exponentials, one each way, of which a pair's joint needs one too;
 # bytes that must move.
@@ -312,14 +325,8 @@ COMPOSED: dict[str, Op] = {
         "exponentials",
         {BOTH: 2},
     ),
-    "training_step": Op(
-        training.contestants,  # type: ignore[arg-type]
-        binary_images,
-        {STEP: [(64, 10), (256, 10), (1024, 10), (2048, 10)]},
-        _pairs,
-        exact=training.truth,
-        hidden=lambda step, x: step.hidden(x),
-    ),
+    "training_step": _steps(training.BETA_TCVAE, [*STEPS, (1024, 10), (2048, 10)], _pairs),
+    "training_step_elbo": _steps(training.ELBO, STEPS, _elements),
     "full_dataset": Op(
         dataset.contestants,
         dataset.drawn,
