@@ -115,9 +115,13 @@ class SampleGauss(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:2]
-        upstream = placed(grads, ctx.outputs, 4)
-        gradients = _sample_gauss_backward(*upstream, *unpacked(ctx), ctx.n_samples, ctx.reduction, wanted)
+        wanted = of_op = ctx.needs_input_grad[:2]
+        upstream = d_z, *others = placed(grads, ctx.outputs, 4)
+        if is_d_mu := ctx.n_samples is None and d_z is not None and others == [None] * 3:
+            of_op = (False, wanted[1])
+        gradients: list[Tensor | None] = [d_z] if is_d_mu and wanted[0] else []
+        if any(of_op):
+            gradients += _sample_gauss_backward(*upstream, *unpacked(ctx), ctx.n_samples, ctx.reduction, of_op)
         return placed(gradients, wanted, 6)
 
 

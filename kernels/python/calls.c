@@ -344,11 +344,16 @@ static PyObject *sample_gauss_backward(PyObject *self, PyObject *const *args, Py
         const int64_t size = i == 0 ? B * D : i == 3 && code == FASTVAE_SUM ? 1 : B;
         if (k >= n || !upstream(args[k++], mu.bits, size, grad + i)) goto unusual;
     }
-    if ((want[0] && !(out[0] = like(mu_, memory))) || (want[1] && !(out[1] = like(logvar_, memory + 1)))) goto failed;
-    const int t = threads();
-    RUN(kernels->sample_gauss_backward(grad[0], grad[1], grad[2], grad[3], code == FASTVAE_SAMPLE, scale, data(&mu),
-                                       mu.strides[0], data(&logvar), logvar.strides[0], (const uint64_t *)data(&seed), 1,
-                                       B, D, memory[0], memory[1], t));
+    if (want[0] && grad[0] && !grad[1] && !grad[2] && !grad[3]) /* that of z is that of mu */
+        Py_INCREF(out[0] = args[1]);
+    else if (want[0] && !(out[0] = like(mu_, memory)))
+        goto failed;
+    if (want[1] && !(out[1] = like(logvar_, memory + 1))) goto failed;
+    const int t = memory[0] || memory[1] ? threads() : 0;
+    if (t)
+        RUN(kernels->sample_gauss_backward(grad[0], grad[1], grad[2], grad[3], code == FASTVAE_SAMPLE, scale, data(&mu),
+                                           mu.strides[0], data(&logvar), logvar.strides[0],
+                                           (const uint64_t *)data(&seed), 1, B, D, memory[0], memory[1], t));
     Py_DECREF(saved), Py_DECREF(reduction), Py_DECREF(outputs), Py_DECREF(samples);
     return tuple_of(out, 2, 6);
 failed:
