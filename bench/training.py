@@ -94,8 +94,8 @@ class Step:
 class Training(NamedTuple):
     """What is trained.
 
-    objective: fastvae's; None for its default. formula: the same, of a VAE, x, the noise, and what `weights` gives for B
-    examples. means: by which the formula computes, as its contestants' names end.
+    objective: fastvae's, or None, its default. formula: the same, of a VAE, x, the noise, and what `weights` gives for
+    B examples. means: by which the formula computes, as its contestants' names end.
     """
 
     objective: fastvae.Objective | None
