@@ -106,7 +106,7 @@ def measure(case: Case, ceilings: Ceilings | None = None) -> tuple[dict[str, Any
     give_back()
     times = raced(prepares, estimates, refresh)
     for name, found in times.items():
-        low, median, high = statistics.quantiles(found, n=4)
+        low, median, high = statistics.quantiles(found, n=4, method="inclusive")
         results[name] |= {"median": median, "low": low, "high": high, "repeats": len(found)}
     if case.is_small:
         swept = torch.zeros(SWEPT, dtype=torch.uint8)

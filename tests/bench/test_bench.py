@@ -406,6 +406,12 @@ def test_a_case_shows_what_cannot_run_and_marks_what_is_wrong(measured: dict[str
     assert report.peers_of(measured)[-1:] != ["wrong"]
 
 
+def test_quartiles_are_among_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "raced", lambda *_: {"fastvae": [1.0, 3.0]})  # as of what takes long
+    ours = contest.measure(SMALL)[0]["results"]["fastvae"]
+    assert (ours["low"], ours["median"], ours["high"]) == (1.5, 2.0, 2.5)
+
+
 def test_small_cases_are_timed_cold_too(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("cold" in r for r in measured["results"].values())  # of a forward
     contestants: dict[str, Any] = {"fastvae": fastvae.kl_gauss, "eager": peers.kl_formula, "absent": "has none"}
