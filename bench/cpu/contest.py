@@ -1,4 +1,5 @@
-"""One case measured: every contestant checked against float64, then its memory, then all of them raced."""
+"""One case measured: every contestant checked against float64, then its memory, then all of them raced, and
+raced again with cold caches if it is small."""
 
 import gc
 import itertools

@@ -243,17 +243,21 @@ def slower_lines(results: Results, time: str = "median") -> list[str]:
     )
 
 
-def cold_lines(results: Results) -> list[str]:
-    """A table of the small cases, cold: fastvae, and the fastest peer; and where that is faster."""
-    cold = {case: m for case, m in results.cases.items() if "cold" in m["results"]["fastvae"]}
+def cold_ones(results: Results) -> Results:
+    """The cases that were timed cold too."""
+    return results._replace(cases={c: m for c, m in results.cases.items() if "cold" in m["results"]["fastvae"]})
+
+
+def cold_lines(cold: Results) -> list[str]:
+    """A table of what is timed cold: fastvae, and the fastest peer; and where that is faster."""
     rows = []
-    for case, measured in cold.items():
+    for case, measured in cold.cases.items():
         times = [_time(measured, "fastvae", time) for time in ("median", "cold")]
         peers = peers_of(measured, "cold")[:1]
         peer = [f"{who}, {_time(measured, who, 'cold')}, {ratio_text(measured, who, 'cold')}" for who in peers]
         rows.append((case.name, case.mode, size_text(case), *times, *(peer or ["none ran"])))
     head = ("op", "mode", "size", "fastvae", "cold", "fastest peer, cold")
-    return [*table(head, rows, left=3), "", *slower_lines(results._replace(cases=cold), "cold")]
+    return [*table(head, rows, left=3), "", *slower_lines(cold, "cold")]
 
 
 def scaling_lines(results: Results) -> Iterator[str]:
@@ -309,19 +313,18 @@ def document(results: Results) -> str:
         m["work"]["ceiling"]: m["work"]["rate"] for m in results.cases.values() if m["work"] and "rate" in m["work"]
     }
     units = {"fma": "FMA/s", "exponentials": "exponentials/s", "bandwidth": "bytes/s copied, read plus written"}
-    # What was measured before cold calls were has no turns of twenty either.
-    cold = any("cold" in m["results"]["fastvae"] for m in results.cases.values())
+    cold = cold_ones(results)
     measured = ", ".join(f"{ceilings[name] / 1e9:.3g}e9 {unit}" for name, unit in units.items() if name in ceilings)
     lines = [
         *(f"# {results.machine['cpu']}, {results.machine['threads']} threads", ""),
         *("`make bench`, which ends with `python -m bench.cpu.report`. " + about(results), ""),
         *(f"Ceilings, measured in the same run: {measured}.", "", NOTES, ""),
-        *((COLD_NOTES, "") if cold else ()),
+        *((COLD_NOTES, "") if cold.cases else ()),  # before there were cold calls there were no turns of twenty either
         *("![Time against the size](time.png)", ""),
         *("![Peak extra memory against the size](memory.png)", ""),
         *("![Error against time](error.png)", ""),
         *("## In short", "", *headline_lines(results), "", *slower_lines(results), ""),
-        *(("## Cold calls", "", *cold_lines(results), "") if cold else ()),
+        *(("## Cold calls", "", *cold_lines(cold), "") if cold.cases else ()),
         *("## Targets", "", *target_lines(results), ""),
         *("## Scaling", "", SCALING_NOTES, "", *scaling_lines(results), ""),
         *("## Everything", *full_tables(results.cases.values())),
@@ -332,10 +335,12 @@ def document(results: Results) -> str:
 def section(results: Results) -> str:
     """The text that stands in the README between the markers."""
     folder = f"bench/results/{results.name}"
+    cold = cold_ones(results)
     lines = [
         *("On " + about(results), ""),
         *(*headline_lines(results), ""),
         *(*slower_lines(results), ""),
+        *((f"Cold calls. {slower_lines(cold, 'cold')[0]}", "") if cold.cases else ()),
         f"† less accurate than a float32 program need be. [All cases, peers, errors and memory]({folder}/README.md); ",
         *("how they are measured stands there too.", ""),
         f"![Time against the size]({folder}/time.png)",

@@ -549,6 +549,7 @@ def test_cold_calls_are_said(tmp_path: Path) -> None:
     assert "Where a peer is faster (1 of 1 cases): kl_gauss forward + backward [128, 32]: compiled 0.90×." in text
     assert "| eager | 3 ms | 3 ms to 3 ms | 1.50× | 6.5 ms | 1.30× |" in text
     assert "| 3 ms | eager | 2.00× | 1.50× | no | 1.30× |" in text
+    assert "Cold calls. Where a peer is faster (1 of 1 cases): kl_gauss" in report.section(results)
 
 
 def test_a_column_that_is_empty_is_left_out() -> None:
