@@ -1,5 +1,5 @@
-"""One case measured: every contestant checked against float64, then its memory, then all of them raced, and
-raced again with cold caches if it is small."""
+"""One case measured: every contestant checked against float64, then its memory, then all of them raced, and if it is
+small raced again with cold caches."""
 
 import gc
 import itertools

@@ -155,7 +155,7 @@ def full_tables(cases: Iterable[Measured]) -> Iterator[str]:
     for (op, mode), group in groups.items():
         yield from ("", f"**{op}, {mode}**", "")
         rows = [row for measured in group for row in _rows(measured)]
-        times = ("median", "quartiles", "ratio", "cold", "ratio")
+        times = ("median", "quartiles", "ratio", "cold", "cold ratio")
         yield from table(("size", "who", *times, "peak extra memory", "error", "share of ceiling"), rows, left=2)
 
 
