@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import installed, settings
-from .contract import OPS, Pairs, kl_scale, kl_shape
+from .contract import COMPOSITIONS, OPS, Pairs, kl_scale, kl_shape
 from .settings import WrongSetting, exact_skip, switch
 
 
@@ -51,7 +51,7 @@ def _interpreting() -> bool:
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
-    if name.removesuffix("_backward") not in OPS:
+    if name.removesuffix("_backward") not in (*OPS, *COMPOSITIONS):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     function = _on_its_device(on_current_device(name))
     globals()[name] = function
@@ -97,11 +97,11 @@ def _of_sample_gauss_backward(
     return (kl_scale(reduction, *mu.shape),)
 
 
-def _of_agg_log_prob(*_: Any) -> tuple[bool, bool]:
+def _of_joint(*_: Any) -> tuple[bool, bool]:
     return exact_skip(otherwise=False), settings.current.precision == "tf32x3"
 
 
-def _of_agg_log_prob_marginals_backward(*_: Any) -> tuple[bool]:
+def _of_marginals_backward(*_: Any) -> tuple[bool]:
     return (exact_skip(otherwise=False),)
 
 
@@ -110,9 +110,12 @@ _FURTHER: dict[str, Callable[..., tuple[Any, ...]]] = {
     "kl_gauss_backward": _of_kl_gauss_backward,
     "sample_gauss": _of_sample_gauss,
     "sample_gauss_backward": _of_sample_gauss_backward,
-    "agg_log_prob": _of_agg_log_prob,
-    "agg_log_prob_backward": _of_agg_log_prob,
-    "agg_log_prob_marginals_backward": _of_agg_log_prob_marginals_backward,
+    "agg_log_prob": _of_joint,
+    "agg_log_prob_backward": _of_joint,
+    "agg_log_prob_marginals_backward": _of_marginals_backward,
+    "agg_entropy": _of_joint,
+    "agg_entropy_backward": _of_joint,
+    "kl_decomposition_backward": _of_marginals_backward,
 }
 
 

@@ -37,17 +37,17 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["grad_stride", "S", "D", "splits"])
+@triton.jit(do_not_specialize=["grad_stride", "S", "D", "splits"], do_not_specialize_on_alignment=["d_joint"])
 def _combine_rows_backward(
-    ms, totals, parts, d_joint, grad_stride, order, m_out, factors, d_z, S, D, splits,
+    ms, totals, parts, d_joint, grad_stride, scale: tl.float64, order, m_out, factors, d_z, S, D, splits,
     BLOCK: tl.constexpr, DK: tl.constexpr,
 ):  # fmt: skip
-    """Puts the ranges of columns together: m and factor [S], the shares of a row being factor 2^(s - m); and d_z [S, D]
-    from its parts [splits, S, D], each relative to its range's m."""
+    """Puts the ranges of columns together: m and factor [S], the shares of a row, scale d_joint in all, being
+    factor 2^(s - m); and d_z [S, D] from its parts [splits, S, D], each relative to its range's m."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < S
     m, total = combine_ranges(ms + i, totals + i, splits, S.to(tl.int64), inside)
-    g = tl.load(d_joint + i * grad_stride, inside, other=0.0).to(m.dtype)
+    g = tl.load(d_joint + i * grad_stride, inside, other=0.0).to(m.dtype) * tl.full([], scale, m.dtype)
     factor = share_factor(g, total)
     tl.store(m_out + i, m, inside)
     tl.store(factors + i, factor, inside)
@@ -189,8 +189,11 @@ def agg_log_prob(pairs: Pairs, early_exit: bool, tf32x3: bool) -> Tensor:
     return fastest(run, configs(S, N, packed.dtype), "agg_log_prob", packed.dtype, *packed.overridden, S, N, D)
 
 
-def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns m and factor [S], the shares of row i being factor 2^(s_ij - m); writes d_z [S, D] where it is wanted."""
+def shares_of_rows(
+    packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor | None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Returns m and factor [S], the shares of row i, scale d_joint_i in all, being factor 2^(s_ij - m); writes d_z
+    [S, D] where it is wanted."""
     S, N, D = packed.S, packed.N, packed.D
     m, factors = new(packed, S), new(packed, S)
     if S == 0:
@@ -204,8 +207,8 @@ def shares_of_rows(packed: Packed, d_joint: Tensor, joint: Tensor, d_z: Tensor |
         **constants(packed, g, BACKWARD=True),
     )
     launch(
-        *(_combine_rows_backward, (cdiv(S, 32),), ms, totals, parts, d_joint, d_joint.stride(0), packed.order),
-        *(m, factors, d_z, S, D, g.splits),
+        *(_combine_rows_backward, (cdiv(S, 32),), ms, totals, parts, d_joint, d_joint.stride(0), scale),
+        *(packed.order, m, factors, d_z, S, D, g.splits),
         BLOCK=32,
         DK=32,
         num_warps=4,
@@ -238,11 +241,25 @@ def agg_log_prob_backward(
     if joint is None:
         joint = agg_log_prob(pairs, early_exit, tf32x3)
         return [joint, *agg_log_prob_backward(d_joint, joint, pairs, wanted, early_exit, tf32x3)]
+    gradients = new_gradients(pairs, wanted)
+    joint_gradients(gradients, d_joint, joint, pairs, early_exit)
+    return [x for x in gradients if x is not None]
+
+
+def joint_gradients(
+    gradients: Sequence[Tensor | None],
+    d_joint: Tensor,
+    joint: Tensor,
+    pairs: Pairs,
+    early_exit: bool,
+    scale: float = 1.0,
+) -> None:
+    """Writes those of the gradients that are not None, of scale d_joint."""
+    d_z, d_mu, d_logvar, d_log_w = gradients
     _, mu, logvar, _ = pairs
     packed = pack(pairs, order=early_order(mu, logvar, early_exit))
     S, N, D = packed.S, packed.N, packed.D
-    d_z, d_mu, d_logvar, d_log_w = gradients = new_gradients(pairs, wanted)
-    m, factors = shares_of_rows(packed, d_joint, joint, d_z)
+    m, factors = shares_of_rows(packed, d_joint, joint, d_z, scale)
     if N > 0 and not (d_mu is None and d_logvar is None and d_log_w is None):
         g = grid(N, S, D, packed.dtype, joint.device, kind_of(packed, reduce=True))
         sums = None if d_mu is None and d_logvar is None else new(packed, g.splits, 2, N, D)
@@ -250,4 +267,3 @@ def agg_log_prob_backward(
         common = None if d_log_w is None else new(packed, g.splits, N)
         pull_on_columns(packed, g, m, factors, sums, shares, common)
         columns_gradients(packed, sums, shares, common, d_mu, d_logvar, d_log_w)
-    return [x for x in gradients if x is not None]

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from .agg_log_prob import agg_log_prob_backward, pull_on_columns, shares_of_rows
+from .agg_log_prob import joint_gradients, pull_on_columns, shares_of_rows
 from .elementary import INF
 from .grids import constants, grid, grid_per_dimension, kind_of
 from .log_sum_exp import put_together, room_for_ranges, summed
@@ -168,13 +168,27 @@ def agg_log_prob_marginals_backward(
     early_exit: bool,
 ) -> list[Tensor]:
     """The gradients; where only the joint's are asked for, `early_exit` may leave out pairs."""
+    gradients = new_gradients(pairs, wanted)
+    marginals_gradients(gradients, upstream, joint, pairs, early_exit)
+    return [x for x in gradients if x is not None]
+
+
+def marginals_gradients(
+    gradients: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+    joint: Tensor,
+    pairs: Pairs,
+    early_exit: bool,
+) -> None:
+    """Writes those of the gradients that are not None."""
     d_joint, d_marginals = upstream
-    if d_marginals is None or marginals.shape[1] == 0:
+    d_z, d_mu, d_logvar, d_log_w = gradients
+    if d_marginals is None or d_marginals.shape[1] == 0:
         d_joint = torch.zeros_like(joint) if d_joint is None else d_joint
-        return agg_log_prob_backward(d_joint, joint, pairs, wanted, early_exit, tf32x3=False)
+        joint_gradients(gradients, d_joint, joint, pairs, early_exit)
+        return
     packed = pack(pairs, marginals=True)
     S, N, D = packed.S, packed.N, packed.D
-    d_z, d_mu, d_logvar, d_log_w = gradients = new_gradients(pairs, wanted)
     joint_d_z: Tensor | None = None
     joint_shares: tuple[Tensor, Tensor] | None = None
     if d_joint is not None:
@@ -199,4 +213,3 @@ def agg_log_prob_marginals_backward(
             **{"OWN": OWN, "NEXT": NEXT, **each.config},
         )
         columns_gradients(packed, sums, total_shares, common, d_mu, d_logvar, d_log_w)
-    return [x for x in gradients if x is not None]

@@ -138,6 +138,19 @@ def _bounds(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["panels"])
+def _subtract_least(steepest, least, panels, BLOCK: tl.constexpr):
+    """Subtracts the least of all panels' log2 a from each panel's bound; one program."""
+    k = tl.arange(0, BLOCK)
+    lowest = tl.full([BLOCK], INF, least.dtype.element_ty)
+    for first in range(0, panels, BLOCK):
+        lowest = tl.minimum(lowest, tl.load(least + first + k, first + k < panels, other=INF))
+    lowest = tl.min(lowest, 0)
+    for first in range(0, panels, BLOCK):
+        inside = first + k < panels
+        tl.store(steepest + first + k, tl.load(steepest + first + k, inside, other=0.0) - lowest, inside)
+
+
 @triton.jit
 def _spread(mu, mu_row, mu_col, logvar, lv_row, lv_col, d, N, D):
     """The spread of columns in dimensions d, [DK]: var(mu) / sigma^2 of 64 spread evenly, sigma^2 a geometric mean."""
@@ -215,4 +228,5 @@ def of_rows_backward(packed: Packed) -> Exits:
     if packed.order is None:
         return None, None, 0.0
     _, steepest, least, _ = _launch_bounds(packed, None, False)
-    return None, steepest - least.amin(), margin(packed, packed.N)
+    launch(_subtract_least, (1,), steepest, least, least.numel(), BLOCK=1024, num_warps=4)
+    return None, steepest, margin(packed, packed.N)

@@ -108,7 +108,9 @@ def _marginal_rows(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["grad_row", "grad_column", "S", "D", "splits"])
+@triton.jit(
+    do_not_specialize=["grad_row", "grad_column", "S", "D", "splits"], do_not_specialize_on_alignment=["d_marginals"]
+)
 def _combine_rows_backward(
     ms, totals, pulls, d_marginals, grad_row, grad_column, m_out, factors, joint_d_z, d_z, S, D, splits,
     BLOCK: tl.constexpr,

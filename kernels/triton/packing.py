@@ -36,7 +36,7 @@ KAPPA = tl.constexpr(0.84932180028801904272)  # sqrt(log2(e) / 2), in float32
 
 
 @triton.jit
-def _clip(x, low, high):
+def clip(x, low, high):
     """Clips x to [low, high]; NaN stays NaN."""
     return tl.where(x > high, high, tl.where(x < low, low, x))
 
@@ -45,7 +45,7 @@ def _clip(x, low, high):
 def _to_finite(x, ACC: tl.constexpr):
     """Converts float64 to ACC; finite numbers stay finite."""
     highest = largest(ACC).to(tl.float64)
-    return tl.where(tl.abs(x) == INF, x, _clip(x, -highest, highest)).to(ACC)
+    return tl.where(tl.abs(x) == INF, x, clip(x, -highest, highest)).to(ACC)
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _inverse_sigma(logvar, ACC: tl.constexpr):
     a = tl.exp(logvar.to(tl.float64) * -0.5)
     if tl.float32 == ACC:
         a *= tl.full([], KAPPA, tl.float64)
-    held = _clip(a, tl.full([], smallest, tl.float64), largest(ACC).to(tl.float64))
+    held = clip(a, tl.full([], smallest, tl.float64), largest(ACC).to(tl.float64))
     return tl.where(tl.abs(logvar) == INF, a, held).to(ACC)
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, empty_like, launch, resources, target
+from ._launch import accumulation_dtype, cdiv, empty_like, launch, resources, target
 from .elementary import largest
 from .log_sum_exp import summed
 from .packing import DIRECT, PANEL, Packed, Pairs, in_order
@@ -199,11 +199,16 @@ def _combine_columns(
                 tl.store(d_logvar + to, pull.to(d_logvar.dtype.element_ty), mask)
 
 
-def new_gradients(pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Memory for the gradients of z, mu, logvar and log_w, for those that are wanted."""
+def new_gradients(pairs: Pairs, wanted: Sequence[bool], wide: bool = False) -> list[Tensor | None]:
+    """Memory for the gradients of z, mu, logvar and log_w, for those that are wanted; with `wide`, of all but log_w in
+    the dtype that sums are in, to be added to before they are rounded."""
     z, mu, logvar, (log_w, *_) = pairs
     inputs = (z, mu, logvar, log_w)[: len(wanted)]
-    return [empty_like(x) if want and x is not None else None for x, want in zip(inputs, wanted, strict=True)]
+    gradients = [empty_like(x) if want and x is not None else None for x, want in zip(inputs, wanted, strict=True)]
+    dtype = accumulation_dtype(z.dtype)
+    if wide and dtype != z.dtype:
+        gradients[:3] = [None if g is None else g.new_empty(g.shape, dtype=dtype) for g in gradients[:3]]
+    return gradients
 
 
 def columns_gradients(

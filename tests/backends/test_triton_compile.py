@@ -11,7 +11,7 @@ import pytest
 from support import ahead_of_time
 from support.ahead_of_time import CASES, READ, TARGETS, Report
 
-from fastvae.backends.contract import OPS
+from fastvae.backends.contract import COMPOSITIONS, OPS
 
 pytest.importorskip("triton")
 PARTS = 2  # processes
@@ -138,7 +138,7 @@ def test_layouts_that_differ_are_found() -> None:
 
 def test_every_op_has_cases() -> None:
     ops = {case.split()[0] for case in CASES}
-    assert ops == {f"{op}{direction}" for op in OPS for direction in ("", "_backward")}
+    assert ops == {f"{op}{direction}" for op in (*OPS, *COMPOSITIONS) for direction in ("", "_backward")}
 
 
 def test_innermost_loops_are_found() -> None:

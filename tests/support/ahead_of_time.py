@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae.backends import triton as triton_backend
-from fastvae.backends.contract import LogWeights, Pairs, kl_shape
+from fastvae.backends.contract import TERMS, LogWeights, Pairs, kl_shape
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -133,10 +133,13 @@ def pairs(
     p = Problem(*problem)
     joint, marginals, matrix = p.result(p.S), p.result(p.S, p.D), p.result(p.S, p.N)
     wanted = [want_z, True, True, p.own]
+    terms = [p.result(p.D) if term == "dim_kl" else p.result() for term in TERMS[:-1]]
     of_backward: dict[str, tuple[Any, ...]] = {
         "cross_log_prob_backward": (matrix, p.pairs, wanted[:3]),
         "agg_log_prob_backward": (joint, joint, p.pairs, wanted),
         "agg_log_prob_marginals_backward": ((joint, marginals), joint, marginals, p.pairs, wanted),
+        "agg_entropy_backward": (p.result(), p.pairs, wanted),
+        "kl_decomposition_backward": (terms, joint, marginals, p.pairs, wanted),
     }
 
     def launch() -> object:
@@ -279,6 +282,24 @@ CASES = {
     ),
     "agg_log_prob_marginals_backward own float64": Case(
         pairs("agg_log_prob_marginals_backward", 4096, 4096, 10, True, DOUBLE), "_marginal_columns", PACK
+    ),
+    "agg_entropy": Case(pairs("agg_entropy", 256, 256, 33, True), "_add_up", PACK),
+    "agg_entropy_backward": Case(pairs("agg_entropy_backward", 256, 256, 33, True), "_combine_rows_backward", PACK),
+    "agg_entropy_backward early": Case(
+        pairs("agg_entropy_backward", 16384, 16384, 64, early=True), "_subtract_least", PACK
+    ),
+    "kl_decomposition": Case(pairs("kl_decomposition", 256, 256, 10, True), "_sum_terms", PACK),
+    "kl_decomposition bfloat16": Case(pairs("kl_decomposition", 256, 256, 10, True, HALF), "_mean_terms", PACK),
+    "kl_decomposition float64": Case(pairs("kl_decomposition", 4096, 4096, 10, True, DOUBLE), "_sum_terms", PACK),
+    "kl_decomposition_backward": Case(pairs("kl_decomposition_backward", 256, 256, 10, True), "_add_own", PACK),
+    "kl_decomposition_backward numbers": Case(
+        pairs("kl_decomposition_backward", 256, 256, 10, True), "_upstreams", PACK
+    ),
+    "kl_decomposition_backward bfloat16": Case(
+        pairs("kl_decomposition_backward", 256, 256, 10, True, HALF), "_add_own", PACK
+    ),
+    "kl_decomposition_backward float64": Case(
+        pairs("kl_decomposition_backward", 4096, 4096, 10, True, DOUBLE), "_add_own", PACK
     ),
 }
 

@@ -297,7 +297,8 @@ def computed(backend: str, name: str, refusal: str) -> Callable[..., Any]:
             time.sleep(1000)
         if "fault" in faults or f"fault{call}" in faults:
             os._exit(139)
-        results = done(getattr(importlib.import_module("fastvae.backends.reference"), name), args, {})
+        composed, reference = (importlib.import_module(f"fastvae.backends.{m}") for m in ("composed", "reference"))
+        results = done(composed.function(reference, name), args, {})
         if "noise" in faults:
             tree_map_only(Tensor, lambda x: x.mul_(1 + 1e-3 * torch.rand((), dtype=x.dtype, device=GPU)), results)
         return results
@@ -318,7 +319,7 @@ def adapt_backend_cuda(cuda: Any) -> None:
 
 
 def adapt_backend_triton(triton: Any) -> None:
-    for name in (name for each in triton.OPS for name in (each, each + "_backward")):
+    for name in (name for each in (*triton.OPS, *triton.COMPOSITIONS) for name in (each, each + "_backward")):
         function = computed("triton", name, "backend 'triton' computes on cpu tensors only in Triton's interpreter")
         setattr(triton, name, launched(triton, name, function) if COMPILES else function)
 
