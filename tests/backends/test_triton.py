@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TRITON, Target, computing_on
+from support.ahead_of_time import CASES
 from support.helpers import (
     HALVES,
     Expected,
@@ -30,12 +31,15 @@ from support.helpers import (
 )
 from support.ops import op_named
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
 from fastvae import ColumnWeights
 
 pytest.importorskip("triton")
 from fastvae.kernels.triton import _launch, agg_log_prob, grids, packing, sample_gauss
+
+from triton.runtime.interpreter import GridExecutor
 
 from fastvae.backends.contract import LogWeights, Pairs
 
@@ -208,6 +212,34 @@ def test_other_tiles_give_the_same(backend: Target) -> None:
             expected.check([agg_log_prob.agg_log_prob(pairs, False, False)])
         chosen.append(grids.grid(10**4, 10**4, 5, torch.float32, torch.device("meta"), grids.Kind(), **config).config)
     assert len({tuple(c.items()) for c in chosen}) == len(chosen) > 1
+
+
+class Operations(TorchDispatchMode):
+    """The operations of torch that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+ALLOCATIONS = {"empty", "empty_like", "new_empty"}
+VIEWS = {"detach", "expand", "select", "slice", "unbind", "view"}
+
+
+@pytest.mark.skipif(not _launch.INTERPRETED, reason="launches kernels on tensors that have no memory")
+@pytest.mark.parametrize("case", CASES)
+def test_a_launcher_allocates_and_launches_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher allocates, views and launches, and has torch compute nothing."""
+    launched = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda kernel, *_, **__: launched.append(kernel.fn.__name__))
+    with Operations() as operations:
+        CASES[case].launch()
+    assert CASES[case].kernel in launched
+    assert operations.names <= ALLOCATIONS | VIEWS
 
 
 class Compiler:
