@@ -8,6 +8,8 @@ of fastvae is imported here but these modules themselves. So a launcher
 
 - launches with plain `kernel[grid](...)`, on whatever stream is current, with a launch configuration fixed by the
   sizes (`_launch.py`);
+- has torch compute nothing: allocations, views and launches are all that it does, unless an input has to be copied to
+  be contiguous;
 - allocates what it needs on that stream and leaves it there, so nothing is owed a `record_stream`: a caller who hands
   tensors of another stream in owes it, as to any of torch's operations;
 - never reads a tensor's values (no host synchronization, capturable in a CUDA graph), and so also runs on meta

@@ -28,6 +28,7 @@ from support.helpers import (
     normals,
     sample,
     samples,
+    tensors,
 )
 from support.ops import op_named
 from torch import Tensor
@@ -38,10 +39,11 @@ from fastvae import ColumnWeights
 
 pytest.importorskip("triton")
 from fastvae.kernels.triton import _launch, agg_log_prob, grids, packing, sample_gauss
-
 from triton.runtime.interpreter import GridExecutor
 
-from fastvae.backends.contract import LogWeights, Pairs
+from fastvae.backends import composed
+from fastvae.backends import triton as triton_backend
+from fastvae.backends.contract import TERMS, LogWeights, Pairs
 
 PAIRS = ("cross_log_prob", "agg_log_prob", "agg_log_prob_marginals")
 
@@ -180,6 +182,36 @@ def test_same_bits_whatever_else_is_asked_for(backend: Target, splits: int) -> N
     for n, asked in enumerate(op.inputs):
         inputs = {key: x.detach().requires_grad_(key == asked) for key, x in op.inputs.items()}
         assert_same(evaluate(op.fast, inputs)[1:], [everything[1 + n]])
+
+
+@pytest.mark.parametrize("given", ["mi agg_kl tc dim_kl prior_factorization kl entropy", "mi tc", "dim_kl", "kl"])
+@pytest.mark.parametrize(("sizes", "dtype"), [((70, 35, 5), torch.float64), ((33, 33, 33), torch.float32)], ids=str)
+def test_compositions_are_what_they_are_composed_of(
+    backend: Target, sizes: tuple[int, int, int], dtype: torch.dtype, given: str
+) -> None:
+    """More than a tile of posteriors, or of dimensions, and several samples of each, with gradients of a few terms."""
+    names = (f"{op}{direction}" for op in PAIRS[1:] for direction in ("", "_backward"))
+    others = SimpleNamespace(**{name: getattr(triton_backend, name) for name in names})
+    S, N, D = sizes
+    own = torch.arange(S) % N
+    weights = LogWeights(normals(1, N, dtype=dtype, seed=1)[0], None, own, -0.5, 0.5)
+    z, logvar = normals(D, S, dtype=dtype, seed=2).T, normals(N, D, dtype=dtype, seed=3) - 1
+    pairs = Pairs(z, normals(N, 2 * D, dtype=dtype, seed=4)[:, ::2], logvar, weights)
+
+    def same(name: str, *arguments: Any) -> list[Tensor]:
+        ours = tensors(getattr(triton_backend, name)(*arguments))
+        expected = tensors(composed.function(others, name)(*arguments))
+        for x, y in zip(ours, expected, strict=True):
+            error = 32 * torch.finfo(dtype).eps * y.abs().max().item()
+            torch.testing.assert_close(x, y, rtol=0.0, atol=error)
+        return ours
+
+    same("agg_entropy", pairs)
+    *terms, joint, marginals = same("kl_decomposition", pairs)
+    upstream = [x + 1 if name in given.split() else None for x, name in zip(terms, TERMS[:-1], strict=False)]
+    for wanted in ([True] * 4, [False, True, False, False], [False, False, False, True]):
+        same("agg_entropy_backward", terms[0], pairs, wanted)
+        same("kl_decomposition_backward", upstream, joint, marginals, pairs, wanted)
 
 
 @pytest.mark.parametrize("S", [64, 1000, 16384, 10**6])

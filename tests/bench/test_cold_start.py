@@ -50,7 +50,7 @@ def stages(counted: list[Any], request: pytest.FixtureRequest) -> dict[tuple[str
 
 def test_a_training_run_compiles_few_kernels(stages: dict[tuple[str, int], int]) -> None:
     """A training run compiles few kernels, with its last batch, which is smaller and odd."""
-    assert 2 <= sum(n for (_, D), n in stages.items() if D == 10) <= 12
+    assert 2 <= sum(n for (_, D), n in stages.items() if D == 10) <= 15
 
 
 def test_another_batch_size_compiles_none(stages: dict[tuple[str, int], int]) -> None:
