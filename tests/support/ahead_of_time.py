@@ -284,6 +284,9 @@ CASES = {
         pairs("agg_log_prob_marginals_backward", 4096, 4096, 10, True, DOUBLE), "_marginal_columns", PACK
     ),
     "agg_entropy": Case(pairs("agg_entropy", 256, 256, 33, True), "_add_up", PACK),
+    "agg_entropy tf32x3": Case(
+        pairs("agg_entropy", 16384, 16384, 64, True, precision="tf32x3"), "_joint_rows_tf32x3", 255, tensor_cores=True
+    ),
     "agg_entropy_backward": Case(pairs("agg_entropy_backward", 256, 256, 33, True), "_combine_rows_backward", PACK),
     "agg_entropy_backward early": Case(
         pairs("agg_entropy_backward", 16384, 16384, 64, early=True), "_subtract_least", PACK
