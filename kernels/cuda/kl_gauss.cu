@@ -2,10 +2,11 @@
 // x = logvar - prior_logvar and u = (mu - prior_mu) e^(-prior_logvar / 2): KL = ((e^x - 1 - x) + u^2) / 2.
 //
 // A block takes a range of rows, and each of its threads a few columns next to each other in some of them (vectors.h).
-// Sums over rows become partials in float64, which a second kernel adds up in order, unless there was only one block.
+// Sums over rows become partials (sums.h).
 
 #include "exponentials.h"
 #include "launch.h"
+#include "sums.h"
 #include "vectors.h"
 
 namespace fastvae::FASTVAE_ISA {
@@ -50,12 +51,12 @@ FASTVAE_DEVICE void terms_of(const KlInputs<In> &in, int64_t b, int64_t d, Terms
 // How rows and columns, `each` of a thread, are divided among a block's threads and among blocks: those of the same rows
 // follow each other, in x alone, as a grid's y is too short for a row of 2^26 columns.
 struct Division {
-    static constexpr int64_t kOfOneBlock = 16384, kOfManyBlocks = 2048, kMaxPartials = 1024;
+    static constexpr int64_t kOfManyBlocks = 2048;
     int64_t width, column_blocks;
     Parts rows;
     Division(int64_t B, int64_t D, int each, bool sums)
         : width(clamp_width(D, each)), column_blocks(D < 1 ? 1 : ceil_div(D, width * each)),
-          rows(B, wanted(B, D, sums)) {}
+          rows(B, sums ? partials_of(B * D) : B * D / kOfManyBlocks + 1) {}
     int64_t blocks() const { return rows.count * column_blocks; }
 
 private:
@@ -63,11 +64,6 @@ private:
         int64_t width = 1;
         while (width * each < D && width < kThreads) width *= 2;
         return width;
-    }
-    static int64_t wanted(int64_t B, int64_t D, bool sums) {
-        if (!sums) return B * D / kOfManyBlocks + 1;
-        const int64_t parts = B * D / kOfOneBlock + 1;
-        return parts < kMaxPartials ? parts : kMaxPartials;
     }
 };
 
@@ -81,24 +77,6 @@ struct Place {  // which part of the rows; a thread's first column, and its firs
         last = (part + 1) * division.rows.size < B ? (part + 1) * division.rows.size : B;
     }
 };
-
-// Adds up the first `count` of what the block's threads of the same columns have, or with a width of 1 all of them, in
-// a fixed order; valid in the first `width` threads.
-template <int n> FASTVAE_DEVICE void sum_of_block(double (&x)[n], int count, int64_t width) {
-    double(&sums)[n][kThreads] = shared_memory<double[n][kThreads]>();
-    __syncthreads();
-    FASTVAE_UNROLL
-    for (int e = 0; e < n; ++e)
-        if (e < count) sums[e][threadIdx.x] = x[e];
-    for (int64_t half = kThreads / 2; half >= width; half /= 2) {
-        __syncthreads();
-        for (int e = 0; e < count && threadIdx.x < half; ++e) sums[e][threadIdx.x] += sums[e][threadIdx.x + half];
-    }
-    __syncthreads();
-    FASTVAE_UNROLL
-    for (int e = 0; e < n; ++e)
-        if (e < count) x[e] = sums[e][threadIdx.x];
-}
 
 // out [B, D], or for DIM partials [parts, D], for SUM [parts * column blocks]; where there is one, the result itself
 template <class In, bool kWide>
@@ -149,15 +127,6 @@ __global__ void kl_of_rows(KlInputs<In> in, int lanes, double scale, Accumulator
     }
     for (int offset = lanes / 2; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
     if (thread % lanes == 0 && b < in.B) out[b] = T(scale * sum);
-}
-
-// out[k] = scale * sum_p partials[p, k]: a warp adds one up
-template <class Out> __global__ void add_partials(const double *partials, int64_t parts, int64_t n, double scale, Out *out) {
-    const int64_t k = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
-    double sum = 0;
-    for (int64_t p = threadIdx.x % 32; p < parts && k < n; p += 32) sum += partials[p * n + k];
-    for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-    if (threadIdx.x % 32 == 0 && k < n) store(out + k, Accumulator<Out>(scale * sum));
 }
 
 template <class In> struct KlGradients {  // [B, D] each, or null
