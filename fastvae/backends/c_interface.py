@@ -13,7 +13,7 @@ from . import installed
 from .contract import LogWeights
 from .settings import WrongSetting, setting
 
-INTERFACE = 0x4B391E0  # FASTVAE_INTERFACE of kernels/include/fastvae.h
+INTERFACE = 0xCBB9  # FASTVAE_INTERFACE of kernels/include/fastvae.h
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
 SIZES = (c_int64,) * 3  # S, N, D or L, B, D
 WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)
@@ -29,8 +29,8 @@ def _pointers(n: int) -> tuple[type, ...]:
 _ELEMENTWISE: dict[str, tuple[type, ...]] = {
     "kl_gauss": (*ROWS * 4, *SIZES[:2], c_int, c_double, c_void_p),
     "kl_gauss_backward": (*ROWS, c_int64, c_double, *ROWS * 4, *SIZES[:2], *_pointers(4)),
-    "sample_gauss": (*ROWS * 2, c_void_p, *SIZES, *_pointers(4)),
-    "sample_gauss_backward": (*_pointers(4), *ROWS * 2, c_void_p, *SIZES, *_pointers(2)),
+    "sample_gauss": (*ROWS * 2, c_void_p, *SIZES, c_int, c_double, *_pointers(4)),
+    "sample_gauss_backward": (*_pointers(4), c_int64, c_double, *ROWS * 2, c_void_p, *SIZES, *_pointers(2)),
 }
 
 
@@ -52,8 +52,6 @@ _WEIGHTED = (*_pointers(3), *WEIGHTS, *SIZES)
 # Of fastvae.h the table of kernels, in its order, without their last parameter, `threads`.
 KERNELS = {
     **_ELEMENTWISE,
-    "sample_gauss": (*ROWS * 2, c_void_p, *SIZES, c_int, c_double, *_pointers(4)),
-    "sample_gauss_backward": (*_pointers(4), c_int64, c_double, *ROWS * 2, c_void_p, *SIZES, *_pointers(2)),
     **_of_pairs(_pointers(3), 4),
     "agg_entropy": (*_WEIGHTED, c_void_p, c_int),
     "agg_entropy_backward": (c_void_p, *_WEIGHTED, *_pointers(4), c_int),
@@ -63,14 +61,14 @@ KERNELS = {
 # Of fastvae_cuda.h the functions fastvae_cuda_<op>_workspace, without the dtype before and `backward` after these.
 CUDA_WORKSPACES: dict[str, tuple[type, ...]] = {
     "kl_gauss": (*SIZES[:2], c_int),
+    "sample_gauss": (c_int64, c_int),
     "cross_log_prob": SIZES,
     "agg_log_prob": SIZES,
     "agg_log_prob_marginals": SIZES,
 }
 # And the functions fastvae_cuda_<name>, without the dtype before and the stream after these.
 CUDA_FUNCTIONS = {
-    name: (*kinds, c_void_p, c_int64) if name.removesuffix("_backward") in CUDA_WORKSPACES else kinds
-    for name, kinds in (_ELEMENTWISE | _of_pairs(ROWS * 3, 2)).items()
+    name: (*kinds, c_void_p, c_int64) for name, kinds in (_ELEMENTWISE | _of_pairs(ROWS * 3, 2)).items()
 }
 
 

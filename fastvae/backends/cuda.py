@@ -90,13 +90,10 @@ def _run(name: str, dtype: torch.dtype, device: torch.device, sizes: Sequence[in
     Args:
         sizes: what the size of its workspace depends on; nothing for no workspace.
     """
-    workspace: tuple[Any, ...] = ()
-    if name.removesuffix("_backward") in c.CUDA_WORKSPACES:
-        size = _workspace_size(name, dtype, *sizes) if sizes else 0
-        memory = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-        # which is freed to the same stream's next tensors
-        workspace = (c.ptr(memory), size)
-    arguments = (_DTYPES[dtype], *arguments, *workspace)
+    size = _workspace_size(name, dtype, *sizes) if sizes else 0
+    # Memory that is freed to the same stream's next tensors
+    memory = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+    arguments = (_DTYPES[dtype], *arguments, c.ptr(memory), size)
     if device.type != "cuda":
         if not simulated():
             raise RuntimeError(f"backend 'cuda' does not compute on {device.type} tensors")
@@ -179,25 +176,23 @@ def sample_gauss(
     mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool], reduction: str
 ) -> list[Tensor]:
     B, D = mu.shape
-    sums = accumulation_dtype(mu.dtype)
-    kinds = (((n_samples, B, D), mu.dtype), ((n_samples, B), sums), ((n_samples, B), sums), ((B,), sums))
+    dtype = accumulation_dtype(mu.dtype)
+    shapes = ((n_samples, B, D), (n_samples, B), (n_samples, B), kl_shape(reduction, B, D))
     results = [
-        torch.empty(shape, dtype=dtype, device=mu.device) if want else None
-        for (shape, dtype), want in zip(kinds, outputs, strict=True)
+        torch.empty(shape, dtype=dtype if n else mu.dtype, device=mu.device) if want else None
+        for n, (shape, want) in enumerate(zip(shapes, outputs, strict=True))
     ]
     rows = [c.optional_rows(x, mu.dtype, B) for x in (mu, logvar)]
+    code = c.REDUCTION_CODE.get(reduction, 3)
     _run(
         "sample_gauss",
         mu.dtype,
         mu.device,
-        (),
+        (B, code) if outputs[3] and reduction != "sample" else (),  # for the sum over rows
         *_row_arguments(*rows),
-        *(seed.data_ptr(), n_samples, B, D),
+        *(seed.data_ptr(), n_samples, B, D, code, kl_scale(reduction, B, D)),
         *map(c.ptr, results),
     )
-    kl = results[3]
-    if kl is not None and reduction != "sample":
-        results[3] = kl.sum() * kl_scale(reduction, B, D)
     return _asked(results)
 
 
@@ -212,10 +207,7 @@ def sample_gauss_backward(
 ) -> list[Tensor]:
     B, D = mu.shape
     sums = accumulation_dtype(mu.dtype)
-    *others, d_kl = upstream
-    if d_kl is not None and reduction != "sample":
-        upstream = (*others, (d_kl * kl_scale(reduction, B, D)).expand(B))
-    given = [c.dense(g, dtype) for g, dtype in zip(upstream, (mu.dtype, sums, sums, sums), strict=True)]
+    given = [c.dense(g, sums if n else mu.dtype) for n, g in enumerate(upstream)]
     outputs = _outputs((mu, logvar), wanted)
     rows = [c.optional_rows(x, mu.dtype, B) for x in (mu, logvar)]
     _run(
@@ -224,6 +216,7 @@ def sample_gauss_backward(
         mu.device,
         (),
         *map(c.ptr, given),
+        *(int(reduction == "sample"), kl_scale(reduction, B, D)),
         *_row_arguments(*rows),
         *(seed.data_ptr(), n_samples, B, D),
         *map(c.ptr, outputs),

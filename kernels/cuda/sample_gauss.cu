@@ -4,6 +4,7 @@
 #include "exponentials.h"
 #include "launch.h"
 #include "philox_rounds.h"
+#include "sums.h"
 #include "vectors.h"
 
 namespace fastvae::FASTVAE_ISA {
@@ -60,6 +61,7 @@ template <class In> struct Distribution {
 template <class In> struct Samples {  // null where not wanted
     In *z;                                // [L, B, D]
     Accumulator<In> *log_q, *log_p, *kl;  // [L, B], [L, B], [B]
+    double kl_scale;
 };
 
 // `lanes`, a power of 2 up to 32, take a row of a sample, a few dimensions each at a time (vectors.h).
@@ -95,11 +97,14 @@ template <class In, bool kWide> __global__ void sample_rows(Distribution<In> x, 
     const T constant = T(kLog2Pi) * T(x.D);
     if (out.log_q) out.log_q[row] = T(-0.5) * (constant + q);
     if (out.log_p) out.log_p[row] = T(-0.5) * (constant + p);
-    if (wants_kl) out.kl[b] = T(0.5) * k;
+    if (wants_kl) out.kl[b] = T(out.kl_scale) * (T(0.5) * k);
 }
 
 template <class T> struct Upstream {  // null for 0
     const T *log_q, *log_p, *kl;
+    int64_t kl_row;
+    double kl_scale;
+    FASTVAE_DEVICE T of_kl(int64_t b) const { return T(kl_scale) * kl[b * kl_row]; }
 };
 
 // A thread takes a few dimensions of a row, in all samples.
@@ -132,12 +137,13 @@ __global__ void sample_backward(Distribution<In> x, const In *d_z, Upstream<Accu
             by_logvar[e] = fma_(pull[e], eps[e], by_logvar[e]);
         }
     }
+    const T g_kl = g.kl ? g.of_kl(b) : T(0);
     FASTVAE_UNROLL
     for (int e = 0; e < n; ++e) {  // sigma multiplies the sum: it may overflow, and the samples' signs differ
         by_logvar[e] = times(T(0.5) * by_logvar[e], sigma[e]) - T(0.5) * from_log_q;
         if (!g.kl) continue;
-        by_mu[e] += times(g.kl[b], mu[e]);
-        by_logvar[e] += times(T(0.5) * g.kl[b], expm1_(logvar[e]));
+        by_mu[e] += times(g_kl, mu[e]);
+        by_logvar[e] += times(T(0.5) * g_kl, expm1_(logvar[e]));
     }
     if (d_mu) store<kWide>(d_mu + b * x.D + d, dims, by_mu);
     if (d_logvar) store<kWide>(d_logvar + b * x.D + d, dims, by_logvar);
@@ -149,6 +155,13 @@ Distribution<In> distribution(const void *mu, int64_t mu_stride, const void *log
     return {{static_cast<const In *>(mu), mu_stride}, {static_cast<const In *>(logvar), logvar_stride}, seed, L, B, D};
 }
 
+// The KL of each row [B], where a number is made of them
+template <class T> struct SumOfRows {
+    T *rows;
+    Sum over;
+    SumOfRows(Arena &arena, int64_t B) : rows(arena.take<T>(B)), over(arena, B) {}
+};
+
 template <class In> bool is_wide(const Distribution<In> &x) {
     return x.D % kDims<In> == 0 && aligned(x.mu) && aligned(x.logvar);
 }
@@ -159,31 +172,51 @@ template <class In> bool is_wide(const Distribution<In> &x) {
 
 using namespace fastvae::FASTVAE_ISA;
 
+int64_t fastvae_cuda_sample_gauss_workspace(int dtype, int64_t B, int reduction, int backward) {
+    int64_t size = 0;
+    if (reduction != FASTVAE_SAMPLE && !backward) with_dtype(dtype, [&](auto one) {
+        Arena counting(nullptr);
+        const SumOfRows<Accumulator<decltype(one)>> sum(counting, B);
+        size = counting.used();
+        return 0;
+    });
+    return size;
+}
+
 int fastvae_cuda_sample_gauss(int dtype, const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
-                              const uint64_t *seed, int64_t L, int64_t B, int64_t D, void *z, void *log_q, void *log_p,
-                              void *kl, void *stream) {
+                              const uint64_t *seed, int64_t L, int64_t B, int64_t D, int reduction, double kl_scale,
+                              void *z, void *log_q, void *log_p, void *kl, void *workspace, int64_t workspace_size,
+                              void *stream_) {
     return with_dtype(dtype, [&](auto one) -> int {
         using In = decltype(one);
         using T = Accumulator<In>;
-        Samples<In> out{static_cast<In *>(z), static_cast<T *>(log_q), static_cast<T *>(log_p), static_cast<T *>(kl)};
-        if (L == 0) out = {nullptr, nullptr, nullptr, out.kl};  // which is still asked for
+        const Stream stream = static_cast<Stream>(stream_);
+        const bool total = kl && reduction != FASTVAE_SAMPLE;
+        Arena arena(workspace);
+        const SumOfRows<T> sum(arena, total ? B : 0);
+        if (total && arena.used() > workspace_size) return FASTVAE_CUDA_WORKSPACE_TOO_SMALL;
+        Samples<In> out{static_cast<In *>(z), static_cast<T *>(log_q), static_cast<T *>(log_p),
+                        total ? sum.rows : static_cast<T *>(kl), total ? 1.0 : kl_scale};
+        if (L == 0) out.z = nullptr, out.log_q = out.log_p = nullptr;  // the KL is still asked for
         const Distribution<In> x = distribution<In>(mu, mu_stride, logvar, logvar_stride, seed, L ? L : 1, B, D);
         int lanes = 1;
         while (lanes < 32 && lanes * kDims<In> < D) lanes *= 2;
-        return launch(is_wide(x) && aligned(out.z, D) ? sample_rows<In, true> : sample_rows<In, false>,
-                      ceil_div(x.L * B * lanes, kThreads), 1, kThreads, static_cast<Stream>(stream), x, out, lanes);
+        FASTVAE_TRY(launch(is_wide(x) && aligned(out.z, D) ? sample_rows<In, true> : sample_rows<In, false>,
+                           ceil_div(x.L * B * lanes, kThreads), 1, kThreads, stream, x, out, lanes));
+        return total ? sum.over.run(sum.rows, kl_scale, static_cast<T *>(kl), stream) : FASTVAE_CUDA_OK;
     });
 }
 
 int fastvae_cuda_sample_gauss_backward(int dtype, const void *d_z, const void *d_log_q, const void *d_log_p,
-                                       const void *d_kl, const void *mu, int64_t mu_stride, const void *logvar,
-                                       int64_t logvar_stride, const uint64_t *seed, int64_t L, int64_t B, int64_t D,
-                                       void *d_mu, void *d_logvar, void *stream) {
+                                       const void *d_kl, int64_t kl_row, double kl_scale, const void *mu,
+                                       int64_t mu_stride, const void *logvar, int64_t logvar_stride,
+                                       const uint64_t *seed, int64_t L, int64_t B, int64_t D, void *d_mu,
+                                       void *d_logvar, void *, int64_t, void *stream) {
     return with_dtype(dtype, [&](auto one) -> int {
         using In = decltype(one);
         using T = Accumulator<In>;
         const Upstream<T> g{static_cast<const T *>(d_log_q), static_cast<const T *>(d_log_p),
-                            static_cast<const T *>(d_kl)};
+                            static_cast<const T *>(d_kl), kl_row, kl_scale};
         const Distribution<In> x = distribution<In>(mu, mu_stride, logvar, logvar_stride, seed, L, B, D);
         const In *const upstream = static_cast<const In *>(d_z);
         In *const by_mu = static_cast<In *>(d_mu), *const by_logvar = static_cast<In *>(d_logvar);

@@ -57,14 +57,20 @@ FASTVAE_EXPORT int fastvae_cuda_kl_gauss_backward(int dtype, const void *grad, i
                                                   void *d_prior_logvar, void *workspace, int64_t workspace_size,
                                                   void *stream);
 
+/* The KL of reduction FASTVAE_SUM needs a workspace, nothing else. */
+FASTVAE_EXPORT int64_t fastvae_cuda_sample_gauss_workspace(int dtype, int64_t B, int reduction, int backward);
 FASTVAE_EXPORT int fastvae_cuda_sample_gauss(int dtype, const void *mu, int64_t mu_stride, const void *logvar,
                                              int64_t logvar_stride, const uint64_t *seed, int64_t L, int64_t B,
-                                             int64_t D, void *z, void *log_q, void *log_p, void *kl, void *stream);
+                                             int64_t D, int reduction, double kl_scale, void *z, void *log_q,
+                                             void *log_p, void *kl, void *workspace, int64_t workspace_size,
+                                             void *stream);
 FASTVAE_EXPORT int fastvae_cuda_sample_gauss_backward(int dtype, const void *d_z, const void *d_log_q,
-                                                      const void *d_log_p, const void *d_kl, const void *mu,
-                                                      int64_t mu_stride, const void *logvar, int64_t logvar_stride,
+                                                      const void *d_log_p, const void *d_kl, int64_t kl_row,
+                                                      double kl_scale, const void *mu, int64_t mu_stride,
+                                                      const void *logvar, int64_t logvar_stride,
                                                       const uint64_t *seed, int64_t L, int64_t B, int64_t D,
-                                                      void *d_mu, void *d_logvar, void *stream);
+                                                      void *d_mu, void *d_logvar, void *workspace,
+                                                      int64_t workspace_size, void *stream);
 
 /* z [S, D], mu and logvar [N, D], each with a row stride. */
 #define FASTVAE_CUDA_PAIRS                                                                                       \

@@ -91,7 +91,7 @@ def test_the_stream_is_that_of_the_tensors_device(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream of {index}", raising=False)
     monkeypatch.setattr(cuda, "_function", lambda name: lambda *arguments: said.append((name, *arguments)))
     cuda._run("sample_gauss", torch.float64, torch.device("cuda", 1), (), "arguments")
-    assert said == [*([1] if current == 0 else []), ("sample_gauss", 1, "arguments", "stream of 1")]
+    assert said == [*([1] if current == 0 else []), ("sample_gauss", 1, "arguments", None, 0, "stream of 1")]
 
 
 def test_partial_sums_take_little_memory() -> None:

@@ -91,6 +91,28 @@ def test_reductions(backend: Target, asked: tuple[str, ...], reduction: str, dty
     assert_accurate(fast, formula, gaussians(B, D, dtype))
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 7), (2, 97, 33), (1, 40_000, 1)], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
+def test_a_kl_that_is_a_number(backend: Target, reduction: str, sizes: tuple[int, int, int]) -> None:
+    """A KL that is one number, beside z, and alone."""
+    L, B, D = sizes
+    eps = normals(L, B, D, dtype=torch.float32, seed=3)
+    scale = {"sum": 1, "mean": 1 / (B * D), "batchmean": 1 / B}[reduction]
+
+    def fast(**x: Any) -> list[Tensor]:
+        result = fastvae.sample_gauss(**x, n_samples=L, outputs=("z", "kl"), reduction=reduction, seed=3)
+        return [result.z, result.kl]
+
+    def formula(**x: Tensor) -> list[Tensor]:
+        z, _, _, kl = sample(**x, eps=eps)
+        return [z, kl.sum() * scale]
+
+    inputs = gaussians(B, D, torch.float32)
+    assert_accurate(fast, formula, inputs)
+    alone = fastvae.sample_gauss(**inputs, n_samples=L, outputs=("kl",), reduction=reduction)
+    assert_same([alone.kl], [fast(**inputs)[1]])
+
+
 def test_no_outputs(backend: Target) -> None:
     assert fastvae.sample_gauss(**gaussians(5, 7, torch.float32), outputs=()) == (None,) * 4
 
