@@ -201,18 +201,13 @@ template <class In> bool is_wide(const KlInputs<In> &in) {
 using namespace fastvae::FASTVAE_ISA;
 
 int64_t fastvae_cuda_kl_gauss_workspace(int dtype, int64_t B, int64_t D, int reduction, int backward) {
-    int64_t size = 0;
-    with_dtype(dtype, [&](auto one) {
+    return bytes_taken(dtype, [&](Arena &arena, auto one) {
         const Division division(B, D, kColumns<decltype(one)>, true);
-        Arena counting(nullptr);
         if (backward)
-            counting.take<double>(division.rows.count * D), counting.take<double>(division.rows.count * D);
+            arena.take<double>(division.rows.count * D), arena.take<double>(division.rows.count * D);
         else if (reduction >= FASTVAE_DIM && division.blocks() > 1)
-            counting.take<double>(reduction == FASTVAE_DIM ? division.rows.count * D : division.blocks());
-        size = counting.used();
-        return 0;
+            arena.take<double>(reduction == FASTVAE_DIM ? division.rows.count * D : division.blocks());
     });
-    return size;
 }
 
 int fastvae_cuda_kl_gauss(int dtype, const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,

@@ -84,6 +84,16 @@ private:
     int64_t used_ = 0;
 };
 
+// The bytes of workspace that take(arena, one) takes, where `one` is of the type that the dtype stands for.
+template <class Take> int64_t bytes_taken(int dtype, const Take &take) {
+    Arena counting(nullptr);
+    with_dtype(dtype, [&](auto one) {
+        take(counting, one);
+        return 0;
+    });
+    return counting.used();
+}
+
 // Enough blocks to fill an H200 twice. The same on every GPU, and so are the bits of a sum over blocks.
 constexpr int64_t kFull = 264;
 

@@ -107,15 +107,10 @@ template <class T> Weights<T> unweighted(int64_t N) { return {nullptr, 0.0, null
 
 // The bytes of workspace that an op's Buffers<In> take for a problem.
 template <template <class> class Buffers> int64_t workspace_of(int dtype, int64_t S, int64_t N, int64_t D) {
-    int64_t size = 0;
-    with_dtype(dtype, [&](auto in) {
+    return bytes_taken(dtype, [&](Arena &arena, auto in) {
         using In = decltype(in);
-        Arena counting(nullptr);
-        const Buffers<In> buffers(counting, S, N, D, unweighted<Accumulator<In>>(N));
-        size = counting.used();
-        return 0;
+        const Buffers<In> buffers(arena, S, N, D, unweighted<Accumulator<In>>(N));
     });
-    return size;
 }
 
 }  // namespace fastvae::FASTVAE_ISA

@@ -173,14 +173,9 @@ template <class In> bool is_wide(const Distribution<In> &x) {
 using namespace fastvae::FASTVAE_ISA;
 
 int64_t fastvae_cuda_sample_gauss_workspace(int dtype, int64_t B, int reduction, int backward) {
-    int64_t size = 0;
-    if (reduction != FASTVAE_SAMPLE && !backward) with_dtype(dtype, [&](auto one) {
-        Arena counting(nullptr);
-        const SumOfRows<Accumulator<decltype(one)>> sum(counting, B);
-        size = counting.used();
-        return 0;
+    return bytes_taken(dtype, [&](Arena &arena, auto one) {
+        if (reduction != FASTVAE_SAMPLE && !backward) SumOfRows<Accumulator<decltype(one)>>(arena, B);
     });
-    return size;
 }
 
 int fastvae_cuda_sample_gauss(int dtype, const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
