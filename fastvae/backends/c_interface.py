@@ -13,7 +13,7 @@ from . import installed
 from .contract import LogWeights
 from .settings import WrongSetting, setting
 
-INTERFACE = 0xCBB9  # FASTVAE_INTERFACE of kernels/include/fastvae.h
+INTERFACE = 0x6E6CA43  # FASTVAE_INTERFACE of kernels/include/fastvae.h
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
 SIZES = (c_int64,) * 3  # S, N, D or L, B, D
 WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)
@@ -45,6 +45,8 @@ def _of_pairs(pairs: tuple[type, ...], n_of_marginals: int) -> dict[str, tuple[t
         "agg_log_prob_backward": (c_void_p, *weighted, *_pointers(5), c_int),
         "agg_log_prob_marginals": (*weighted, *_pointers(2)),
         "agg_log_prob_marginals_backward": (*_pointers(n_of_marginals), *weighted, *_pointers(4)),
+        "agg_entropy": (*weighted, c_void_p, c_int),
+        "agg_entropy_backward": (c_void_p, *weighted, *_pointers(4), c_int),
     }
 
 
@@ -53,8 +55,6 @@ _WEIGHTED = (*_pointers(3), *WEIGHTS, *SIZES)
 KERNELS = {
     **_ELEMENTWISE,
     **_of_pairs(_pointers(3), 4),
-    "agg_entropy": (*_WEIGHTED, c_void_p, c_int),
-    "agg_entropy_backward": (c_void_p, *_WEIGHTED, *_pointers(4), c_int),
     "kl_decomposition": (*_WEIGHTED, *_pointers(9)),
     "kl_decomposition_backward": (*_pointers(8), *_WEIGHTED, *_pointers(4)),
 }
@@ -65,6 +65,7 @@ CUDA_WORKSPACES: dict[str, tuple[type, ...]] = {
     "cross_log_prob": SIZES,
     "agg_log_prob": SIZES,
     "agg_log_prob_marginals": SIZES,
+    "agg_entropy": SIZES,
 }
 # And the functions fastvae_cuda_<name>, without the dtype before and the stream after these.
 CUDA_FUNCTIONS = {

@@ -315,3 +315,14 @@ def agg_log_prob_marginals_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     return _aggregate_backward("agg_log_prob_marginals_backward", upstream, pairs, wanted)
+
+
+def agg_entropy(pairs: Pairs) -> Tensor:
+    entropy = _sums(pairs)
+    _of_pairs("agg_entropy", pairs, (entropy,), options=(exact_skip(otherwise=False),))
+    return entropy
+
+
+def agg_entropy_backward(d_entropy: Tensor, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
+    options = (exact_skip(otherwise=False),)
+    return _aggregate_backward("agg_entropy_backward", (d_entropy,), pairs, wanted, options=options)

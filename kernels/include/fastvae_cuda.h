@@ -107,6 +107,15 @@ FASTVAE_EXPORT int fastvae_cuda_agg_log_prob_marginals_backward(int dtype, const
                                                                 void *workspace, int64_t workspace_size,
                                                                 void *stream);
 
+FASTVAE_EXPORT int64_t fastvae_cuda_agg_entropy_workspace(int dtype, int64_t S, int64_t N, int64_t D, int backward);
+FASTVAE_EXPORT int fastvae_cuda_agg_entropy(int dtype, FASTVAE_CUDA_PAIRS, FASTVAE_WEIGHTS, int64_t S, int64_t N,
+                                            int64_t D, void *entropy, int exact_skip, void *workspace,
+                                            int64_t workspace_size, void *stream);
+FASTVAE_EXPORT int fastvae_cuda_agg_entropy_backward(int dtype, const void *d_entropy, FASTVAE_CUDA_PAIRS,
+                                                     FASTVAE_WEIGHTS, int64_t S, int64_t N, int64_t D, void *d_z,
+                                                     void *d_mu, void *d_logvar, void *d_log_w, int exact_skip,
+                                                     void *workspace, int64_t workspace_size, void *stream);
+
 #ifdef __cplusplus
 }
 #endif
