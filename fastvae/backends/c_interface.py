@@ -1,7 +1,7 @@
 """The C interfaces of kernels/include/, as ctypes calls them, and what the backends that do so have in common."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from . import installed
-from .contract import LogWeights
+from .contract import TERMS, LogWeights
 from .settings import WrongSetting, setting
 
-INTERFACE = 0x6E6CA43  # FASTVAE_INTERFACE of kernels/include/fastvae.h
+INTERFACE = 0x3444F42  # FASTVAE_INTERFACE of kernels/include/fastvae.h
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
 SIZES = (c_int64,) * 3  # S, N, D or L, B, D
 WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)
+FACTORIZATION = TERMS.index("prior_factorization")  # which no kernel computes: that of N(0, I) is 0
 REDUCTION_CODE = {"none": 0, "sample": 1, "dim": 2}  # others: 3, a scalar
 
 
@@ -34,9 +35,9 @@ _ELEMENTWISE: dict[str, tuple[type, ...]] = {
 }
 
 
-def _of_pairs(pairs: tuple[type, ...], n_of_marginals: int) -> dict[str, tuple[type, ...]]:
-    """Those of the ops of pairs. `pairs`: z, mu, logvar; `n_of_marginals`: the upstream gradients, and results, that
-    the marginals' backward takes."""
+def _of_pairs(pairs: tuple[type, ...], n_of_results: int) -> dict[str, tuple[type, ...]]:
+    """Those of the ops of pairs. `pairs`: z, mu, logvar; `n_of_results`: the results that the marginals' backward takes
+    after the upstream gradients."""
     weighted = (*pairs, *WEIGHTS, *SIZES)
     return {
         "cross_log_prob": (*pairs, *SIZES, c_void_p),
@@ -44,20 +45,16 @@ def _of_pairs(pairs: tuple[type, ...], n_of_marginals: int) -> dict[str, tuple[t
         "agg_log_prob": (*weighted, c_void_p, c_int),
         "agg_log_prob_backward": (c_void_p, *weighted, *_pointers(5), c_int),
         "agg_log_prob_marginals": (*weighted, *_pointers(2)),
-        "agg_log_prob_marginals_backward": (*_pointers(n_of_marginals), *weighted, *_pointers(4)),
+        "agg_log_prob_marginals_backward": (*_pointers(2 + n_of_results), *weighted, *_pointers(4)),
         "agg_entropy": (*weighted, c_void_p, c_int),
         "agg_entropy_backward": (c_void_p, *weighted, *_pointers(4), c_int),
+        "kl_decomposition": (*weighted, *_pointers(9)),
+        "kl_decomposition_backward": (*_pointers(6 + n_of_results), *weighted, *_pointers(4)),
     }
 
 
-_WEIGHTED = (*_pointers(3), *WEIGHTS, *SIZES)
 # Of fastvae.h the table of kernels, in its order, without their last parameter, `threads`.
-KERNELS = {
-    **_ELEMENTWISE,
-    **_of_pairs(_pointers(3), 4),
-    "kl_decomposition": (*_WEIGHTED, *_pointers(9)),
-    "kl_decomposition_backward": (*_pointers(8), *_WEIGHTED, *_pointers(4)),
-}
+KERNELS = _ELEMENTWISE | _of_pairs(_pointers(3), 2)
 # Of fastvae_cuda.h the functions fastvae_cuda_<op>_workspace, without the dtype before and `backward` after these.
 CUDA_WORKSPACES: dict[str, tuple[type, ...]] = {
     "kl_gauss": (*SIZES[:2], c_int),
@@ -66,11 +63,10 @@ CUDA_WORKSPACES: dict[str, tuple[type, ...]] = {
     "agg_log_prob": SIZES,
     "agg_log_prob_marginals": SIZES,
     "agg_entropy": SIZES,
+    "kl_decomposition": SIZES,
 }
 # And the functions fastvae_cuda_<name>, without the dtype before and the stream after these.
-CUDA_FUNCTIONS = {
-    name: (*kinds, c_void_p, c_int64) for name, kinds in (_ELEMENTWISE | _of_pairs(ROWS * 3, 2)).items()
-}
+CUDA_FUNCTIONS = {name: (*kinds, c_void_p, c_int64) for name, kinds in (_ELEMENTWISE | _of_pairs(ROWS * 3, 0)).items()}
 
 
 def load(library: str, variable: str, interface: str, build: Callable[[], str]) -> ctypes.CDLL:
@@ -148,3 +144,8 @@ def log_weights(weights: LogWeights, dtype: torch.dtype, n_columns: int) -> tupl
         nan if weights.log_w_next is None else weights.log_w_next,
     ]
     return [log_w, own], arguments
+
+
+def without_factorization(terms: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What kernels have of the terms of the KL, and of what comes after them."""
+    return [*terms[:FACTORIZATION], *terms[FACTORIZATION + 1 :]]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import c_interface as c
 from . import installed
-from .contract import Pairs, accumulation_dtype, kl_scale, kl_shape
+from .contract import TERMS, Pairs, accumulation_dtype, kl_scale, kl_shape
 from .settings import exact_skip
 
 LIBRARY = "libfastvae_cuda.so"
@@ -326,3 +326,22 @@ def agg_entropy(pairs: Pairs) -> Tensor:
 def agg_entropy_backward(d_entropy: Tensor, pairs: Pairs, wanted: Sequence[bool]) -> list[Tensor]:
     options = (exact_skip(otherwise=False),)
     return _aggregate_backward("agg_entropy_backward", (d_entropy,), pairs, wanted, options=options)
+
+
+def kl_decomposition(pairs: Pairs) -> list[Tensor]:
+    S, _, D = pairs.sizes
+    terms = [_sums(pairs, D) if name == "dim_kl" else _sums(pairs) for name in TERMS]
+    terms[c.FACTORIZATION].zero_()
+    results = [*terms, _sums(pairs, S), _sums(pairs, S, D)]
+    _of_pairs("kl_decomposition", pairs, c.without_factorization(results))
+    return results
+
+
+def kl_decomposition_backward(
+    upstream: Sequence[Tensor | None],
+    joint: Tensor,
+    marginals: Tensor,
+    pairs: Pairs,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    return _aggregate_backward("kl_decomposition_backward", c.without_factorization(upstream), pairs, wanted)

@@ -17,7 +17,6 @@ from .native_library import status as status  # of this backend
 from .settings import exact_skip
 
 HUGE_PAGES_FROM = 2**22  # bytes
-FACTORIZATION = TERMS.index("prior_factorization")
 
 _HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
 _MADVISE = None
@@ -277,9 +276,9 @@ def kl_decomposition(pairs: Pairs) -> list[Tensor]:
     _alive, log_weights = c.log_weights(pairs.weights, dtype, N)
     results = [_empty(D, dtype=dtype) if name == "dim_kl" else _empty(dtype=dtype) for name in TERMS]
     results += [_empty(S, dtype=dtype), _empty(S, D, dtype=dtype)]
-    results[FACTORIZATION].zero_()  # of N(0, I)
-    of_kernel = results[:FACTORIZATION] + results[FACTORIZATION + 1 :]
-    _run(kernels(dtype).kl_decomposition, *map(c.ptr, inputs), *log_weights, S, N, D, *map(c.ptr, of_kernel))
+    results[c.FACTORIZATION].zero_()
+    outputs = map(c.ptr, c.without_factorization(results))
+    _run(kernels(dtype).kl_decomposition, *map(c.ptr, inputs), *log_weights, S, N, D, *outputs)
     return results
 
 
@@ -290,5 +289,5 @@ def kl_decomposition_backward(
     pairs: Pairs,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    upstream = (*upstream[:FACTORIZATION], *upstream[FACTORIZATION + 1 :], joint, marginals)
-    return _aggregate_backward("kl_decomposition_backward", upstream, pairs, wanted)
+    given = (*c.without_factorization(upstream), joint, marginals)
+    return _aggregate_backward("kl_decomposition_backward", given, pairs, wanted)

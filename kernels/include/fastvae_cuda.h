@@ -116,6 +116,20 @@ FASTVAE_EXPORT int fastvae_cuda_agg_entropy_backward(int dtype, const void *d_en
                                                      void *d_mu, void *d_logvar, void *d_log_w, int exact_skip,
                                                      void *workspace, int64_t workspace_size, void *stream);
 
+FASTVAE_EXPORT int64_t fastvae_cuda_kl_decomposition_workspace(int dtype, int64_t S, int64_t N, int64_t D,
+                                                               int backward);
+FASTVAE_EXPORT int fastvae_cuda_kl_decomposition(int dtype, FASTVAE_CUDA_PAIRS, FASTVAE_WEIGHTS, int64_t S, int64_t N,
+                                                 int64_t D, void *mi, void *agg_kl, void *tc, void *dim_kl, void *kl,
+                                                 void *entropy, void *saturation, void *joint, void *marginals,
+                                                 void *workspace, int64_t workspace_size, void *stream);
+/* Any of the six upstream gradients may be NULL. */
+FASTVAE_EXPORT int fastvae_cuda_kl_decomposition_backward(int dtype, const void *d_mi, const void *d_agg_kl,
+                                                          const void *d_tc, const void *d_dim_kl, const void *d_kl,
+                                                          const void *d_entropy, FASTVAE_CUDA_PAIRS, FASTVAE_WEIGHTS,
+                                                          int64_t S, int64_t N, int64_t D, void *d_z, void *d_mu,
+                                                          void *d_logvar, void *d_log_w, void *workspace,
+                                                          int64_t workspace_size, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -50,8 +50,7 @@ def test_files_are_of_known_ops() -> None:
     files = {
         "kernels/cpu": {path.stem.removesuffix("_backward") for path in ROOT.glob("kernels/cpu/*.cpp")}
         - {"dispatch", "parallel", *contract.COMPOSITIONS},
-        "kernels/cuda": {path.stem for path in ROOT.glob("kernels/cuda/*.cu")}
-        - {"interface", *contract.COMPOSITIONS},
+        "kernels/cuda": {path.stem for path in ROOT.glob("kernels/cuda/*.cu")} - {"interface", *contract.COMPOSITIONS},
         "kernels/triton": {
             path.stem for path in ROOT.glob("kernels/triton/*.py") if f"\ndef {path.stem}(" in path.read_text()
         }
