@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from support import host_simt
 from support.ahead_of_time import by_name, innermost_loops, opcodes, tool
 from support.helpers import DTYPES, HALVES, LAYOUTS, Results, assert_same, draw, evaluate, needing_gradients
 from support.ops import FUSED, op_named
+from torch import Tensor
 
 import fastvae
 from fastvae.backends import cuda
@@ -41,11 +42,35 @@ def test_same_bits_every_time(library: None, name: str) -> None:
     assert_same(evaluate(op.fast, op.inputs), evaluate(op.fast, op.inputs))
 
 
-def test_a_workspace_that_is_too_small_is_an_error(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_workspace_size", lambda *_: 256)
-    z = torch.randn(5, 3)
+CALLS: dict[str, Callable[[Tensor], Any]] = {
+    "agg_log_prob": lambda z: fastvae.agg_log_prob(z, z, z),
+    "agg_entropy": lambda z: fastvae.agg_entropy(z, z, z),
+    "kl_decomposition": lambda z: sum(x.sum() for x in fastvae.kl_decomposition(z, z, z) if isinstance(x, Tensor)),
+    "sample_gauss": lambda z: fastvae.sample_gauss(z, z, outputs=("kl",), reduction="batchmean").kl,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_workspace_that_is_too_small_is_an_error(library: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(cuda, "_workspace_size", lambda *_: 128)
     with pytest.raises(RuntimeError, match="the workspace is too small"):
-        fastvae.agg_log_prob(z, z, z)
+        CALLS[name](torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_one_call_of_the_library_each_way(library: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    called: list[str] = []
+    function = cuda._function
+
+    def noted(asked: str) -> Callable[..., int]:
+        if not asked.endswith("_workspace"):
+            called.append(asked)
+        return function(asked)
+
+    monkeypatch.setattr(cuda, "_function", noted)
+    result = CALLS[name](torch.randn(5, 3, requires_grad=True))
+    result.sum().backward()
+    assert called == [name, f"{name}_backward"]
 
 
 # Grids.
@@ -325,7 +350,9 @@ def usage(said: str) -> list[tuple[str, int, int, int]]:
     ]
 
 
-@pytest.mark.parametrize(("source_name", "count"), [("agg_log_prob_marginals", 20), ("cross_log_prob", 12)])
+@pytest.mark.parametrize(
+    ("source_name", "count"), [("agg_log_prob_marginals", 20), ("cross_log_prob", 12), ("kl_decomposition", 11)]
+)
 def test_registers_and_shared_memory(source_name: str, count: int) -> None:
     """All kernels fit twice on a multiprocessor in float32, except for many dimensions; nothing spills."""
     kernels = usage(machine_code(source_name)[0])

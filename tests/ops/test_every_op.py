@@ -35,7 +35,17 @@ from fastvae.backends.contract import REDUCTIONS, LogWeights
 from fastvae.ops import short
 
 # What the files of tests that are not of one op are about.
-TOPICS = {"categorical", "compile", "defaults", "derivatives", "early_exit", "errors", "every_op", "extremes"}
+TOPICS = {
+    "categorical",
+    "compile",
+    "compositions",
+    "defaults",
+    "derivatives",
+    "early_exit",
+    "errors",
+    "every_op",
+    "extremes",
+}
 TOPICS |= {"short", "tolerance_rule", "transforms", "triton_early_exit", "vmap"}
 
 
