@@ -93,4 +93,5 @@ def kl_decomposition_backward(
 def _standardized(pairs: Pairs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """z [S, D]; t = (z − mu) / sigma [L, N, D] of each sample under its own posterior; and 1 / sigma [N, D]."""
     z, mu, logvar = (x.to(dtype) for x in pairs[:3])
-    return z, standardize(z.unflatten(0, (-1, len(mu))), mu, logvar), inv_sigma(logvar)
+    by_posterior = z.unflatten(0, (-1, len(mu))) if len(mu) else z[None]
+    return z, standardize(by_posterior, mu, logvar), inv_sigma(logvar)
