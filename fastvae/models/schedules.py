@@ -7,6 +7,7 @@ function at the top level of a module can, and so can an object with `__call__`.
 """
 
 import copy
+import functools
 import math
 import pickle
 import sys
@@ -29,6 +30,10 @@ class Scheduled:
 
     def schedules(self) -> list[str]:
         """The names of the weights that follow the step."""
+        return self._schedules.copy()
+
+    @functools.cached_property
+    def _schedules(self) -> list[str]:
         return [field.name for field in fields(self) if callable(getattr(self, field.name))]
 
     def _now(self, name: str, draws: Draws) -> float | Tensor:

@@ -360,9 +360,10 @@ class VAE(CountsSteps):
 
     def _check(self, x: Tensor) -> None:
         check_tensor("x", x)
-        home = next((p.device for p in self.parameters()), x.device)
-        if x.is_meta and home.type != "meta":
-            raise ValueError(f"x: expected a tensor with values, as the VAE is on {home}, got one on the meta device")
+        if x.is_meta:
+            home = next((p.device for p in self.parameters()), x.device)
+            if home.type != "meta":
+                raise ValueError(f"x: expected a tensor with values, as the VAE is on {home}, got one on meta")
         if not has_values(x) or (self._checked and x.device.type != "cpu"):
             return
         self.likelihood.check(x)
