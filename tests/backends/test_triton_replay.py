@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastvae.backends import settings
 from fastvae.backends import triton as backend
+from fastvae.backends.contract import COMPOSITIONS, OPS
 
 pytest.importorskip("triton")
 import triton
@@ -123,7 +124,7 @@ def test_the_same_comes_of_it(
     def replayed(launcher: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: _replay.replay(launcher, settings.current, *arguments)
 
-    for function in [f for op in backend.OPS for f in (op, f"{op}_backward")]:
+    for function in [f for op in (*OPS, *COMPOSITIONS) for f in (op, f"{op}_backward")]:
         monkeypatch.setattr(backend, function, replayed(backend.on_current_device(function)))
     for seed, results in enumerate(expected):
         assert_same(evaluated(name, sizes, seed), results)
