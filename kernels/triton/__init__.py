@@ -6,10 +6,9 @@ underscore) and the functions that launch them, `op` and `op_backward`. These ta
 tensors out. `fastvae/backends/triton.py` finds them by name, reads the settings and makes that device current. Nothing
 of fastvae is imported here but these modules themselves. So a launcher
 
-- launches with plain `kernel[grid](...)`, on whatever stream is current, with a launch configuration fixed by the
-  sizes (`_launch.py`);
+- launches by `_launch.launch`, on whatever stream is current, with a launch configuration fixed by the sizes;
 - has torch compute nothing: allocations, views and launches are all that it does, unless an input has to be copied to
-  be contiguous;
+  be contiguous; so what it does is recorded, and done again without it (`_replay.py`);
 - allocates what it needs on that stream and leaves it there, so nothing is owed a `record_stream`: a caller who hands
   tensors of another stream in owes it, as to any of torch's operations;
 - never reads a tensor's values (no host synchronization, capturable in a CUDA graph), and so also runs on meta

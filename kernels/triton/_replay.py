@@ -139,29 +139,32 @@ class _Recorder(TorchDispatchMode):
         whole = all(made.get(x.data_ptr()) == x.numel() * x.itemsize > 0 for x in outputs)
         if not self.replayable or not whole or len(set(starts)) < len(starts):
             return None
-        memory = [(start, 1, self.inputs.index(start), 0) for start in dict.fromkeys(self.inputs)]
-        first, rest = len(self.inputs), 0
+        memory = [(range(start, start + 1), self.inputs.index(start), 0) for start in dict.fromkeys(self.inputs)]
+        rest = 0
         for start, n_bytes in made.items():
+            there = range(start, start + n_bytes)
             if start in starts:
-                memory.append((start, n_bytes, first + starts.index(start), 0))
+                memory.append((there, len(self.inputs) + starts.index(start), 0))
             else:
-                memory.append((start, n_bytes, first + len(starts), rest))
+                memory.append((there, len(self.inputs) + len(starts), rest))
                 rest += -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
-        launches = []
-        for binary, grid, arguments in self.launches:
-            addresses = []
-            for place, x in enumerate(arguments):
-                if isinstance(x, Tensor) and x.numel():
-                    at = x.data_ptr()
-                    homes = [
-                        (number, offset + at - start) for start, n, number, offset in memory if 0 <= at - start < n
-                    ]
-                    if len(homes) != 1:
-                        return None
-                    addresses.append((place, *homes[0]))
-            fixed = [0 if isinstance(x, Tensor) else x for x in arguments]
-            launches.append(Launch(binary[grid], fixed, addresses))
-        if rest > LARGEST:
+        launches = [_launch_again(*launched, memory) for launched in self.launches]
+        if rest > LARGEST or None in launches:
             return None
         together = operator.itemgetter(0) if isinstance(results, Tensor) else type(results)
-        return Plan([(x.shape, x.stride(), x.dtype) for x in outputs], together, rest, launches)
+        return Plan([(x.shape, x.stride(), x.dtype) for x in outputs], together, rest, launches)  # type: ignore[arg-type]
+
+
+def _launch_again(
+    binary: Any, grid: tuple[int, ...], arguments: Sequence[Any], memory: list[tuple[range, int, int]]
+) -> Launch | None:
+    """A launch, with its tensors found in the memory: addresses, its number, and bytes from its start; or None."""
+    addresses = []
+    for place, x in enumerate(arguments):
+        if isinstance(x, Tensor) and x.numel():
+            at = x.data_ptr()
+            homes = [(number, offset + at - there.start) for there, number, offset in memory if at in there]
+            if not homes:
+                return None
+            addresses.append((place, *homes[0]))
+    return Launch(binary[grid], [0 if isinstance(x, Tensor) else x for x in arguments], addresses)
