@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from ..harness import race
 from .calls import CALLS, SMALL
-from .report import table, time_text
+from .results import table, time_text
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from fastvae.evaluation import plots
 
 from ..cases import BOTH, FORWARD, STEP, Case
-from ..cpu.report import Measured, ratio
+from ..cpu.results import Measured, ratio
 
 # Colour says by which means, marker and line by which formula.
 LOOKS: dict[str, tuple[str, str, str]] = {
