@@ -13,9 +13,9 @@ from . import installed
 from .contract import TERMS, LogWeights
 from .settings import WrongSetting, setting
 
-INTERFACE = 0x3444F42  # FASTVAE_INTERFACE of kernels/include/fastvae.h
+INTERFACE = 0xA3DDBB3  # FASTVAE_INTERFACE of kernels/include/fastvae.h
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
-SIZES = (c_int64,) * 3  # S, N, D or L, B, D
+SIZES = (c_int64,) * 3  # S, N, D or L, B, D or B, R, M
 WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)
 FACTORIZATION = TERMS.index("prior_factorization")  # which no kernel computes: that of N(0, I) is 0
 REDUCTION_CODE = {"none": 0, "sample": 1, "dim": 2}  # others: 3, a scalar
@@ -32,6 +32,11 @@ _ELEMENTWISE: dict[str, tuple[type, ...]] = {
     "kl_gauss_backward": (*ROWS, c_int64, c_double, *ROWS * 4, *SIZES[:2], *_pointers(4)),
     "sample_gauss": (*ROWS * 2, c_void_p, *SIZES, c_int, c_double, *_pointers(4)),
     "sample_gauss_backward": (*_pointers(4), c_int64, c_double, *ROWS * 2, c_void_p, *SIZES, *_pointers(2)),
+}
+
+_BERNOULLI: dict[str, tuple[type, ...]] = {
+    "bernoulli_log_prob": (*ROWS * 2, *SIZES, c_void_p),
+    "bernoulli_log_prob_backward": (*ROWS * 3, *SIZES, c_void_p),
 }
 
 
@@ -54,7 +59,7 @@ def _of_pairs(pairs: tuple[type, ...], n_of_results: int) -> dict[str, tuple[typ
 
 
 # Of fastvae.h the table of kernels, in its order, without their last parameter, `threads`.
-KERNELS = _ELEMENTWISE | _of_pairs(_pointers(3), 2)
+KERNELS = _ELEMENTWISE | _BERNOULLI | _of_pairs(_pointers(3), 2)
 # Of fastvae_cuda.h the functions fastvae_cuda_<op>_workspace, without the dtype before and `backward` after these.
 CUDA_WORKSPACES: dict[str, tuple[type, ...]] = {
     "kl_gauss": (*SIZES[:2], c_int),

@@ -1,19 +1,21 @@
 """Functions of the contract made of others of the same backend and torch's operations, for backends that have none of
-their own (`Compositions` in contract.py)."""
+their own (`Compositions` and `Likelihoods` in contract.py)."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Pairs
+from .contract import Pairs, accumulation_dtype
 from .reference import LOG_2PI, inv_sigma, standardize, times
 
 
 def function(backend: Any, name: str) -> Callable[..., Any]:
-    """The backend's function of a composition's name: its own, or the one of this module."""
+    """The backend's function of this name: its own, or the one of this module."""
     own = getattr(backend, name, None)
     return functools.partial(globals()[name], backend) if own is None else own
 
@@ -95,3 +97,34 @@ def _standardized(pairs: Pairs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
     z, mu, logvar = (x.to(dtype) for x in pairs[:3])
     by_posterior = z.unflatten(0, (-1, len(mu))) if len(mu) else z[None]
     return z, standardize(by_posterior, mu, logvar), inv_sigma(logvar)
+
+
+# Likelihoods. With p = x − [l > 0], x l − log(1 + e^l) = p l − log(1 + e^−|l|), in which nothing cancels.
+
+
+def bernoulli_log_prob(backend: Any, x: Tensor, logits: Tensor) -> Tensor:
+    x, logits = _by_example(x, logits)
+    terms = torch.gt(logits, 0, out=torch.empty_like(logits)).neg_().add_(x)  # p
+    terms.mul_(logits).nan_to_num_(0, math.inf, -math.inf)  # where p is 0 infinite logits pull at nothing
+    log_p = terms.add_(F.logsigmoid(logits.abs())).sum(-1)
+    return (log_p + 0 * x.clamp(0, 1).sum(-1)).flatten()  # NaN where x is
+
+
+def bernoulli_log_prob_backward(
+    backend: Any, grad: Tensor, x: Tensor, logits: Tensor, wanted: Sequence[bool]
+) -> list[Tensor]:
+    of_x, of_logits = _by_example(x, logits)
+    grad = grad.view(*of_logits.shape[:-1], 1)
+    candidates = (
+        lambda: times(grad, of_logits).sum(0),
+        lambda: (grad * (of_x - torch.sigmoid(of_logits))).flatten(0, 1),
+    )
+    pairs = zip(candidates, (x, logits), wanted, strict=True)
+    return [gradient().to(like.dtype) for gradient, like, want in pairs if want]
+
+
+def _by_example(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, M] and the logits that meet it, [L, B, M], in the accumulation dtype."""
+    dtype = accumulation_dtype(logits.dtype)
+    by_example = logits.unflatten(0, (-1, len(x))) if len(x) else logits[None]
+    return x.to(dtype), by_example.to(dtype)

@@ -1,11 +1,11 @@
 """The kernel contract: what every backend computes.
 
-A backend is a module with the functions of `Backend`, and `status`; it may have those of `Compositions` as well. The
-functions take detached tensors on one device, allocate their results, and know nothing of autograd or estimators.
-Shapes: S samples, N posteriors (columns), D dimensions, L samples per posterior, B batch. Results are in the
-accumulation dtype, but for samples and gradients, which come in the dtype of the tensors they belong to. `wanted` says
-which of the backward's inputs need a gradient; the result lists those, in order. Backward functions recompute what they
-need.
+A backend is a module with the functions of `Backend`, and `status`; it may have those of `Compositions` and
+`Likelihoods` as well. The functions take detached tensors on one device, allocate their results, and know nothing of
+autograd or estimators. Shapes: S samples, N posteriors (columns), D dimensions, L samples per posterior, B batch.
+Results are in the accumulation dtype, but for samples and gradients, which come in the dtype of the tensors they belong
+to. `wanted` says which of the backward's inputs need a gradient; the result lists those, in order. Backward functions
+recompute what they need.
 """
 
 import math
@@ -164,5 +164,19 @@ class Compositions(Protocol):
         """`upstream` has the gradients of the terms but for the saturation, the last."""
 
 
+class Likelihoods(Protocol):
+    """What a backend may compute in one pass that torch's operations do in several (composed.py)."""
+
+    def bernoulli_log_prob(self, x: Tensor, logits: Tensor) -> Tensor:
+        """Returns sum_m x l − log(1 + e^l) [R], of x [B, M] and logits [R, M]. Row r of the logits meets row r mod B of
+        x, and R is a multiple of B."""
+
+    def bernoulli_log_prob_backward(
+        self, grad: Tensor, x: Tensor, logits: Tensor, wanted: Sequence[bool]
+    ) -> list[Tensor]: ...
+
+
 # Every op has a function of its name, and one for its gradients.
-OPS, COMPOSITIONS = (tuple(n for n in vars(p) if f"{n}_backward" in vars(p)) for p in (Backend, Compositions))
+OPS, COMPOSITIONS, LIKELIHOODS = (
+    tuple(n for n in vars(p) if f"{n}_backward" in vars(p)) for p in (Backend, Compositions, Likelihoods)
+)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import c_interface as c
-from . import interruption
+from . import composed, interruption
 from .contract import TERMS, Pairs, accumulation_dtype, kl_scale, kl_shape
 from .native_library import kernels
 from .native_library import status as status  # of this backend
@@ -166,6 +166,43 @@ def sample_gauss_backward(
         *map(c.ptr, outputs),
     )
     return _asked(outputs, likes)
+
+
+def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
+    dtype = accumulation_dtype(logits.dtype)
+    B, (R, M) = x.shape[0], logits.shape
+    x, x_row = c.rows(x, dtype, B)
+    logits, logits_row = c.rows(logits, dtype, R)
+    log_p = _empty(R, dtype=dtype)
+    _run(
+        kernels(dtype).bernoulli_log_prob,
+        *(x.data_ptr(), x_row, logits.data_ptr(), logits_row),
+        *(B, R, M),
+        log_p.data_ptr(),
+    )
+    return log_p
+
+
+def bernoulli_log_prob_backward(grad: Tensor, x: Tensor, logits: Tensor, wanted: Sequence[bool]) -> list[Tensor]:
+    of_x, of_logits = wanted
+    gradients = composed.bernoulli_log_prob_backward(None, grad, x, logits, (True, False)) if of_x else []
+    if not of_logits:
+        return gradients
+    dtype = accumulation_dtype(logits.dtype)
+    likes = (logits,)
+    B, (R, M) = x.shape[0], logits.shape
+    outputs = _outputs(likes, dtype, (True,))
+    x, x_row = c.rows(x, dtype, B)
+    logits, logits_row = c.rows(logits, dtype, R)
+    grad = c.cast(grad, dtype)
+    _run(
+        kernels(dtype).bernoulli_log_prob_backward,
+        *(grad.data_ptr(), grad.stride(0)),
+        *(x.data_ptr(), x_row, logits.data_ptr(), logits_row),
+        *(B, R, M),
+        *map(c.ptr, outputs),
+    )
+    return [*gradients, *_asked(outputs, likes)]
 
 
 def _dense(pairs: Pairs) -> tuple[torch.dtype, list[Tensor | None]]:

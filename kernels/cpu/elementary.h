@@ -1,4 +1,4 @@
-// Elementary functions on vectors: exp2, exp, e^x - 1, e^x - 1 - x, and the natural logarithm.
+// Elementary functions on vectors: exp2, exp, e^x - 1, e^x - 1 - x, and the natural logarithms of x and of 1 + x.
 //
 // Polynomials are near-minimax (Chebyshev) fits, their relative error noted beside them; float and double
 // results are within 2 ulp. NaN gives NaN. Results below 2^kMinExponent may be flushed to zero.
@@ -185,6 +185,12 @@ template <class T> FASTVAE_INLINE Vec<T> log_(Vec<T> x) {
     r = select<T>(x == T(0), splat(-kInf<T>), r);
     r = select<T>(x == kInf<T>, x, r);
     return select<T>(x >= T(0), r, splat(kNaN<T>));
+}
+
+// ln (1 + x) for finite x >= 0: that of 1 + x as it is rounded, and what the rounding took.
+template <class T> FASTVAE_INLINE Vec<T> log1p_(Vec<T> x) {
+    const Vec<T> sum = T(1) + x;
+    return log_normal<T>(sum) + (x - (sum - T(1))) / sum;
 }
 
 }  // namespace fastvae::FASTVAE_ISA

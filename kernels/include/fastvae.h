@@ -17,7 +17,7 @@ extern "C" {
 /* The number of this interface and of fastvae_cuda.h's: a digest of both files, which
  * tests/backends/test_c_interface.py gives. It stands in fastvae/backends/c_interface.py as well: the Python package
  * refuses a library that has another. */
-#define FASTVAE_INTERFACE 0x3444F42
+#define FASTVAE_INTERFACE 0xA3DDBB3
 
 enum fastvae_status {
     FASTVAE_OK = 0,
@@ -68,6 +68,15 @@ typedef struct fastvae_kernels {
                                  int64_t kl_row, double kl_scale, const void *mu, int64_t mu_stride,
                                  const void *logvar, int64_t logvar_stride, const uint64_t *seed, int64_t L,
                                  int64_t B, int64_t D, void *d_mu, void *d_logvar, int threads);
+
+    /* log_p [R] = sum_m x_m l_m - log(1 + exp(l_m)), of x [B, M] and the logits l [R, M]: row r of the logits meets row
+     * r mod B of x, and B divides R. */
+    int (*bernoulli_log_prob)(const void *x, int64_t x_stride, const void *logits, int64_t logits_stride, int64_t B,
+                              int64_t R, int64_t M, void *log_p, int threads);
+    /* The upstream gradient of row r is grad[r * grad_row]. d_logits: [R, M]. */
+    int (*bernoulli_log_prob_backward)(const void *grad, int64_t grad_row, const void *x, int64_t x_stride,
+                                       const void *logits, int64_t logits_stride, int64_t B, int64_t R, int64_t M,
+                                       void *d_logits, int threads);
 
     /* out [S, N] = log N(z_i; mu_j, exp logvar_j). */
     int (*cross_log_prob)(const void *z, const void *mu, const void *logvar, int64_t S, int64_t N, int64_t D,

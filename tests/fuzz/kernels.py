@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from calls import Call, Draw, surface
 from support.helpers import LOG_2PI, accumulated, aggregate, cross, flattened, kl, log_normal, log_weights, sample
+from support.ops import bernoulli
 from torch import Tensor
 
 import fastvae
 from fastvae import ColumnWeights
 from fastvae.aggregate.estimators import ESTIMATORS
 from fastvae.backends.contract import REDUCTIONS
+from fastvae.ops.bernoulli_log_prob import bernoulli_log_prob as fused_bernoulli
 
 
 def promoted(*tensors: Tensor) -> torch.dtype:
@@ -19,6 +21,18 @@ def promoted(*tensors: Tensor) -> torch.dtype:
     for x in tensors:
         dtype = torch.promote_types(dtype, x.dtype)
     return accumulated(dtype)
+
+
+@surface
+def bernoulli_log_prob(draw: Draw) -> Call:
+    shape = draw.sizes(draw.choice((1, 2, 2, 3)))
+    lead = draw.choice(((), (1,), (3,), (2, 2)))
+    arguments = {"x": draw.normal(*shape).sigmoid(), "logits": draw.normal(*lead, *shape, scale=3.0)}
+
+    def formula(x: Tensor, logits: Tensor) -> list[Tensor]:
+        return [bernoulli(x[..., None].flatten(1), logits[..., None].flatten(len(lead) + 1))]
+
+    return Call(fused_bernoulli, arguments, formula)
 
 
 @surface

@@ -73,6 +73,9 @@ template <class T> Outputs<T> run_all(const fastvae_kernels &k, int threads) {
     out.status |= k.sample_gauss_backward(d_z.data(), d_z.data() + 1, d_z.data() + 2, d_z.data() + 3, 1, 0.5,
                                           mu.data(), D, logvar.data(), D, &seed, L, N, D,
                                           out.add("sample d_mu", N * D), out.add("sample d_logvar", N * D), threads);
+    out.status |= k.bernoulli_log_prob(mu.data(), D, d_z.data(), D, N, L * N, D, out.add("bernoulli", L * N), threads);
+    out.status |= k.bernoulli_log_prob_backward(g.data(), 1, mu.data(), D, d_z.data(), D, N, L * N, D,
+                                                out.add("bernoulli d_logits", L * N * D), threads);
     out.status |= k.cross_log_prob(z.data(), mu.data(), logvar.data(), S, N, D, out.add("cross", S * N), threads);
     out.status |= k.cross_log_prob_backward(g.data(), z.data(), mu.data(), logvar.data(), S, N, D,
                                             out.add("cross d_z", S * D), out.add("cross d_mu", N * D),

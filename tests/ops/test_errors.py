@@ -26,9 +26,9 @@ def tensors(name: str) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.default is p.empty)
 
 
-ALL = tuple(OPS)
+ALL = tuple(name for name in OPS if hasattr(fastvae, name))
 GAUSSIAN = tuple(name for name in ALL if "z" not in tensors(name))  # of mu and logvar
-CROSSED = tuple(name for name in FUSED if name not in GAUSSIAN)  # and of z [S, D]
+CROSSED = tuple(name for name in FUSED if name in ALL and name not in GAUSSIAN)  # and of z [S, D]
 
 
 def call(name: str, **changed: Any) -> Any:

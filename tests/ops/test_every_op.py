@@ -50,24 +50,24 @@ TOPICS |= {"short", "tolerance_rule", "transforms", "triton_early_exit", "vmap"}
 
 
 def test_every_op_of_the_contract_is_tested() -> None:
-    assert set(KERNELS.values()) - {None} == {*contract.OPS, *contract.COMPOSITIONS}, (
-        "tests/support/ops.py and the contract differ"
-    )
+    every = {*contract.OPS, *contract.COMPOSITIONS, *contract.LIKELIHOODS}
+    assert set(KERNELS.values()) - {None} == every, "tests/support/ops.py and the contract differ"
 
 
 def test_files_are_of_known_ops() -> None:
     """A kernel, a declaration or a file of tests of an op that the contract does not have."""
+    optional = {*contract.COMPOSITIONS, *contract.LIKELIHOODS}
     files = {
         "kernels/cpu": {path.stem.removesuffix("_backward") for path in ROOT.glob("kernels/cpu/*.cpp")}
-        - {"dispatch", "parallel", *contract.COMPOSITIONS},
-        "kernels/cuda": {path.stem for path in ROOT.glob("kernels/cuda/*.cu")} - {"interface", *contract.COMPOSITIONS},
+        - {"dispatch", "parallel", *optional},
+        "kernels/cuda": {path.stem for path in ROOT.glob("kernels/cuda/*.cu")} - {"interface", *optional},
         "kernels/triton": {
             path.stem for path in ROOT.glob("kernels/triton/*.py") if f"\ndef {path.stem}(" in path.read_text()
         }
-        - {"philox", *contract.COMPOSITIONS},
+        - {"philox", *optional},
         "fastvae/ops": {path.stem for path in ROOT.glob("fastvae/ops/*.py") if "declare_backward(" in path.read_text()}
-        - {"declare", "interpolate", *contract.COMPOSITIONS},
-        "tests/ops": {path.stem.removeprefix("test_") for path in ROOT.glob("tests/ops/test_*.py")} - TOPICS,
+        - {"declare", "interpolate", *optional},
+        "tests/ops": {path.stem.removeprefix("test_") for path in ROOT.glob("tests/ops/test_*.py")} - TOPICS - optional,
     }
     assert files == {folder: set(contract.OPS) for folder in files}
 
@@ -212,6 +212,8 @@ def test_values_of_finite_inputs_are_never_nan(
         pytest.skip("differences of log-densities, all of which may be -inf")
     op = op_named(name, torch.float64)
     inputs = {key: x.detach() * (width if "logvar" in key else scale) for key, x in op.inputs.items()}
+    if "x" in inputs:
+        inputs["x"].clamp_(0, 1)
     if "z" in inputs:
         inputs["z"][1:3] = inputs["mu"][1:3]  # t = 0, times whatever 1 / sigma is
     for result in evaluate(op.fast, cast(inputs, dtype)):
@@ -338,7 +340,7 @@ def test_autocast(backend: Target, name: str) -> None:
     with torch.autocast(backend.device, dtype=torch.bfloat16):
         inputs = {k: x.detach() @ weight if x.shape[-1:] == (3,) else x for k, x in op.inputs.items()}
         outputs = tensors(op.fast(**inputs))
-    assert inputs["mu"].dtype == torch.bfloat16
+    assert all(inputs[k].dtype == torch.bfloat16 for k in ("mu", "logits") if k in inputs)
     assert_same([o.detach() for o in outputs], evaluate(op.fast, {k: x.detach() for k, x in inputs.items()}))
     torch.stack([o.float().sum() for o in outputs]).sum().backward()
     assert weight.grad is not None
@@ -396,6 +398,10 @@ def arguments_of_ops() -> dict[str, list[tuple[Any, ...]]]:
             (None, None, None, torch.ones(()), mu, logvar, seed, None, "mean", [True, True]),
         ],
         "draw_seed": [(mu,)],
+        "bernoulli_log_prob": [(mu.half().sigmoid(), logvar.half())],
+        "bernoulli_log_prob_backward": [
+            (torch.ones(8), mu.sigmoid(), torch.cat((mu, logvar)), wanted) for wanted in ([True, False], [False, True])
+        ],
         "cross_log_prob": [(z.double(), mu.double(), logvar.double())],
         "cross_log_prob_backward": [(torch.ones(5, 4), z, mu, logvar, [True, False, True])],
         "agg_log_prob": [(z, mu, logvar, None, -1.5, None, None, None)],

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastvae
 from fastvae import ColumnWeights
+from fastvae.ops.bernoulli_log_prob import bernoulli_log_prob as fused_bernoulli
 
 from .helpers import (
     Named,
@@ -28,7 +30,7 @@ from .helpers import (
 
 
 class Op(NamedTuple):
-    """A public function of named tensors, its formula, and inputs for it."""
+    """A function of named tensors, its formula, and inputs for it."""
 
     fast: Callable[..., Results]
     formula: Callable[..., Results]
@@ -150,6 +152,19 @@ def kl_decomposition(dtype: torch.dtype, S: int, N: int, D: int) -> Op:
         return [terms.mi, terms.agg_kl, terms.tc, terms.dim_kl, terms.kl, terms.entropy]
 
     return Op(fast, lambda **x: decomposed(*aggregate(**x, weights=mss), **x), samples(N, N, D, dtype), ("z", "mu"))
+
+
+def bernoulli(x: Tensor, logits: Tensor) -> Tensor:
+    """sum x l − log(1 + e^l), without what cancels."""
+    positive = logits > 0
+    away = torch.where(positive, logits, -logits)
+    return ((x - positive.to(x.dtype)) * logits + F.logsigmoid(away)).sum(-1)
+
+
+@made_of("bernoulli_log_prob")
+def bernoulli_log_prob(dtype: torch.dtype, S: int, N: int, D: int) -> Op:
+    inputs = cast({"x": draw(N, D, seed=23).sigmoid(), "logits": 3 * draw(2, N, D, seed=24)}, dtype)
+    return Op(fused_bernoulli, bernoulli, needing_gradients(inputs))
 
 
 FUSED = tuple(name for name, kernel in KERNELS.items() if kernel)
