@@ -16,6 +16,7 @@ from ..ops.modes import has_values
 __all__ = ["Bernoulli", "Binomial", "Gaussian"]
 
 REAL = (*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+PIECE = 2**16  # elements looked at together on a CPU, so that what comes of them stays in a cache
 TABULATED = 2**10  # values of log C(n, x) at most: for a larger n, computing one for each x costs less
 
 
@@ -42,7 +43,7 @@ class Bernoulli(nn.Module):
 
     def check(self, x: Tensor) -> None:
         _check_real("x", x)
-        if has_values(x) and not ((x == 0) | (x == 1)).all():
+        if has_values(x) and not _is_binary(x):
             low, high = x.aminmax()
             raise ValueError(
                 "x: expected only 0 and 1 for the Bernoulli likelihood, got values"
@@ -184,6 +185,17 @@ def make_likelihood(likelihood: Any, **options: Any) -> Any:
     if likelihood == "binomial" and "total_count" not in options:
         raise TypeError("total_count: expected the n of the binomial likelihood's counts 0..n, got nothing")
     return LIKELIHOODS[likelihood](**options)
+
+
+def _is_binary(x: Tensor) -> bool:
+    """Whether all x are 0 or 1: x − x² is 0 for no other number, be it rounded or modulo 2^k."""
+    if x.dtype == torch.bool or x.numel() == 0:
+        return True
+    x = x.detach().flatten()
+    pieces = x.split(PIECE) if x.device.type == "cpu" else (x,)
+    return all(
+        limit.item() == 0 for piece in pieces for limit in torch.addcmul(piece, piece, piece, value=-1).aminmax()
+    )
 
 
 def _accumulate(x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from support.helpers import wrong
+from support.helpers import draw, wrong
 from torch import distributions as D
 
-from fastvae.models.likelihoods import Bernoulli, Binomial, Gaussian, make_likelihood
+from fastvae.models.likelihoods import PIECE, REAL, Bernoulli, Binomial, Gaussian, make_likelihood
 
 SHAPE = (7, 3, 5)
 
@@ -166,6 +166,59 @@ def test_bernoulli_refuses_what_is_not_binary(bad):
     Bernoulli().check(torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match=r"^x: .*'binomial'.*total_count.*'gaussian'.*torch\.bernoulli"):
         Bernoulli().check(torch.tensor([0.0, bad, 1.0]))
+
+
+def binary_or_not(x):
+    try:
+        Bernoulli().check(x)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("dtype", REAL, ids=str)
+def test_no_number_but_0_and_1_passes(dtype):
+    """The smallest and the largest numbers, the neighbours of 0 and 1, what is not finite; of small integers, all."""
+    if dtype.is_floating_point:
+        info = torch.finfo(dtype)
+        steps = [info.eps / 2, info.eps, 4 * info.eps, 0.25]
+        near = [info.smallest_normal * info.eps, info.smallest_normal, info.eps, info.max, math.inf, math.nan]
+        others = [1 - steps[0], 1 + steps[1], 1 - steps[2], 1 + steps[3], *near, *(-x for x in near), -1.0, 2.0]
+        allowed = [0.0, -0.0, 1.0]
+    else:
+        bits = 1 if dtype == torch.bool else torch.iinfo(dtype).bits
+        low = 0 if dtype in (torch.bool, torch.uint8) else -(2 ** (bits - 1))
+        all_of_them = range(low, low + 2**bits) if bits <= 8 else [low, low + 1, -1, 2, 2 ** (bits // 2), -low - 1]
+        allowed, others = [0, 1], [x for x in all_of_them if x not in (0, 1)]
+    assert binary_or_not(torch.tensor(allowed).to(dtype))
+    for other in others:
+        x = torch.tensor([other, other], dtype=torch.float64 if dtype.is_floating_point else torch.int64).to(dtype)
+        assert not binary_or_not(x), other
+        assert not binary_or_not(torch.cat((x.new_zeros(9), x, x.new_ones(9)))), other
+
+
+@pytest.mark.parametrize("place", [0, PIECE - 1, PIECE, 2 * PIECE + 4])
+def test_every_piece_is_looked_at(place):
+    x = torch.ones(2 * PIECE + 5)
+    assert binary_or_not(x)
+    x[place] = 0.5
+    assert not binary_or_not(x)
+
+
+def test_binary_data_of_any_layout():
+    x = (draw(6, 5, 4) > 0).float()
+    wrong_one = x.clone()
+    wrong_one[2, 3, 1] = 0.5
+    for given, right in ((x, True), (wrong_one, False)):
+        assert binary_or_not(given.mT) == right
+        assert binary_or_not(given[:, 1::2]) == right
+        assert binary_or_not(given.requires_grad_()) == right
+    assert binary_or_not(wrong_one[:2])
+    assert not binary_or_not(wrong_one[2:3].detach().expand(7, 5, 4))
+    assert not binary_or_not(torch.tensor(0.5).expand(3))
+    assert binary_or_not(torch.tensor(1.0))
+    for empty in (torch.empty(0), torch.empty(3, 0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)):
+        assert binary_or_not(empty)
 
 
 @pytest.mark.parametrize("bad", [0.5, -1.0, 17.0, math.nan, math.inf])
