@@ -31,6 +31,10 @@ class Prior(Protocol):
 class Likelihood(Protocol):
     """The interface of a likelihood, for `VAE` and evaluation. `output` is the decoder's; `x` broadcasts against it.
 
+    Optional: `example_log_prob(x, output)`, the sum of `log_prob` over x's axes but the first, x `[B, ...]` and output
+    `[..., B, ...]` to `[..., B]`, where that takes less than the terms. A subclass of one that has it
+    overrides both, or neither.
+
     Attributes:
         discrete: whether `log_prob` is of a probability, and not of a density.
     """

@@ -23,7 +23,7 @@ from ..protocols import (
     needs_log_q,
     needs_of,
 )
-from .likelihoods import make_likelihood
+from .likelihoods import example_log_prob, make_likelihood
 from .mixture_priors import MixturePrior, how_to_load
 from .objectives import ELBO
 from .priors import StandardNormal
@@ -196,7 +196,7 @@ class VAE(CountsSteps):
                 f"decoder: expected [n, *{tuple(x.shape[1:])}], the shape of x, got"
                 f" [n, *{tuple(output.shape[z.ndim - 1 :])}]"
             )
-        return self.likelihood.log_prob(x, output)[..., None].flatten(z.ndim - 1).sum(-1)
+        return example_log_prob(self.likelihood, x, output)
 
     @torch.no_grad()
     def log_likelihood(

@@ -8,6 +8,7 @@ from support.helpers import draw, wrong
 from torch import distributions as D
 
 from fastvae.models.likelihoods import PIECE, REAL, Bernoulli, Binomial, Gaussian, make_likelihood
+from fastvae.ops.checks import FLOATING
 
 SHAPE = (7, 3, 5)
 
@@ -17,6 +18,65 @@ def test_bernoulli_is_torchs():
     x = torch.bernoulli(torch.full(SHAPE, 0.3, dtype=torch.float64))
     torch.testing.assert_close(Bernoulli().log_prob(x, logits), D.Bernoulli(logits=logits).log_prob(x))
     torch.testing.assert_close(Bernoulli().mean(logits), D.Bernoulli(logits=logits).mean)
+
+
+def of_example(terms, x):
+    """The sum over x's axes but the first."""
+    return terms.flatten(terms.ndim - x.ndim + 1).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("of_x", REAL, ids=str)
+def test_bernoulli_of_an_example_is_the_sum_of_the_terms(of_x, dtype):
+    """In the dtype of the terms, for x of any, gradients in the logits' dtype."""
+    x, logits = (draw(*SHAPE, seed=1) > 0).to(of_x), (3 * draw(2, 4, *SHAPE, seed=2)).to(dtype).requires_grad_()
+    ours = Bernoulli().example_log_prob(x, logits)
+    terms = Bernoulli().log_prob(x, logits)
+    torch.testing.assert_close(ours, of_example(terms, x), check_dtype=True)
+    upstream = draw(*ours.shape, seed=3).to(ours)
+    (expected,) = torch.autograd.grad(of_example(terms, x), logits, upstream, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(ours, logits, upstream)[0], expected)
+
+
+def test_bernoulli_of_an_example_broadcasts_x():
+    logits = draw(4, *SHAPE, seed=2)
+    for shape in ((1, 3, 5), (7, 1, 5), (1, 1, 1), (3, 1)):
+        x = (draw(*shape, seed=1) > 0).double()
+        expected = of_example(Bernoulli().log_prob(x, logits), x)
+        torch.testing.assert_close(Bernoulli().example_log_prob(x, logits), expected)
+
+
+def test_bernoulli_of_an_example_has_the_terms_of_a_subclass():
+    class Halved(Bernoulli):
+        def log_prob(self, x, output):
+            return super().log_prob(x, output) / 2
+
+    class Counted(Bernoulli):
+        def mean(self, output):
+            return output
+
+    x, logits = (draw(*SHAPE, seed=1) > 0).double(), draw(4, *SHAPE, seed=2)
+    whole = of_example(Bernoulli().log_prob(x, logits), x)
+    patched = Bernoulli()
+    patched.log_prob = lambda x, output: Bernoulli().log_prob(x, output) / 4
+    for likelihood, factor in ((Halved(), 2), (Counted(), 1), (patched, 4)):
+        torch.testing.assert_close(likelihood.example_log_prob(x, logits), whole / factor)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_bernoulli_of_an_example_is_left_to_the_compiler():
+    """The compiler sees the terms, which it fuses, and no op of the library's."""
+    graphs = []
+
+    def seen(graph, inputs):
+        graphs.append(str(graph.code))
+        return graph
+
+    x, logits = (draw(*SHAPE, seed=1) > 0).double(), draw(4, *SHAPE, seed=2)
+    compiled = torch.compile(Bernoulli().example_log_prob, fullgraph=True, backend=seen)
+    torch.testing.assert_close(compiled(x, logits), Bernoulli().example_log_prob(x, logits))
+    assert len(graphs) == 1
+    assert "fastvae" not in graphs[0]
 
 
 @pytest.mark.parametrize("n", [1, 16, 255])
@@ -253,6 +313,11 @@ def test_binary_data_of_any_dtype(likelihood, dtype):
         (lambda: Bernoulli().log_prob(torch.zeros(1), wrong([1.0])), TypeError, "output"),
         (lambda: Bernoulli().log_prob(torch.zeros(3), torch.zeros(2)), ValueError, "x"),
         (lambda: Gaussian().log_prob(torch.zeros(4, 3), torch.zeros(3)), ValueError, "x"),
+        (lambda: Bernoulli().example_log_prob(torch.zeros(1), wrong([1.0])), TypeError, "output"),
+        (lambda: Bernoulli().example_log_prob(torch.zeros(3), torch.zeros(2)), ValueError, "x"),
+        (lambda: Bernoulli().example_log_prob(torch.zeros(4, 3), torch.zeros(3)), ValueError, "x"),
+        (lambda: Bernoulli().example_log_prob(torch.zeros(()), torch.zeros(3)), ValueError, "x"),
+        (lambda: Bernoulli().example_log_prob(torch.zeros(2, device="meta"), torch.zeros(2)), ValueError, "x"),
         *((lambda o=o: o.check([1.0]), TypeError, "x") for o in (Bernoulli(), Binomial(2), Gaussian())),
         *((lambda o=o: o.check(torch.eye(2).to_sparse()), TypeError, "x") for o in (Bernoulli(), Binomial(2))),
         *((lambda o=o: o.mean(1.0), TypeError, "output") for o in (Bernoulli(), Binomial(2), Gaussian())),

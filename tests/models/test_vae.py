@@ -74,6 +74,58 @@ class Several:
 
 
 @pytest.mark.parametrize("likelihood", DATA)
+@pytest.mark.parametrize("shape", [(), (4,), (1, 4, 5)])
+def test_log_px_z_is_the_sum_of_the_terms(likelihood, shape):
+    """For samples of each example, and for samples that serve all examples."""
+    options, draw, p_x = DATA[likelihood]
+    vae = make_vae((*shape, 4), likelihood=likelihood, **options)
+    x = draw(6, *shape, 4)
+    for z in (torch.randn(6, D), torch.randn(2, 3, 6, D), torch.randn(5, 1, D)):
+        z = z.double()
+        output = vae.decoder(z.flatten(0, -2)).view(*z.shape[:-1], *shape, 4)
+        expected = p_x(output).log_prob(x).flatten(z.ndim - 1).sum(-1)
+        torch.testing.assert_close(vae.log_px_z(x, z), expected)
+
+
+class Plain:
+    """A likelihood by the protocol, with no more than it must have."""
+
+    discrete = True
+
+    def log_prob(self, x, output):
+        return dist.Bernoulli(logits=output).log_prob(x)
+
+    def mean(self, output):
+        return torch.sigmoid(output)
+
+    def check(self, x):
+        pass
+
+    def sample(self, output):
+        return torch.bernoulli(torch.sigmoid(output))
+
+
+class OfExamples(Plain):
+    """One that has its own way to the sum."""
+
+    def log_prob(self, x, output):
+        raise AssertionError("the terms were asked for")
+
+    def example_log_prob(self, x, output):
+        return super().log_prob(x, output).flatten(output.ndim - x.ndim + 1).sum(-1)
+
+
+@pytest.mark.parametrize("likelihood", [Plain(), OfExamples()])
+def test_a_likelihood_of_ones_own_may_sum_its_terms_itself(likelihood):
+    x, losses = binary(6, 4, 5), []
+    for given in ("bernoulli", likelihood):
+        vae = make_vae(likelihood=given)
+        torch.manual_seed(1)
+        losses.append(vae(x).loss)
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("likelihood", DATA)
 @pytest.mark.parametrize("shape", [(4,), (1, 4, 5)])
 def test_elbo_is_the_formula(likelihood, shape):
     options, draw, p_x = DATA[likelihood]
