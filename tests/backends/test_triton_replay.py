@@ -14,13 +14,13 @@ import pytest
 import torch
 from conftest import TRITON, computing_on
 from support.helpers import assert_same, evaluate, tensors
-from support.ops import FUSED, op_named
+from support.ops import FUSED, KERNELS, op_named
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastvae.backends import settings
 from fastvae.backends import triton as backend
-from fastvae.backends.contract import COMPOSITIONS, OPS
+from fastvae.backends.contract import COMPOSITIONS, LIKELIHOODS, OPS
 
 pytest.importorskip("triton")
 import triton
@@ -115,7 +115,7 @@ def evaluated(name: str, sizes: tuple[int, int, int], seed: int) -> list[Tensor]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", [name for name in FUSED if KERNELS[name] not in LIKELIHOODS])
 def test_the_same_comes_of_it(
     name: str, sizes: tuple[int, int, int], binaries: list[Binary], monkeypatch: pytest.MonkeyPatch
 ) -> None:

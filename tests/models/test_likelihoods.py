@@ -58,7 +58,7 @@ def test_bernoulli_of_an_example_has_the_terms_of_a_subclass():
     x, logits = (draw(*SHAPE, seed=1) > 0).double(), draw(4, *SHAPE, seed=2)
     whole = of_example(Bernoulli().log_prob(x, logits), x)
     patched = Bernoulli()
-    patched.log_prob = lambda x, output: Bernoulli().log_prob(x, output) / 4
+    patched.log_prob = lambda x, output: Bernoulli().log_prob(x, output) / 4  # type: ignore[method-assign]
     for likelihood, factor in ((Halved(), 2), (Counted(), 1), (patched, 4)):
         torch.testing.assert_close(likelihood.example_log_prob(x, logits), whole / factor)
 
