@@ -37,11 +37,13 @@ class Bernoulli(nn.Module):
         return -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
 
     def example_log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """The sum of `log_prob` over each example, x `[B, ...]` and output `[..., B, ...]` to `[..., B]`: in one pass,
-        but for the compiler, which fuses the terms, and for a subclass that has others."""
+        """The sum of `log_prob` over each example, x `[B, ...]` and output `[..., B, ...]` to `[..., B]`: on a CPU in
+        one pass, but for the compiler, which fuses the terms, and for a subclass that has others."""
         if is_compiling() or getattr(self.log_prob, "__func__", None) is not Bernoulli.log_prob:
             return _summed(self.log_prob(x, output), x)
         x, logits = _accumulate(x, output)
+        if logits.device.type != "cpu":
+            return _summed(self.log_prob(x, logits), x)
         if x.ndim == 0:
             raise ValueError("x: expected [B, ...], got shape ()")
         return bernoulli_log_prob(x.expand(logits.shape[logits.ndim - x.ndim :]), logits)
