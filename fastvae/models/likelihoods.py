@@ -18,7 +18,7 @@ from ..ops.modes import has_values
 __all__ = ["Bernoulli", "Binomial", "Gaussian"]
 
 REAL = (*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-PIECE = 2**16  # elements looked at together on a CPU, so that what comes of them stays in a cache
+PIECE = 2**17  # elements looked at together on a CPU, so that what comes of them stays in a cache
 TABULATED = 2**10  # values of log C(n, x) at most: for a larger n, computing one for each x costs less
 
 
@@ -219,8 +219,8 @@ def _is_binary(x: Tensor) -> bool:
     """Whether all x are 0 or 1: x − x² is 0 for no other number, be it rounded or modulo 2^k."""
     if x.dtype == torch.bool or x.numel() == 0:
         return True
-    x = x.detach().flatten()
-    pieces = x.split(PIECE) if x.device.type == "cpu" else (x,)
+    x = x.detach()
+    pieces = x.flatten().split(PIECE) if x.device.type == "cpu" and x.numel() > PIECE else (x,)
     return all(
         limit.item() == 0 for piece in pieces for limit in torch.addcmul(piece, piece, piece, value=-1).aminmax()
     )

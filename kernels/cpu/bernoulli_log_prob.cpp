@@ -16,6 +16,7 @@ namespace {
 // Elements of a row that are summed in T: the product of a lane's 1 + y, each at most 2, is at most 2^32.
 template <class T> constexpr int64_t kSpan = 32 * kLanes<T>;
 constexpr int64_t kUnit = 8192;  // elements of a unit of work, about
+constexpr int64_t kFewest = 1 << 17;  // elements, 50 us of one thread, for which others are woken
 
 template <class T> struct Terms {
     Vec<T> logits, pull, y;
@@ -38,6 +39,7 @@ template <class T, class F>
 int for_each_row(const void *x, int64_t x_stride, const void *logits, int64_t logits_stride, int64_t B, int64_t R,
                  int64_t M, int threads, const F &f) {
     const int64_t unit_rows = M < kUnit ? kUnit / (M < 1 ? 1 : M) : 1;
+    if (R < kFewest / (M < 1 ? 1 : M)) threads = 1;
     return parallel_for((R + unit_rows - 1) / unit_rows, threads, [=](int64_t unit, const Worker &) {
         const int64_t begin = unit * unit_rows, end = begin + unit_rows < R ? begin + unit_rows : R;
         for (int64_t r = begin; r < end; ++r)
