@@ -47,13 +47,16 @@ def calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
     return {
         "kl_gauss": ("kl_gauss", (mu, logvar, *none, "batchmean")),
         "kl_gauss_backward": ("kl_gauss_backward", (one, mu, logvar, *none, "batchmean", (*both, False, False))),
-        "sample_gauss, z alone": ("sample_gauss", (mu, logvar, seed, 1, (True, False, False, False), "sample")),
+        "sample_gauss, z alone": ("sample_gauss", (mu, logvar, seed, 1, (True, False, False, False, False), "sample")),
         "sample_gauss_backward, z alone": (
-            *("sample_gauss_backward", ((d_z[None], None, None, None), mu, logvar, seed, 1, "sample", both)),
+            *("sample_gauss_backward", ((d_z[None], None, None, None), mu, logvar, seed, None, 1, "sample", both)),
         ),
-        "sample_gauss, z and the KL": ("sample_gauss", (mu, logvar, seed, 1, (True, False, False, True), "batchmean")),
+        "sample_gauss, z and the KL": (
+            "sample_gauss",
+            (mu, logvar, seed, 1, (True, False, False, True, False), "batchmean"),
+        ),
         "sample_gauss_backward, z and the KL": (
-            *("sample_gauss_backward", ((d_z[None], None, None, one), mu, logvar, seed, 1, "batchmean", both)),
+            *("sample_gauss_backward", ((d_z[None], None, None, one), mu, logvar, seed, None, 1, "batchmean", both)),
         ),
         "agg_log_prob": ("agg_log_prob", (pairs,)),
         "agg_log_prob_backward": ("agg_log_prob_backward", (joint, joint + 1, pairs, each)),

@@ -30,8 +30,8 @@ def _pointers(n: int) -> tuple[type, ...]:
 _ELEMENTWISE: dict[str, tuple[type, ...]] = {
     "kl_gauss": (*ROWS * 4, *SIZES[:2], c_int, c_double, c_void_p),
     "kl_gauss_backward": (*ROWS, c_int64, c_double, *ROWS * 4, *SIZES[:2], *_pointers(4)),
-    "sample_gauss": (*ROWS * 2, c_void_p, *SIZES, c_int, c_double, *_pointers(4)),
-    "sample_gauss_backward": (*_pointers(4), c_int64, c_double, *ROWS * 2, c_void_p, *SIZES, *_pointers(2)),
+    "sample_gauss": (*ROWS * 2, c_void_p, *SIZES, c_int, c_double, *_pointers(5)),
+    "sample_gauss_backward": (*_pointers(4), c_int64, c_double, *ROWS * 2, *_pointers(2), *SIZES, *_pointers(2)),
 }
 
 _BERNOULLI: dict[str, tuple[type, ...]] = {

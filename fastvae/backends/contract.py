@@ -99,20 +99,22 @@ class Backend(Protocol):
     def sample_gauss(
         self, mu: Tensor, logvar: Tensor, seed: Tensor, n_samples: int, outputs: Sequence[bool], reduction: str
     ) -> list[Tensor]:
-        """Returns z [L, B, D], log_q [L, B], log_p [L, B] and kl, those that `outputs` asks for; the KL is [B], where
-        `reduction` is "sample", or a number."""
+        """Returns z [L, B, D], log_q [L, B], log_p [L, B], kl and the noise eps [L, B, D], those that `outputs` asks
+        for; the KL is [B], where `reduction` is "sample", or a number."""
 
     def sample_gauss_backward(
         self,
         upstream: Sequence[Tensor | None],
         mu: Tensor,
         logvar: Tensor,
-        seed: Tensor,
+        seed: Tensor | None,
+        eps: Tensor | None,
         n_samples: int,
         reduction: str,
         wanted: Sequence[bool],
     ) -> list[Tensor]:
-        """`upstream` has the gradients of z, log_q, log_p and kl."""
+        """`upstream` has the gradients of z, log_q, log_p and kl. One of `seed` and `eps` is None: the noise is read
+        where the forward's is given, else drawn again, to the same bits."""
 
     def cross_log_prob(self, pairs: Pairs) -> Tensor:
         """Returns log q(z_i | x_j) [S, N]; the weights of the pairs have no part in it."""

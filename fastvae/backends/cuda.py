@@ -177,7 +177,7 @@ def sample_gauss(
 ) -> list[Tensor]:
     B, D = mu.shape
     dtype = accumulation_dtype(mu.dtype)
-    shapes = ((n_samples, B, D), (n_samples, B), (n_samples, B), kl_shape(reduction, B, D))
+    shapes = ((n_samples, B, D), (n_samples, B), (n_samples, B), kl_shape(reduction, B, D), (n_samples, B, D))
     results = [
         torch.empty(shape, dtype=dtype if n else mu.dtype, device=mu.device) if want else None
         for n, (shape, want) in enumerate(zip(shapes, outputs, strict=True))
@@ -200,7 +200,8 @@ def sample_gauss_backward(
     upstream: Sequence[Tensor | None],
     mu: Tensor,
     logvar: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
+    eps: Tensor | None,
     n_samples: int,
     reduction: str,
     wanted: Sequence[bool],
@@ -208,6 +209,7 @@ def sample_gauss_backward(
     B, D = mu.shape
     sums = accumulation_dtype(mu.dtype)
     given = [c.dense(g, sums if n else mu.dtype) for n, g in enumerate(upstream)]
+    eps = c.dense(eps, sums)
     outputs = _outputs((mu, logvar), wanted)
     rows = [c.optional_rows(x, mu.dtype, B) for x in (mu, logvar)]
     _run(
@@ -218,7 +220,7 @@ def sample_gauss_backward(
         *map(c.ptr, given),
         *(int(reduction == "sample"), kl_scale(reduction, B, D)),
         *_row_arguments(*rows),
-        *(seed.data_ptr(), n_samples, B, D),
+        *(c.ptr(seed), c.ptr(eps), n_samples, B, D),
         *map(c.ptr, outputs),
     )
     return _asked(outputs)

@@ -127,7 +127,7 @@ def sample_gauss(
     B, D = mu.shape
     mu, mu_row = c.rows(mu, dtype, B)
     logvar, logvar_row = c.rows(logvar, dtype, B)
-    shapes = ((n_samples, B, D), (n_samples, B), (n_samples, B), kl_shape(reduction, B, D))
+    shapes = ((n_samples, B, D), (n_samples, B), (n_samples, B), kl_shape(reduction, B, D), (n_samples, B, D))
     results = [_empty(*s, dtype=dtype) if want else None for s, want in zip(shapes, outputs, strict=True)]
     _run(
         kernels(dtype).sample_gauss,
@@ -145,7 +145,8 @@ def sample_gauss_backward(
     upstream: Sequence[Tensor | None],
     mu: Tensor,
     logvar: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
+    eps: Tensor | None,
     n_samples: int,
     reduction: str,
     wanted: Sequence[bool],
@@ -156,13 +157,13 @@ def sample_gauss_backward(
     outputs = _outputs(likes, dtype, wanted)
     mu, mu_row = c.rows(mu, dtype, B)
     logvar, logvar_row = c.rows(logvar, dtype, B)
-    grads = [c.dense(g, dtype) for g in upstream]
+    grads, eps = [c.dense(g, dtype) for g in upstream], c.dense(eps, dtype)
     _run(
         kernels(dtype).sample_gauss_backward,
         *map(c.ptr, grads),
         *(int(reduction == "sample"), kl_scale(reduction, B, D)),
         *(mu.data_ptr(), mu_row, logvar.data_ptr(), logvar_row),
-        *(seed.data_ptr(), n_samples, B, D),
+        *(c.ptr(seed), c.ptr(eps), n_samples, B, D),
         *map(c.ptr, outputs),
     )
     return _asked(outputs, likes)

@@ -129,6 +129,7 @@ def sampled(mu: Tensor, logvar: Tensor, eps: Tensor, outputs: Sequence[bool], re
         "log_q": lambda: -0.5 * (LOG_2PI + logvar + eps * eps).sum(-1),
         "log_p": lambda: -0.5 * (LOG_2PI + z * z).sum(-1),
         "kl": lambda: kl_gauss(mu, logvar, None, None, reduction),
+        "eps": lambda: eps,
     }
     return [result() for result, want in zip(results.values(), outputs, strict=True) if want]
 
@@ -137,12 +138,16 @@ def sample_gauss_backward(
     upstream: Sequence[Tensor | None],
     mu: Tensor,
     logvar: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
+    eps: Tensor | None,
     n_samples: int,
     reduction: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    return sampled_backward(upstream, mu, logvar, _noise(mu, seed, n_samples), reduction, wanted)
+    if eps is None:
+        assert seed is not None
+        eps = _noise(mu, seed, n_samples)
+    return sampled_backward(upstream, mu, logvar, eps, reduction, wanted)
 
 
 def sampled_backward(

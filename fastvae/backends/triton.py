@@ -92,7 +92,7 @@ def _of_sample_gauss(mu: Tensor, logvar: Any, seed: Any, n_samples: Any, outputs
 
 
 def _of_sample_gauss_backward(
-    upstream: Any, mu: Tensor, logvar: Any, seed: Any, n_samples: Any, reduction: str, wanted: Any
+    upstream: Any, mu: Tensor, logvar: Any, seed: Any, eps: Any, n_samples: Any, reduction: str, wanted: Any
 ) -> tuple[float]:
     return (kl_scale(reduction, *mu.shape),)
 

@@ -1,7 +1,7 @@
 """Reparameterized Gaussian samples, with their log-densities and KL from the same pass.
 
 z = mu + sigma · eps, eps from the counter-based generator of `backends/philox.py`: the seed fixes the sample
-on every backend, and the backward draws it again instead of storing it.
+on every backend, and the backward draws it again instead of storing it, unless it is asked to be kept.
 """
 
 import itertools
@@ -15,19 +15,20 @@ from torch.autograd import Function
 from ..backends import reference
 from ..backends.contract import accumulation_dtype, kl_scale, kl_shape
 from .batching import leading, one_by_one
-from .checks import as_rows, check_choice, check_count, check_posterior, check_seed, promote
+from .checks import as_rows, check_choice, check_count, check_flag, check_posterior, check_seed, promote
 from .declare import declare, declare_backward, declare_random, placed
 from .modes import in_a_transform
 from .short import is_usual_call, unpacked
 
 OUTPUTS = ("z", "log_q", "log_p", "kl")
-_Z = (True, False, False, False)
-_ASKED = {  # which of OUTPUTS the usual ways to ask for them mean
-    outputs: tuple(name in outputs for name in OUTPUTS)
+_Z = (True, False, False, False, False)
+_ASKED = {  # which of an op's results the usual ways to ask for OUTPUTS mean
+    outputs: (*(name in outputs for name in OUTPUTS), False)
     for n in range(1, 5)
     for outputs in itertools.combinations(OUTPUTS, n)
 }
 _A_SEED = torch.zeros((), dtype=torch.int64, device="cpu")
+_HAS_SAMPLES = (True, True, True, False, True)  # which results have an axis of samples
 KL_REDUCTIONS = ("sample", "sum", "mean", "batchmean")
 
 
@@ -40,7 +41,8 @@ class GaussianSample(NamedTuple):
     kl: Tensor | None
 
 
-# Ops: mu, logvar [B, D]; n_samples L, or None for one sample without the axis of samples.
+# Ops: mu, logvar [B, D]; n_samples L, or None for one sample without the axis of samples. After OUTPUTS comes the
+# fifth, the noise eps [L, B, D] in the dtype of the accumulation, in which it has all its bits.
 
 
 def _fake(
@@ -54,6 +56,7 @@ def _fake(
         ((*samples, B), dtype),
         ((*samples, B), dtype),
         (kl_shape(reduction, B, D), dtype),
+        ((*samples, B, D), dtype),
     )
     return [mu.new_empty(s, dtype=d) for (s, d), want in zip(results, outputs, strict=True) if want]
 
@@ -69,17 +72,18 @@ def _compute(
 ) -> list[Tensor]:
     results = backend.sample_gauss(mu, logvar, seed, 1 if n_samples is None else n_samples, outputs, reduction)
     if n_samples is None:
-        for result in results[: sum(outputs[:3])]:
+        for result in itertools.compress(results, itertools.compress(_HAS_SAMPLES, outputs)):
             result.squeeze_(0)  # in place: views returned by a Function could not be modified by the caller
     return results
 
 
 def _compute_backward(backend: Any, *arguments: Any) -> list[Tensor]:
-    *upstream, mu, logvar, seed, n_samples, reduction, wanted = arguments
+    *upstream, mu, logvar, seed, eps, n_samples, reduction, wanted = arguments
     if n_samples is None:
         n_samples = 1
+        eps = None if eps is None else eps.unsqueeze(0)
         upstream[:3] = [None if g is None else g.unsqueeze(0) for g in upstream[:3]]  # all but the KL's
-    return backend.sample_gauss_backward(upstream, mu, logvar, seed, n_samples, reduction, wanted)
+    return backend.sample_gauss_backward(upstream, mu, logvar, seed, eps, n_samples, reduction, wanted)
 
 
 _sample_gauss = declare(
@@ -90,7 +94,7 @@ _sample_gauss = declare(
 )
 _sample_gauss_backward = declare_backward(
     "sample_gauss_backward(Tensor? d_z, Tensor? d_log_q, Tensor? d_log_p, Tensor? d_kl, Tensor mu, Tensor logvar,"
-    " Tensor seed, SymInt? n_samples, str reduction, bool[] wanted) -> Tensor[]",
+    " Tensor? seed, Tensor? eps, SymInt? n_samples, str reduction, bool[] wanted) -> Tensor[]",
     ("mu", "logvar"),
     _compute_backward,
     formula=lambda *arguments: _compute_backward(_Formulas, *arguments),
@@ -105,23 +109,28 @@ _draw_seed = declare_random(
 @_sample_gauss.differentiate
 class SampleGauss(Function):
     """The autograd Function from mu, logvar [B, D] to those of z [L, B, D], log_q [L, B], log_p [L, B], kl [B] or a
-    number that `outputs` selects, without the axis of samples where `n_samples` is None."""
+    number, and eps [L, B, D], that `outputs` selects, without the axis of samples where `n_samples` is None. Its
+    backward has the seed, or eps where that is a result."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         mu, logvar, seed, ctx.n_samples, ctx.outputs, ctx.reduction = inputs
-        ctx.save_for_backward(mu, logvar, seed)
+        if ctx.outputs[4]:
+            ctx.mark_non_differentiable(output[-1])
+        ctx.save_for_backward(mu, logvar, output[-1] if ctx.outputs[4] else seed)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = of_op = ctx.needs_input_grad[:2]
-        upstream = d_z, *others = placed(grads, ctx.outputs, 4)
+        upstream = d_z, *others = placed(grads, ctx.outputs, 5)[:4]
         if is_d_mu := ctx.n_samples is None and d_z is not None and others == [None] * 3:
             of_op = (False, wanted[1])
         gradients: list[Tensor | None] = [d_z] if is_d_mu and wanted[0] else []
         if any(of_op):
-            gradients += _sample_gauss_backward(*upstream, *unpacked(ctx), ctx.n_samples, ctx.reduction, of_op)
+            mu, logvar, noise = unpacked(ctx)
+            seed, eps = (None, noise) if ctx.outputs[4] else (noise, None)
+            gradients += _sample_gauss_backward(*upstream, mu, logvar, seed, eps, ctx.n_samples, ctx.reduction, of_op)
         return placed(gradients, wanted, 6)
 
 
@@ -132,7 +141,7 @@ class _Formulas:
     def _noise(mu: Tensor, seed: Tensor, n_samples: int) -> Tensor:
         """eps `[L, B, D]`, the samples of N(0, I)."""
         zeros = torch.zeros(mu.shape, dtype=accumulation_dtype(mu.dtype), device=mu.device)
-        return _sample_gauss(zeros, zeros, seed, n_samples, (True, False, False, False), "sample")[0]
+        return _sample_gauss(zeros, zeros, seed, n_samples, _Z, "sample")[0]
 
     @classmethod
     def sample_gauss(
@@ -146,17 +155,22 @@ class _Formulas:
         upstream: Any,
         mu: Tensor,
         logvar: Tensor,
-        seed: Tensor,
+        seed: Tensor | None,
+        eps: Tensor | None,
         n_samples: int,
         reduction: str,
         wanted: Sequence[bool],
     ) -> list[Tensor]:
-        return reference.sampled_backward(upstream, mu, logvar, cls._noise(mu, seed, n_samples), reduction, wanted)
+        if eps is None:
+            assert seed is not None
+            eps = cls._noise(mu, seed, n_samples)
+        return reference.sampled_backward(upstream, mu, logvar, eps, reduction, wanted)
 
 
 # Under vmap with randomness="different" every problem has a seed of its own. The V problems are then one of V·B rows,
 # whose noise one of the seeds gives. Where they share a seed, as where it is the caller's, they share the noise, and
-# are computed one by one. A KL is reduced for each problem alone.
+# are computed one by one; so are gradients, unless each problem has noise that was kept. A KL is reduced for each
+# problem alone.
 
 
 @_sample_gauss.batch
@@ -169,32 +183,33 @@ def _batched(V: int, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], Any]:
     axes = list(itertools.compress(_row_axes(n_samples), outputs))
     results = [r.unflatten(axis, (V, -1)) for r, axis in zip(results, axes, strict=True)]
     if outputs[3] and reduction != "sample":
-        results[-1] = results[-1].sum(1) * kl_scale(reduction, *mu.shape[1:])
+        kl = sum(outputs[:3])
+        results[kl] = results[kl].sum(1) * kl_scale(reduction, *mu.shape[1:])
     return results, axes
 
 
 @_sample_gauss_backward.batch
 def _backward_batched(V: int, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], int]:
-    if in_dims[6] is None or V == 0:
+    if (in_dims[6] is None and in_dims[7] is None) or V == 0:
         return one_by_one(_sample_gauss_backward)(V, in_dims, *arguments)
-    *upstream, mu, logvar, seed = leading(arguments[:7], in_dims, V)
-    n_samples, reduction, wanted = arguments[7:]
+    *upstream, mu, logvar, seed, eps = leading(arguments[:8], in_dims, V)
+    n_samples, reduction, wanted = arguments[8:]
     if upstream[3] is not None and reduction != "sample":
         B, D = mu.shape[1:]
         upstream[3] = (upstream[3] * kl_scale(reduction, B, D))[:, None].expand(V, B)
-    upstream = [
-        None if g is None else g.movedim(0, axis).flatten(axis, axis + 1)
-        for g, axis in zip(upstream, _row_axes(n_samples), strict=True)
-    ]
+    *upstream, eps = (
+        None if x is None else x.movedim(0, axis).flatten(axis, axis + 1)
+        for x, axis in zip((*upstream, eps), _row_axes(n_samples), strict=True)
+    )
     rows = mu.flatten(0, 1), logvar.flatten(0, 1)
-    gradients = _sample_gauss_backward(*upstream, *rows, seed[0], n_samples, "sample", wanted)
+    seed = None if seed is None else seed[0]
+    gradients = _sample_gauss_backward(*upstream, *rows, seed, eps, n_samples, "sample", wanted)
     return [g.unflatten(0, (V, -1)) for g in gradients], 0
 
 
 def _row_axes(n_samples: int | None) -> tuple[int, ...]:
-    """The axis of rows in each of the outputs: after that of samples, which the KL does not have."""
-    axis = 0 if n_samples is None else 1
-    return axis, axis, axis, 0
+    """The axis of rows in each of the results: after that of samples, which the KL does not have."""
+    return tuple(int(has_samples and n_samples is not None) for has_samples in _HAS_SAMPLES)
 
 
 def sample_gauss(
@@ -206,6 +221,7 @@ def sample_gauss(
     reduction: str = "sample",
     seed: int | None = None,
     generator: torch.Generator | None = None,
+    save_noise: bool = False,
 ) -> GaussianSample:
     """Samples z ~ N(mu, exp(logvar)) with log q(z|x), log N(z; 0, I) and the closed-form KL, in one pass.
 
@@ -218,6 +234,9 @@ def sample_gauss(
         seed: an integer that fixes the sample on every backend; None draws one from torch's generator of the
             tensors' device, so that `torch.manual_seed` governs.
         generator: the torch.Generator to draw the seed from instead (not under `torch.compile`).
+        save_noise: keep eps, as much memory as z in float32, from the forward for the backward, which is then faster on
+            a CPU; on a GPU, where drawing should take less time than reading (an estimate), there is little reason to.
+            Samples and gradients are the same bits either way.
 
     Returns:
         GaussianSample: `z` `[(L,) ..., D]` in the dtype of `mu`; `log_q` and `log_p` `[(L,) ...]` and `kl`
@@ -236,18 +255,19 @@ def sample_gauss(
         >>> z, log_q, log_p, _ = fastvae.sample_gauss(mu, logvar, 8, outputs=("z", "log_q", "log_p"))
         >>> log_w = decoder(z).log_prob(x) + log_p - log_q
     """
-    if n_samples is None and seed is None and generator is None and is_usual_call(mu, logvar):
+    if n_samples is None and seed is None and generator is None and save_noise is False and is_usual_call(mu, logvar):
         known = _ASKED.get(outputs) if type(outputs) is tuple and all(type(name) is str for name in outputs) else None
         if known and type(reduction) is str and reduction in KL_REDUCTIONS:
             results = iter(_sample_gauss.short(mu, logvar, _usual_seed(mu), None, known, reduction))
-            return GaussianSample(*[next(results) if want else None for want in known])
+            return GaussianSample(*[next(results) if want else None for want in known[:4]])
     if not isinstance(outputs, (tuple, list)):
         raise TypeError(f"outputs: expected a tuple of names, got {outputs!r}")
     for name in outputs:
         check_choice("outputs", name, OUTPUTS)
     check_choice("reduction", reduction, KL_REDUCTIONS)
     asked = tuple(name in outputs for name in OUTPUTS)
-    return GaussianSample(*placed(_sample(mu, logvar, n_samples, asked, reduction, seed, generator), asked, 4))
+    results = _sample(mu, logvar, n_samples, asked, reduction, seed, generator, save_noise)
+    return GaussianSample(*placed(results, asked, 4))
 
 
 def _sample(
@@ -258,9 +278,11 @@ def _sample(
     reduction: str,
     seed: int | None,
     generator: torch.Generator | None,
+    save_noise: bool,
 ) -> Sequence[Tensor]:
     """Compute those of z, log_q, log_p and kl that `asked` selects."""
     check_posterior(mu, logvar)
+    save_noise = check_flag("save_noise", save_noise)
     if n_samples is not None:
         n_samples = check_count("n_samples", n_samples)
         if isinstance(n_samples, int) and n_samples > 2**32 and n_samples * max(1, mu.numel()) >= 2**60:
@@ -270,7 +292,9 @@ def _sample(
     if not any(asked):
         return ()
     seed_tensor = _seed(mu, seed, generator)
-    results = _sample_gauss(as_rows(mu), as_rows(logvar), seed_tensor, n_samples, asked, reduction)
+    keep = save_noise and (in_a_transform() or (torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)))
+    results = _sample_gauss(as_rows(mu), as_rows(logvar), seed_tensor, n_samples, (*asked, keep), reduction)
+    results = results[: sum(asked)]
     if len(shape) == 2:
         return results
     samples = () if n_samples is None else (n_samples,)
@@ -286,6 +310,7 @@ def reparameterize(
     *,
     seed: int | None = None,
     generator: torch.Generator | None = None,
+    save_noise: bool = False,
 ) -> Tensor:
     """Reparameterized samples z = mu + exp(logvar / 2) · eps, eps ~ N(0, I) (Kingma & Welling 2014).
 
@@ -293,7 +318,7 @@ def reparameterize(
         mu: means `[..., D]`; float64, float32, bfloat16 or float16.
         logvar: log sigma², the shape of `mu`.
         n_samples: L samples per posterior on a new leading axis; None for one without that axis.
-        seed, generator: as in `sample_gauss`, which draws the same z for the same seed.
+        seed, generator, save_noise: as in `sample_gauss`, which draws the same z for the same seed.
 
     Returns:
         `[..., D]`, or `[L, ..., D]`, in the dtype of `mu`.
@@ -305,9 +330,9 @@ def reparameterize(
         >>> z = fastvae.reparameterize(mu, logvar)
         >>> z8 = fastvae.reparameterize(mu, logvar, 8, seed=0)  # [8, B, D]
     """
-    if n_samples is None and seed is None and generator is None and is_usual_call(mu, logvar):
+    if n_samples is None and seed is None and generator is None and save_noise is False and is_usual_call(mu, logvar):
         return _sample_gauss.short(mu, logvar, _usual_seed(mu), None, _Z, "sample")[0]
-    return _sample(mu, logvar, n_samples, _Z, "sample", seed, generator)[0]
+    return _sample(mu, logvar, n_samples, _Z[:4], "sample", seed, generator, save_noise)[0]
 
 
 def _usual_seed(mu: Tensor) -> Tensor:

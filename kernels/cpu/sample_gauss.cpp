@@ -32,12 +32,12 @@ template <class F> FASTVAE_INLINE void for_each_chunk(int64_t begin, int64_t end
 template <class T>
 int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_t logvar_stride,
                  const uint64_t *seed_, int64_t L, int64_t B, int64_t D, int reduction, double kl_scale, void *z_,
-                 void *log_q_, void *log_p_, void *kl_, int threads) {
+                 void *log_q_, void *log_p_, void *kl_, void *noise_, int threads) {
     const T *mu = static_cast<const T *>(mu_), *logvar = static_cast<const T *>(logvar_);    // [B, D]
-    T *z = static_cast<T *>(z_);                                                             // [L, B, D]
+    T *z = static_cast<T *>(z_), *noise = static_cast<T *>(noise_);                          // [L, B, D]
     T *log_q = static_cast<T *>(log_q_), *log_p = static_cast<T *>(log_p_), *kl = static_cast<T *>(kl_);
     const uint64_t seed = *seed_;
-    if (L == 0) L = 1, z = log_q = log_p = nullptr;  // the KL is still asked for
+    if (L == 0) L = 1, z = log_q = log_p = noise = nullptr;  // the KL is still asked for
     const bool sums = log_q || log_p || kl, total = kl && reduction == FASTVAE_SUM;
     const bool flat = !log_q && !log_p && (!kl || total) && mu_stride == D && logvar_stride == D;
     const int64_t unit_rows = rows_in(kUnit, D), blocks = (B + unit_rows - 1) / unit_rows;
@@ -61,6 +61,7 @@ int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_
                     const Vec<T> veps = load_some(eps + i, m);
                     const Vec<T> vz = vmu + times<T>(veps, exp_<T>(T(0.5) * vlogvar));
                     if (z) store_some(z + e + i, vz, m);
+                    if (noise) store_some(noise + e + i, veps, m);
                     if (!sums) return;
                     vq += vlogvar + veps * veps;
                     vp += vz * vz;
@@ -91,14 +92,14 @@ int sample_gauss(const void *mu_, int64_t mu_stride, const void *logvar_, int64_
 template <class T>
 int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_log_p_, const void *d_kl_,
                           int64_t kl_row, double kl_scale, const void *mu_, int64_t mu_stride, const void *logvar_,
-                          int64_t logvar_stride, const uint64_t *seed_, int64_t L, int64_t B, int64_t D, void *d_mu_,
-                          void *d_logvar_, int threads) {
+                          int64_t logvar_stride, const uint64_t *seed_, const void *noise_, int64_t L, int64_t B,
+                          int64_t D, void *d_mu_, void *d_logvar_, int threads) {
     const T *mu = static_cast<const T *>(mu_), *logvar = static_cast<const T *>(logvar_);  // [B, D]
-    const T *d_z = static_cast<const T *>(d_z_);                                           // [L, B, D]
+    const T *d_z = static_cast<const T *>(d_z_), *noise = static_cast<const T *>(noise_);  // [L, B, D]
     const T *d_log_q = static_cast<const T *>(d_log_q_), *d_log_p = static_cast<const T *>(d_log_p_);  // [L, B]
     const T *d_kl = static_cast<const T *>(d_kl_);                                         // [B] or [1]
     T *d_mu = static_cast<T *>(d_mu_), *d_logvar = static_cast<T *>(d_logvar_);            // [B, D]
-    const uint64_t seed = *seed_;
+    const uint64_t seed = seed_ ? *seed_ : 0;
     const bool flat = !d_log_q && !d_log_p && (!d_kl || !kl_row) && mu_stride == D && logvar_stride == D;
     const bool from_eps = L > 0 && (d_z || d_log_p), from_rest = d_log_q || d_kl || !from_eps;
     const int64_t unit_rows = rows_in(kUnit, D), blocks = (B + unit_rows - 1) / unit_rows;
@@ -114,7 +115,8 @@ int sample_gauss_backward(const void *d_z_, const void *d_log_q_, const void *d_
                 if (l % 64 == 63 && worker.stopped()) return;
                 const bool add = l > 0, last = l == L - 1;
                 alignas(64) T buffer[kChunk + kNormalsSlack];
-                const T *eps = fill_normals(uint64_t(l * B * D + e), size, seed, buffer);
+                const int64_t first = l * B * D + e;
+                const T *eps = noise ? noise + first : fill_normals(uint64_t(first), size, seed, buffer);
                 for (int64_t r = 0; r < rows; ++r, eps += n) {
                     const T *mu_row = mu + (b + r) * mu_stride + d;
                     const T *logvar_row = logvar + (b + r) * logvar_stride + d;

@@ -61,6 +61,7 @@ template <class In> struct Distribution {
 template <class In> struct Samples {  // null where not wanted
     In *z;                                // [L, B, D]
     Accumulator<In> *log_q, *log_p, *kl;  // [L, B], [L, B], [B]
+    Accumulator<In> *eps;                 // [L, B, D]
     double kl_scale;
 };
 
@@ -87,6 +88,7 @@ template <class In, bool kWide> __global__ void sample_rows(Distribution<In> x, 
             if (wants_kl) k += fma_(mu[e], mu[e], exp_tail(logvar[e]));
         }
         if (out.z) store<kWide>(out.z + row * x.D + d, dims, z);
+        if (out.eps) store<kWide>(out.eps + row * x.D + d, dims, eps);
     }
     for (int offset = lanes / 2; offset; offset /= 2) {
         q += __shfl_xor_sync(~0u, q, offset);
@@ -107,9 +109,10 @@ template <class T> struct Upstream {  // null for 0
     FASTVAE_DEVICE T of_kl(int64_t b) const { return T(kl_scale) * kl[b * kl_row]; }
 };
 
-// A thread takes a few dimensions of a row, in all samples.
+// A thread takes a few dimensions of a row, in all samples. `noise`: eps [L, B, D], or null to draw it.
 template <class In, bool kWide>
-__global__ void sample_backward(Distribution<In> x, const In *d_z, Upstream<Accumulator<In>> g, In *d_mu, In *d_logvar) {
+__global__ void sample_backward(Distribution<In> x, const Accumulator<In> *noise, const In *d_z,
+                                Upstream<Accumulator<In>> g, In *d_mu, In *d_logvar) {
     using T = Accumulator<In>;
     constexpr int n = kDims<In>;
     const int64_t groups = (x.D + n - 1) / n, thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -121,7 +124,7 @@ __global__ void sample_backward(Distribution<In> x, const In *d_z, Upstream<Accu
     load<kWide>(x.logvar(b) + d, dims, logvar);
     FASTVAE_UNROLL
     for (int e = 0; e < n; ++e) sigma[e] = exp_(T(0.5) * logvar[e]);
-    const uint64_t seed = *x.seed;
+    const uint64_t seed = x.seed ? *x.seed : 0;
     T from_log_q = 0;
     for (int64_t l = 0; l < x.L; ++l) {
         const int64_t row = l * x.B + b;
@@ -129,7 +132,10 @@ __global__ void sample_backward(Distribution<In> x, const In *d_z, Upstream<Accu
         if (g.log_q) from_log_q += g.log_q[row];
         T eps[n], pull[n] = {};
         if (d_z) load<kWide>(d_z + row * x.D + d, dims, pull);
-        normals(uint64_t(row * x.D + d), seed, eps);
+        if (noise)
+            load<kWide>(noise + row * x.D + d, dims, eps);
+        else
+            normals(uint64_t(row * x.D + d), seed, eps);
         FASTVAE_UNROLL
         for (int e = 0; e < n; ++e) {
             pull[e] -= times(g_p, mu[e] + times(eps[e], sigma[e]));
@@ -180,8 +186,8 @@ int64_t fastvae_cuda_sample_gauss_workspace(int dtype, int64_t B, int reduction,
 
 int fastvae_cuda_sample_gauss(int dtype, const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
                               const uint64_t *seed, int64_t L, int64_t B, int64_t D, int reduction, double kl_scale,
-                              void *z, void *log_q, void *log_p, void *kl, void *workspace, int64_t workspace_size,
-                              void *stream_) {
+                              void *z, void *log_q, void *log_p, void *kl, void *eps, void *workspace,
+                              int64_t workspace_size, void *stream_) {
     return with_dtype(dtype, [&](auto one) -> int {
         using In = decltype(one);
         using T = Accumulator<In>;
@@ -191,13 +197,13 @@ int fastvae_cuda_sample_gauss(int dtype, const void *mu, int64_t mu_stride, cons
         const SumOfRows<T> sum(arena, total ? B : 0);
         if (total && arena.used() > workspace_size) return FASTVAE_CUDA_WORKSPACE_TOO_SMALL;
         Samples<In> out{static_cast<In *>(z), static_cast<T *>(log_q), static_cast<T *>(log_p),
-                        total ? sum.rows : static_cast<T *>(kl), total ? 1.0 : kl_scale};
-        if (L == 0) out.z = nullptr, out.log_q = out.log_p = nullptr;  // the KL is still asked for
+                        total ? sum.rows : static_cast<T *>(kl), static_cast<T *>(eps), total ? 1.0 : kl_scale};
+        if (L == 0) out.z = nullptr, out.log_q = out.log_p = out.eps = nullptr;  // the KL is still asked for
         const Distribution<In> x = distribution<In>(mu, mu_stride, logvar, logvar_stride, seed, L ? L : 1, B, D);
         int lanes = 1;
         while (lanes < 32 && lanes * kDims<In> < D) lanes *= 2;
-        FASTVAE_TRY(launch(is_wide(x) && aligned(out.z, D) ? sample_rows<In, true> : sample_rows<In, false>,
-                           ceil_div(x.L * B * lanes, kThreads), 1, kThreads, stream, x, out, lanes));
+        const bool wide = is_wide(x) && aligned(out.z, D) && aligned(out.eps, D);
+        FASTVAE_TRY(launch(wide ? sample_rows<In, true> : sample_rows<In, false>, ceil_div(x.L * B * lanes, kThreads), 1, kThreads, stream, x, out, lanes));
         return total ? sum.over.run(sum.rows, kl_scale, static_cast<T *>(kl), stream) : FASTVAE_CUDA_OK;
     });
 }
@@ -205,8 +211,8 @@ int fastvae_cuda_sample_gauss(int dtype, const void *mu, int64_t mu_stride, cons
 int fastvae_cuda_sample_gauss_backward(int dtype, const void *d_z, const void *d_log_q, const void *d_log_p,
                                        const void *d_kl, int64_t kl_row, double kl_scale, const void *mu,
                                        int64_t mu_stride, const void *logvar, int64_t logvar_stride,
-                                       const uint64_t *seed, int64_t L, int64_t B, int64_t D, void *d_mu,
-                                       void *d_logvar, void *, int64_t, void *stream) {
+                                       const uint64_t *seed, const void *eps, int64_t L, int64_t B, int64_t D,
+                                       void *d_mu, void *d_logvar, void *, int64_t, void *stream) {
     return with_dtype(dtype, [&](auto one) -> int {
         using In = decltype(one);
         using T = Accumulator<In>;
@@ -214,10 +220,11 @@ int fastvae_cuda_sample_gauss_backward(int dtype, const void *d_z, const void *d
                             static_cast<const T *>(d_kl), kl_row, kl_scale};
         const Distribution<In> x = distribution<In>(mu, mu_stride, logvar, logvar_stride, seed, L, B, D);
         const In *const upstream = static_cast<const In *>(d_z);
+        const T *const noise = static_cast<const T *>(eps);
         In *const by_mu = static_cast<In *>(d_mu), *const by_logvar = static_cast<In *>(d_logvar);
-        const bool wide = is_wide(x) && aligned(upstream, D) && aligned(by_mu, D) && aligned(by_logvar, D);
+        const bool wide = is_wide(x) && aligned(noise, D) && aligned(upstream, D) && aligned(by_mu, D) && aligned(by_logvar, D);
         return launch(wide ? sample_backward<In, true> : sample_backward<In, false>,
-                      ceil_div(B * ceil_div(D, kDims<In>), kThreads), 1, kThreads, static_cast<Stream>(stream), x, upstream,
-                      g, by_mu, by_logvar);
+                      ceil_div(B * ceil_div(D, kDims<In>), kThreads), 1, kThreads, static_cast<Stream>(stream), x, noise,
+                      upstream, g, by_mu, by_logvar);
     });
 }

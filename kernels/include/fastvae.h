@@ -57,17 +57,18 @@ typedef struct fastvae_kernels {
 
     /* z [L, B, D] = mu + exp(logvar / 2) * eps, with eps from Philox4x32-10 keyed by *seed;
      * log_q [L, B] = log q(z | x), log_p [L, B] = log N(z; 0, I), kl = KL(q || N(0, I)): FASTVAE_SAMPLE or
-     * FASTVAE_SUM, multiplied by kl_scale. */
+     * FASTVAE_SUM, multiplied by kl_scale; and eps [L, B, D] for the backward. */
     int (*sample_gauss)(const void *mu, int64_t mu_stride, const void *logvar, int64_t logvar_stride,
                         const uint64_t *seed, int64_t L, int64_t B, int64_t D, int reduction, double kl_scale,
-                        void *z, void *log_q, void *log_p, void *kl, int threads);
+                        void *z, void *log_q, void *log_p, void *kl, void *eps, int threads);
 
     /* Any of the four upstream gradients may be NULL (zero); that of row b's KL is kl_scale * d_kl[b * kl_row].
-     * d_mu, d_logvar: [B, D]. */
+     * d_mu, d_logvar: [B, D]. eps is what the forward gave, or NULL: it is then drawn again, and to the same bits. The
+     * seed may be NULL where nothing is drawn. */
     int (*sample_gauss_backward)(const void *d_z, const void *d_log_q, const void *d_log_p, const void *d_kl,
                                  int64_t kl_row, double kl_scale, const void *mu, int64_t mu_stride,
-                                 const void *logvar, int64_t logvar_stride, const uint64_t *seed, int64_t L,
-                                 int64_t B, int64_t D, void *d_mu, void *d_logvar, int threads);
+                                 const void *logvar, int64_t logvar_stride, const uint64_t *seed, const void *eps,
+                                 int64_t L, int64_t B, int64_t D, void *d_mu, void *d_logvar, int threads);
 
     /* log_p [R] = sum_m x_m l_m - log(1 + exp(l_m)), of x [B, M] and the logits l [R, M]: row r of the logits meets row
      * r mod B of x, and B divides R. */

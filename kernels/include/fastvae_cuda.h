@@ -5,7 +5,7 @@
  * stream. Nothing is allocated: `workspace` has as many bytes as fastvae_cuda_<op>_workspace says, for the op or for its
  * backward, aligned to 256, and is free again when the stream has come so far.
  *
- * `dtype` is that of mu and logvar, and of z and of all gradients but d_log_w. Everything else has the dtype that sums
+ * `dtype` is that of mu and logvar, and of z and of all gradients but d_log_w. Everything else, eps too, has the dtype that sums
  * are taken in: float64 for float64, else float32. Rows may be strided where a stride is asked for, and are contiguous.
  */
 #ifndef FASTVAE_CUDA_H
@@ -62,14 +62,14 @@ FASTVAE_EXPORT int64_t fastvae_cuda_sample_gauss_workspace(int dtype, int64_t B,
 FASTVAE_EXPORT int fastvae_cuda_sample_gauss(int dtype, const void *mu, int64_t mu_stride, const void *logvar,
                                              int64_t logvar_stride, const uint64_t *seed, int64_t L, int64_t B,
                                              int64_t D, int reduction, double kl_scale, void *z, void *log_q,
-                                             void *log_p, void *kl, void *workspace, int64_t workspace_size,
-                                             void *stream);
+                                             void *log_p, void *kl, void *eps, void *workspace,
+                                             int64_t workspace_size, void *stream);
 FASTVAE_EXPORT int fastvae_cuda_sample_gauss_backward(int dtype, const void *d_z, const void *d_log_q,
                                                       const void *d_log_p, const void *d_kl, int64_t kl_row,
                                                       double kl_scale, const void *mu, int64_t mu_stride,
                                                       const void *logvar, int64_t logvar_stride,
-                                                      const uint64_t *seed, int64_t L, int64_t B, int64_t D,
-                                                      void *d_mu, void *d_logvar, void *workspace,
+                                                      const uint64_t *seed, const void *eps, int64_t L, int64_t B,
+                                                      int64_t D, void *d_mu, void *d_logvar, void *workspace,
                                                       int64_t workspace_size, void *stream);
 
 /* z [S, D], mu and logvar [N, D], each with a row stride. */

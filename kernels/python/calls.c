@@ -291,7 +291,8 @@ static PyObject *sample_gauss(PyObject *self, PyObject *const *args, Py_ssize_t 
     double scale;
     PyObject *out[4] = {NULL, NULL, NULL, NULL};
     void *memory[4] = {NULL, NULL, NULL, NULL};
-    if (n != 7 || args[4] != Py_None || !PyTuple_Check(args[5]) || PyTuple_Size(args[5]) != 4 ||
+    if (n != 7 || args[4] != Py_None || !PyTuple_Check(args[5]) || PyTuple_Size(args[5]) != 5 ||
+        PyTuple_GetItem(args[5], 4) == Py_True ||
         !(kernels = kernels_for(args[1], &mu, args[2], &logvar)) || !view_of(args[3], &seed))
         return in_python(self, args, n);
     const int64_t B = mu.shape[0], D = mu.shape[1];
@@ -310,7 +311,7 @@ static PyObject *sample_gauss(PyObject *self, PyObject *const *args, Py_ssize_t 
     const int t = threads();
     RUN(kernels->sample_gauss(data(&mu), mu.strides[0], data(&logvar), logvar.strides[0],
                               (const uint64_t *)data(&seed), 1, B, D, code, scale, memory[0], memory[1], memory[2],
-                              memory[3], t));
+                              memory[3], NULL, t));
     PyObject *results = PyTuple_New(count);
     if (!results) goto failed;
     for (int i = 0, k = 0; i < 4; ++i)
@@ -353,7 +354,7 @@ static PyObject *sample_gauss_backward(PyObject *self, PyObject *const *args, Py
     if (t)
         RUN(kernels->sample_gauss_backward(grad[0], grad[1], grad[2], grad[3], code == FASTVAE_SAMPLE, scale, data(&mu),
                                            mu.strides[0], data(&logvar), logvar.strides[0],
-                                           (const uint64_t *)data(&seed), 1, B, D, memory[0], memory[1], t));
+                                           (const uint64_t *)data(&seed), NULL, 1, B, D, memory[0], memory[1], t));
     Py_DECREF(saved), Py_DECREF(reduction), Py_DECREF(outputs), Py_DECREF(samples);
     return tuple_of(out, 2, 6);
 failed:

@@ -1,4 +1,4 @@
-"""Reparameterized samples and their densities in one pass, and the gradients at the same eps, drawn again.
+"""Reparameterized samples and their densities in one pass, and the gradients at the same eps, drawn again or read.
 
 The rows of a sample are counted l B + b, so that element e = (l B + b) D + d has the normal of index e. Where the rows
 start at multiples of 4, each Philox block is computed once for its four elements; else once for each of them. Strides
@@ -56,12 +56,13 @@ _SIZES = ["mu_stride", "logvar_stride", "B", "D", "column_blocks"]  # L, a model
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["L"])
 def _sample_gauss(
-    mu, mu_stride, logvar, logvar_stride, seed, z, log_q, log_p, kl, L, B, D, column_blocks,
+    mu, mu_stride, logvar, logvar_stride, seed, z, log_q, log_p, kl, noise, L, B, D, column_blocks,
     WRAPS: tl.constexpr, REDUCED: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr,
     ALONE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes z [L B, D], log_q and log_p [L B], kl [B], those not wanted None. With sums, a program has whole rows.
-    Where the KL is REDUCED, kl has the sum of each program's rows among the first B, [B / BLOCK_B] in float64."""
+    """Writes z [L B, D], log_q and log_p [L B], kl [B] and the noise [L B, D], those not wanted None. With sums, a
+    program has whole rows. Where the KL is REDUCED, kl has the sum of each program's rows among the first B,
+    [B / BLOCK_B] in float64."""
     D = tl.cast(D, tl.int64) * UNIT
     if ALONE:
         column_blocks = 1
@@ -92,6 +93,8 @@ def _sample_gauss(
         x = m + times(eps, exp(v, ACC, 0.5))
         if z is not None:
             tl.store(z + row[:, None] * D + column[None, :], x, inside)
+        if noise is not None:
+            tl.store(noise + row[:, None] * D + column[None, :], eps, inside)
         if log_q is not None:
             q += tl.sum(tl.where(inside, tl.fma(eps, eps, v), 0.0), 1)
         if log_p is not None:
@@ -114,12 +117,13 @@ def _sample_gauss(
 @triton.jit(do_not_specialize=[*_SIZES, "samples", "kl_row"], do_not_specialize_on_alignment=["L", "d_kl"])
 def _sample_gauss_backward(
     d_z, d_log_q, d_log_p, d_kl, kl_row, kl_scale: tl.float64, mu, mu_stride, logvar, logvar_stride, seed,
-    d_mu, d_logvar, L, B, D, samples, column_blocks,
+    noise, d_mu, d_logvar, L, B, D, samples, column_blocks,
     PART: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr, ALONE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes d_mu and d_logvar [B, D]; or with PART, where the samples are split over programs of `samples` each,
-    partial sums [parts, B, D] of d/dz and of d/dz eps. Upstream of row b's KL is kl_scale d_kl[b kl_row]."""
+    partial sums [parts, B, D] of d/dz and of d/dz eps. One of seed and noise is None. Upstream of row b's KL is
+    kl_scale d_kl[b kl_row]."""
     D = tl.cast(D, tl.int64) * UNIT
     if ALONE:
         column_blocks = 1
@@ -133,14 +137,18 @@ def _sample_gauss_backward(
     part = tl.program_id(1)
     by_z, by_sigma = tl.zeros([BLOCK_B, BLOCK_D], ACC), tl.zeros([BLOCK_B, BLOCK_D], ACC)
     by_log_q = tl.zeros([BLOCK_B], ACC)
-    key = tl.load(seed)
+    if noise is None:
+        key = tl.load(seed)
     first, last = 0, L
     if PART:
         first, last = part * samples, tl.minimum(part * samples + samples, L)
     for l in range(first, last):  # noqa: E741
         sample = tl.cast(l, tl.int64) * B + row
         if d_z is not None or d_log_p is not None:
-            eps = _normals(sample, first_column, D, key, ALIGNED, ACC, BLOCK_D)
+            if noise is None:
+                eps = _normals(sample, first_column, D, key, ALIGNED, ACC, BLOCK_D)
+            else:
+                eps = tl.load(noise + sample[:, None] * D + column[None, :], inside, other=0.0)
             g = tl.zeros([BLOCK_B, BLOCK_D], ACC)
             if d_z is not None:
                 g = tl.load(d_z + sample[:, None] * D + column[None, :], inside, other=0.0).to(ACC)
@@ -246,14 +254,14 @@ def sample_gauss(
     L = n_samples
     wide = accumulation_dtype(mu.dtype)
     reduced = outputs[3] and reduction != "sample"
-    shapes = (((L, B, D), mu.dtype), *(((L, B), wide),) * 2, (() if reduced else (B,), wide))
+    shapes = (((L, B, D), mu.dtype), *(((L, B), wide),) * 2, (() if reduced else (B,), wide), ((L, B, D), wide))
     results = [
         torch.empty(shape, dtype=dtype, device=mu.device) if want else None
         for (shape, dtype), want in zip(shapes, outputs, strict=True)
     ]
-    *targets, kl = results
+    *targets, kl, noise = results
     if L == 0:
-        L, targets = 1, [None, None, None]  # the KL is still asked for
+        L, targets, noise = 1, [None, None, None], None  # the KL is still asked for
     inputs = (rows(mu, B), rows(logvar, B))
     unit = unit_of(mu.dtype, D, *(stride for _, stride in inputs))
     sums = any(t is not None for t in (*targets[1:], kl))
@@ -267,7 +275,7 @@ def sample_gauss(
         partials = mu.new_empty((1, cdiv(B, config["BLOCK_B"]), 1), dtype=torch.float64) if reduced else None
         launch(
             *(_sample_gauss, (down if sums else down * across,), *in_units(inputs, unit), seed, *targets),
-            *(kl if partials is None else partials, L, B, D // unit, across),
+            *(kl if partials is None else partials, noise, L, B, D // unit, across),
             WRAPS=L > 1,
             REDUCED=reduced,
             **_constants(config, aligned, mu.dtype, unit, across == 1 and not flat),
@@ -276,14 +284,17 @@ def sample_gauss(
             add_up(partials, [kl], kl_scale)
         return [r for r in results if r is not None]
 
-    return fastest(run, _configs(L * B, D, aligned, mu.dtype, flat), "sample_gauss", mu.dtype, *outputs, L, B, D)
+    # The tile is the same with the noise as without, as the order of sums, and so their bits, may depend on it.
+    configs = _configs(L * B, D, aligned, mu.dtype, flat)
+    return fastest(run, configs, "sample_gauss", mu.dtype, *outputs[:4], L, B, D)
 
 
 def sample_gauss_backward(
     upstream: Sequence[Tensor | None],
     mu: Tensor,
     logvar: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
+    eps: Tensor | None,
     n_samples: int,
     reduction: str,
     wanted: Sequence[bool],
@@ -291,7 +302,7 @@ def sample_gauss_backward(
 ) -> list[Tensor]:
     B, D = mu.shape
     L = n_samples
-    of_z, of_log_q, of_log_p = (None if g is None else g.contiguous() for g in upstream[:3])
+    of_z, of_log_q, of_log_p, eps = (None if x is None else x.contiguous() for x in (*upstream[:3], eps))
     of_kl = upstream[3], 0 if upstream[3] is None or reduction != "sample" else upstream[3].stride(0), kl_scale
     gradients = [empty_like(x) if want else None for x, want in zip((mu, logvar), wanted, strict=True)]
     inputs = (rows(mu, B), rows(logvar, B))
@@ -314,7 +325,7 @@ def sample_gauss_backward(
         if from_eps or parts == 1:
             launch(
                 *(_sample_gauss_backward, (tiles, parts), of_z, of_log_q, of_log_p, *of_kl, *in_units(inputs, unit)),
-                *(seed, *targets, L, B, D // unit, samples, across),
+                *(seed, eps, *targets, L, B, D // unit, samples, across),
                 PART=parts > 1,
                 **_constants(config, aligned, mu.dtype, unit, across == 1 and not flat),
             )

@@ -147,7 +147,9 @@ def elementwise(D: int, dtype: torch.dtype, lay: Callable[[torch.Tensor], torch.
     for prior in ({}, {"prior_mu": (D,), "prior_logvar": (D,)}, {"prior_mu": (13, D), "prior_logvar": (13, D)}):
         for reduction in ("none", "sample", "dim", "sum"):
             results += on(functools.partial(fastvae.kl_gauss, reduction=reduction), **rows, **prior)
-    return results + on(lambda mu, logvar: fastvae.sample_gauss(mu, logvar, 2, seed=3), **rows)
+    for keep in (False, True):
+        results += on(functools.partial(fastvae.sample_gauss, n_samples=2, seed=3, save_noise=keep), **rows)
+    return results
 
 
 @pytest.mark.parametrize("layout", ["unaligned", "chunked"])

@@ -101,9 +101,9 @@ LONG_CALLS: dict[str, Callable[[], object]] = {
     "cross_log_prob_backward": lambda: native.cross_log_prob_backward(
         torch.ones(2000, 2000, dtype=torch.float64), pairs(2000, 2000, 4000), ALL[:3]
     ),
-    "sample_gauss": lambda: native.sample_gauss(*POSTERIORS, SEED, 20_000, (False, True, True, False), "sample"),
+    "sample_gauss": lambda: native.sample_gauss(*POSTERIORS, SEED, 20_000, (False, True, True, False, False), "sample"),
     "sample_gauss_backward": lambda: native.sample_gauss_backward(
-        (None, None, zeros(20_000, 64), None), *POSTERIORS, SEED, 20_000, "sample", (True, True)
+        (None, None, zeros(20_000, 64), None), *POSTERIORS, SEED, None, 20_000, "sample", (True, True)
     ),
 }
 

@@ -68,11 +68,13 @@ template <class T> Outputs<T> run_all(const fastvae_kernels &k, int threads) {
     for (const auto &[reduction, size] : {std::pair(FASTVAE_SAMPLE, N), std::pair(FASTVAE_SUM, int64_t(1))})
         out.status |= k.sample_gauss(mu.data(), D, logvar.data(), D, &seed, L, N, D, reduction, 0.5,
                                      out.add("z", L * N * D), out.add("log_q", L * N), out.add("log_p", L * N),
-                                     out.add("kl", size), threads);
+                                     out.add("kl", size), out.add("eps", L * N * D), threads);
+    const T *const eps = out.values.back().data();
     const auto d_z = noise<T>(L * N * D, 7);
-    out.status |= k.sample_gauss_backward(d_z.data(), d_z.data() + 1, d_z.data() + 2, d_z.data() + 3, 1, 0.5,
-                                          mu.data(), D, logvar.data(), D, &seed, L, N, D,
-                                          out.add("sample d_mu", N * D), out.add("sample d_logvar", N * D), threads);
+    for (const T *read : {static_cast<const T *>(nullptr), eps})
+        out.status |= k.sample_gauss_backward(d_z.data(), d_z.data() + 1, d_z.data() + 2, d_z.data() + 3, 1, 0.5,
+                                              mu.data(), D, logvar.data(), D, &seed, read, L, N, D,
+                                              out.add("sample d_mu", N * D), out.add("sample d_logvar", N * D), threads);
     out.status |= k.bernoulli_log_prob(mu.data(), D, d_z.data(), D, N, L * N, D, out.add("bernoulli", L * N), threads);
     out.status |= k.bernoulli_log_prob_backward(g.data(), 1, mu.data(), D, d_z.data(), D, N, L * N, D,
                                                 out.add("bernoulli d_logits", L * N * D), threads);

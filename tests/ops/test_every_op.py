@@ -379,7 +379,7 @@ def arguments_of_ops() -> dict[str, list[tuple[Any, ...]]]:
     assert table is not None
     tabulated = (many, mu, logvar, log_w, -1.5, list(table))
     unweighted = torch.ops.fastvae.agg_log_prob(z, mu, logvar, None, -1.5, None, None, None)
-    (samples,) = torch.ops.fastvae.sample_gauss(mu, logvar, seed, 2, [True, False, False, False], "sample")
+    samples, eps = torch.ops.fastvae.sample_gauss(mu, logvar, seed, 2, [True, False, False, False, True], "sample")
     further: dict[str, list[tuple[Any, ...]]] = {
         "kl_gauss": [
             *((mu, logvar, prior, None, reduction) for reduction in REDUCTIONS),
@@ -390,12 +390,13 @@ def arguments_of_ops() -> dict[str, list[tuple[Any, ...]]]:
             (torch.ones(()), mu, logvar, None, prior, "batchmean", [False, True, False, True]),
         ],
         "sample_gauss": [
-            (mu.half(), logvar.half(), seed, 1, [True, False, True, False], "sample"),
-            (mu, logvar, seed, None, [True, False, False, True], "batchmean"),
+            (mu.half(), logvar.half(), seed, 1, [True, False, True, False, True], "sample"),
+            (mu, logvar, seed, None, [True, False, False, True, False], "batchmean"),
         ],
         "sample_gauss_backward": [
-            (samples, None, None, None, mu, logvar, seed, 2, "sample", [False, True]),
-            (None, None, None, torch.ones(()), mu, logvar, seed, None, "mean", [True, True]),
+            (samples, None, None, None, mu, logvar, seed, None, 2, "sample", [False, True]),
+            (samples, None, None, None, mu, logvar, None, eps, 2, "sample", [True, True]),
+            (None, None, None, torch.ones(()), mu, logvar, seed, None, None, "mean", [True, True]),
         ],
         "draw_seed": [(mu,)],
         "bernoulli_log_prob": [(mu.half().sigmoid(), logvar.half())],

@@ -1,5 +1,6 @@
 """sample_gauss and reparameterize, given the noise that they draw; the noise itself is test_philox.py's."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -10,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.helpers import (
     DTYPES,
+    HALVES,
+    LAYOUTS,
     SEARCH_MARGIN,
     Expected,
     assert_accurate,
@@ -25,6 +28,8 @@ from support.helpers import (
 )
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import fastvae
 
@@ -213,3 +218,131 @@ def test_compiled_code_draws_what_eager_code_draws(backend: Target) -> None:
     torch.manual_seed(5)
     assert_same(evaluate(torch.compile(twice, fullgraph=True, backend="aot_eager"), inputs), eager)
     assert not (eager[0] == eager[1]).any()
+
+
+# Noise that is kept.
+
+
+def both_ways(call: Any, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The results of a call and their gradients, the noise drawn again in the backward and kept for it."""
+    drawn, kept = (evaluate(functools.partial(call, save_noise=keep), inputs) for keep in (False, True))
+    return kept, drawn
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_kept_noise_changes_no_bits(backend: Target, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    L, B, D = sizes
+    for n_samples in {L, None}:
+        of_all = functools.partial(fastvae.sample_gauss, n_samples=n_samples, seed=3)
+        assert_same(*both_ways(of_all, gaussians(B, D, dtype)))
+        assert_same(
+            *both_ways(functools.partial(fastvae.reparameterize, n_samples=n_samples, seed=3), gaussians(B, D, dtype))
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("asked", [c for n in range(1, 5) for c in itertools.combinations(OUTPUTS, n)], ids=str)
+def test_kept_noise_of_any_outputs_and_layout(backend: Target, asked: tuple[str, ...], layout: str) -> None:
+    inputs = needing_gradients(
+        {name: LAYOUTS[layout](x.detach()) for name, x in gaussians(13, 8, torch.float32).items()}
+    )
+    for n_samples, reduction in ((None, "sample"), (3, "batchmean"), (0, "sum")):
+
+        def call(**x: Any) -> list[Tensor]:
+            result = fastvae.sample_gauss(**x, n_samples=n_samples, outputs=asked, reduction=reduction, seed=3)  # noqa: B023
+            assert tuple(name for name in OUTPUTS if getattr(result, name) is not None) == asked
+            return [getattr(result, name) for name in asked]
+
+        assert_same(*both_ways(call, inputs))
+
+
+def calls_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of the backend's function of that name, from now on."""
+    module = fastvae.backends.backend_for(torch.device("cpu"))
+    function, calls = getattr(module, name), []
+
+    def noted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, noted)
+    return calls
+
+
+def test_the_backward_reads_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no seed then; and nothing is kept where there is no backward."""
+    with fastvae.use(backend="reference"):
+        noise = normals(1, 5, 3, dtype=torch.float32, seed=3)
+        forward, backward = (calls_of(name, monkeypatch) for name in ("sample_gauss", "sample_gauss_backward"))
+        inputs = gaussians(5, 3, torch.float32)
+        z = fastvae.reparameterize(**inputs, seed=3, save_noise=True)
+        z.sum().backward()
+        ((_, _, _, seed, eps, *_),) = backward
+        assert seed is None
+        assert_same([eps], [noise])
+        with torch.no_grad():
+            fastvae.reparameterize(**inputs, seed=3, save_noise=True)
+        assert [outputs[4] for *_, outputs, _ in forward] == [True, False]
+
+
+def loss(mu: Tensor, logvar: Tensor, n_samples: int | None, save_noise: bool) -> Tensor:
+    z, log_q, log_p, kl = fastvae.sample_gauss(
+        mu, logvar, n_samples, seed=3, reduction="batchmean", save_noise=save_noise
+    )
+    assert z is not None and log_q is not None and log_p is not None and kl is not None  # noqa: PT018
+    return z.sin().sum() + (log_q * log_p).sum() + kl
+
+
+TRANSFORMED: dict[str, Any] = {
+    "hessian": lambda f, *x: torch.autograd.functional.hessian(f, x),
+    "hessian, vectorized": lambda f, *x: torch.autograd.functional.hessian(f, x, vectorize=True),
+    "func.hessian": lambda f, *x: torch.func.hessian(f, (0, 1))(*x),
+    "jvp": lambda f, *x: torch.func.jvp(f, x, x),
+    "jacrev": lambda f, *x: torch.func.jacrev(f, (0, 1))(*x),
+    "vmap of grad": lambda f, *x: torch.func.vmap(torch.func.grad(f, (0, 1)))(*(t[None] + t[:2, None] for t in x)),
+    "grad of vmap": lambda f, *x: torch.func.grad(
+        lambda *t: torch.func.vmap(f)(*t).square().sum(), (0, 1)
+    )(*(t[None] + t[:2, None] for t in x)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n_samples", [None, 2])
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_kept_noise_in_transforms(backend: Target, name: str, n_samples: int | None) -> None:
+    x = [x.detach() for x in gaussians(4, 3, torch.float64).values()]
+
+    def with_noise(save_noise: bool) -> list[Tensor]:
+        f = functools.partial(loss, n_samples=n_samples, save_noise=save_noise)
+        return tree_leaves(TRANSFORMED[name](f, *x))
+
+    torch.testing.assert_close(with_noise(True), with_noise(False))
+
+
+@pytest.mark.parametrize("n_samples", [None, 2])
+def test_kept_noise_of_problems_with_seeds_of_their_own(backend: Target, n_samples: int | None) -> None:
+    """Each problem's noise is read, in one call of the backward for all."""
+    x = [draw(3, 4, 2, seed=n) for n in (1, 2)]
+
+    def of_all(save_noise: bool) -> list[Tensor]:
+        def f(mu: Tensor, logvar: Tensor) -> Tensor:
+            sampled: Any = fastvae.sample_gauss(mu, logvar, n_samples, reduction="sum", save_noise=save_noise)
+            return sampled.z.sin().sum() + (sampled.log_q * sampled.log_p).sum() + sampled.kl
+
+        torch.manual_seed(5)
+        return tree_leaves(torch.func.vmap(torch.func.grad(f, (0, 1)), randomness="different")(*x))
+
+    assert_same(of_all(True), of_all(False))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("n_samples", [None, 2])
+def test_kept_noise_compiled_and_checkpointed(backend: Target, n_samples: int | None) -> None:
+    inputs = gaussians(31, 10, torch.float32)
+
+    def kept(mu: Tensor, logvar: Tensor) -> list[Tensor]:
+        return [loss(mu, logvar, n_samples, True)]
+
+    drawn = evaluate(lambda **x: [loss(**x, n_samples=n_samples, save_noise=False)], inputs)
+    assert_same(evaluate(torch.compile(kept, fullgraph=True, backend="aot_eager"), inputs), drawn)
+    assert_same(evaluate(lambda **x: checkpoint(kept, *x.values(), use_reentrant=False), inputs), drawn)

@@ -92,7 +92,7 @@ def sample(
     L: int, B: int, D: int, outputs: str, dtype: torch.dtype = torch.float32, reduction: str = "sample"
 ) -> Callable[[], object]:
     x = meta(B, D, dtype=dtype)
-    return lambda: op("sample_gauss", x, x, meta(dtype=torch.int64), L, [o in outputs for o in "zqpk"], reduction)
+    return lambda: op("sample_gauss", x, x, meta(dtype=torch.int64), L, [o in outputs for o in "zqpke"], reduction)
 
 
 def sample_backward(
@@ -102,7 +102,8 @@ def sample_backward(
     wide = torch.promote_types(dtype, torch.float32)
     shapes = {"z": (L, B, D), "q": (L, B), "p": (L, B), "k": kl_shape(reduction, B, D)}
     upstream = [meta(*s, dtype=dtype if o == "z" else wide) if o in outputs else None for o, s in shapes.items()]
-    return lambda: op("sample_gauss_backward", upstream, x, x, meta(dtype=torch.int64), L, reduction, [True, True])
+    noise = (None, meta(L, B, D, dtype=wide)) if "e" in outputs else (meta(dtype=torch.int64), None)
+    return lambda: op("sample_gauss_backward", upstream, x, x, *noise, L, reduction, [True, True])
 
 
 class Problem(NamedTuple):
@@ -176,6 +177,7 @@ CASES = {
     ),
     "sample_gauss L bfloat16": Case(sample(8, MANY, 128, "z", HALF), "_sample_gauss", 64, instructions=72, wide=True),
     "sample_gauss D 10": Case(sample(5, MANY, 10, "zqp"), "_sample_gauss", instructions=240),
+    "sample_gauss z and its noise": Case(sample(1, MANY, 128, "ze"), "_sample_gauss", 64, wide=True),
     "sample_gauss float64": Case(sample(1, 8192, 64, "zqpk", DOUBLE), "_sample_gauss"),
     "sample_gauss_backward z": Case(
         sample_backward(1, MANY, 128, "z"), "_sample_gauss_backward", 64, instructions=71, wide=True
@@ -183,6 +185,9 @@ CASES = {
     "sample_gauss_backward z and a KL": Case(
         *(sample_backward(1, MANY, 128, "zk", reduction="batchmean"), "_sample_gauss_backward", 104),
         instructions=110,
+    ),
+    "sample_gauss_backward z, noise read": Case(
+        sample_backward(1, MANY, 128, "ze"), "_sample_gauss_backward", 64, wide=True
     ),
     "sample_gauss_backward all": Case(sample_backward(8, MANY, 33, "zqpk"), "_sample_gauss_backward"),
     "sample_gauss_backward parts": Case(sample_backward(8, 507, 33, "zqpk"), "_add_parts"),
