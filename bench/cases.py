@@ -28,9 +28,10 @@ class Op(NamedTuple):
     at a size that the cost is in proportion to. ceiling: the field of `harness.Ceilings` that bounds the op. work: by
     mode, how many of its units an element needs. exact, rowwise and hidden: as in `accuracy.Truth`; without `exact` the
     reference backend is the truth. part: takes a contestant and gives the part of it that is checked, where all of it
-    in float64 would take too long. forward_only: contestants that have no gradient. yardsticks: contestants that
-    compute something else, of which only the time counts. checked: the function of the inputs that is checked on a GPU,
-    if that is more than what is raced. on_gpu: the peers that are raced on a GPU too, at a size near the ceiling.
+    in float64 would take too long. forward_only: contestants that have no gradient. backward_only: contestants of that
+    mode alone. yardsticks: contestants that compute something else, of which only the time counts. checked: the
+    function of the inputs that is checked on a GPU, if that is more than what is raced. on_gpu: the peers that are
+    raced on a GPU too, at a size near the ceiling.
     """
 
     contestants: Callable[[int, int], Contestants]
@@ -44,6 +45,7 @@ class Op(NamedTuple):
     hidden: Callable[..., tuple[Tensor, ...]] | None = None
     part: Callable[..., Any] | None = None
     forward_only: tuple[str, ...] = ()
+    backward_only: tuple[str, ...] = ()
     yardsticks: tuple[str, ...] = ()
     checked: Callable[..., Any] | None = None
     on_gpu: tuple[str, ...] = ()
@@ -189,6 +191,7 @@ OPS: dict[str, Op] = {
             eager=peers.reparameterize_formula,
             compiled=peers.compiled_reparameterize,
             torch_distributions=peers.reparameterize_distributions,
+            fastvae_save_noise=functools.partial(fastvae.reparameterize, save_noise=True),
         ),
         posteriors,
         {FORWARD: ELEMENTWISE, BACKWARD: ELEMENTWISE[2:3], BOTH: sorted({*ELEMENTWISE, *SMALL})},
@@ -198,6 +201,7 @@ OPS: dict[str, Op] = {
         exact=lambda *x: _sample_exactly(*x)[0],
         rowwise=2,
         hidden=_noise,
+        backward_only=("fastvae_save_noise",),
         checked=functools.partial(fastvae.reparameterize, seed=1),
         on_gpu=("eager", "compiled"),
     ),
@@ -207,6 +211,7 @@ OPS: dict[str, Op] = {
             eager=peers.sample_formula,
             compiled=peers.compiled_sample,
             torch_distributions=peers.sample_distributions,
+            fastvae_save_noise=functools.partial(fastvae.sample_gauss, save_noise=True),
         ),
         posteriors,
         {FORWARD: ELEMENTWISE[::2], BACKWARD: ELEMENTWISE[2:3], BOTH: ELEMENTWISE[::2]},
@@ -216,6 +221,7 @@ OPS: dict[str, Op] = {
         exact=_sample_exactly,
         rowwise=2,
         hidden=_noise,
+        backward_only=("fastvae_save_noise",),
         checked=functools.partial(fastvae.sample_gauss, n_samples=2, seed=1),
     ),
     "cross_log_prob": Op(

@@ -185,6 +185,8 @@ def _contestants(case: Case) -> dict[str, Callable[..., Any] | str]:
     found = case.op.contestants(*case.size)
     if case.mode != "forward":
         found |= dict.fromkeys(case.op.forward_only, "has no gradient")
+    if case.mode != "backward":
+        found |= dict.fromkeys(case.op.backward_only, "raced in the backward alone")
     return found
 
 
