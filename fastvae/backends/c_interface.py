@@ -13,7 +13,7 @@ from . import installed
 from .contract import TERMS, LogWeights
 from .settings import WrongSetting, setting
 
-INTERFACE = 0xA3DDBB3  # FASTVAE_INTERFACE of kernels/include/fastvae.h
+INTERFACE = 0x553B30A  # FASTVAE_INTERFACE of kernels/include/fastvae.h
 ROWS = (c_void_p, c_int64)  # a tensor whose rows may be strided
 SIZES = (c_int64,) * 3  # S, N, D or L, B, D or B, R, M
 WEIGHTS = (c_void_p, c_double, c_void_p, c_double, c_double)

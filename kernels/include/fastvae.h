@@ -17,7 +17,7 @@ extern "C" {
 /* The number of this interface and of fastvae_cuda.h's: a digest of both files, which
  * tests/backends/test_c_interface.py gives. It stands in fastvae/backends/c_interface.py as well: the Python package
  * refuses a library that has another. */
-#define FASTVAE_INTERFACE 0xA3DDBB3
+#define FASTVAE_INTERFACE 0x553B30A
 
 enum fastvae_status {
     FASTVAE_OK = 0,
