@@ -203,7 +203,8 @@ int fastvae_cuda_sample_gauss(int dtype, const void *mu, int64_t mu_stride, cons
         int lanes = 1;
         while (lanes < 32 && lanes * kDims<In> < D) lanes *= 2;
         const bool wide = is_wide(x) && aligned(out.z, D) && aligned(out.eps, D);
-        FASTVAE_TRY(launch(wide ? sample_rows<In, true> : sample_rows<In, false>, ceil_div(x.L * B * lanes, kThreads), 1, kThreads, stream, x, out, lanes));
+        FASTVAE_TRY(launch(wide ? sample_rows<In, true> : sample_rows<In, false>,
+                           ceil_div(x.L * B * lanes, kThreads), 1, kThreads, stream, x, out, lanes));
         return total ? sum.over.run(sum.rows, kl_scale, static_cast<T *>(kl), stream) : FASTVAE_CUDA_OK;
     });
 }
@@ -222,7 +223,8 @@ int fastvae_cuda_sample_gauss_backward(int dtype, const void *d_z, const void *d
         const In *const upstream = static_cast<const In *>(d_z);
         const T *const noise = static_cast<const T *>(eps);
         In *const by_mu = static_cast<In *>(d_mu), *const by_logvar = static_cast<In *>(d_logvar);
-        const bool wide = is_wide(x) && aligned(noise, D) && aligned(upstream, D) && aligned(by_mu, D) && aligned(by_logvar, D);
+        const bool wide = is_wide(x) && aligned(noise, D) && aligned(upstream, D) && aligned(by_mu, D) &&
+                          aligned(by_logvar, D);
         return launch(wide ? sample_backward<In, true> : sample_backward<In, false>,
                       ceil_div(B * ceil_div(D, kDims<In>), kThreads), 1, kThreads, static_cast<Stream>(stream), x, noise,
                       upstream, g, by_mu, by_logvar);
