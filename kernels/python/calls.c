@@ -4,7 +4,7 @@
  *
  * Every function here stands for one in Python, its `self`, which computes the same, and which it calls wherever
  * something is not as it usually is: another backend, dtype, layout or device, a derivative of the gradients, an upstream
- * gradient that is no plain tensor. `fastvae/backends/calls.py` puts them in place. */
+ * gradient that is no plain tensor. `fastvae/ops/short.py` puts them in place. */
 
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>

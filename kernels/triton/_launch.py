@@ -9,6 +9,7 @@ what a kernel must know about them is a constant with few values, such as the un
 import contextlib
 import functools
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -267,6 +268,11 @@ def _write(path: Path, tuned: dict[str, int]) -> None:
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def weight_of_each(n: int) -> float:
+    """The weight of each of n in their mean; the mean of none is NaN."""
+    return 1.0 / n if n else math.nan
 
 
 @triton.jit(do_not_specialize=["P", "n"], do_not_specialize_on_alignment=["partials", "out", "partials2", "out2"])

@@ -2,12 +2,11 @@
 (agg_log_prob.py), all samples' upstream gradients being one number.
 """
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._launch import add_up
+from ._launch import add_up, weight_of_each
 from .agg_log_prob import agg_log_prob, joint_gradients
 from .packing import Pairs
 from .pair_gradients import new_gradients
@@ -17,7 +16,7 @@ def agg_entropy(pairs: Pairs, early_exit: bool, tf32x3: bool) -> Tensor:
     joint = agg_log_prob(pairs, early_exit, tf32x3)
     S = joint.shape[0]
     entropy = joint.new_empty(())
-    add_up(joint.view(1, S, 1), [entropy], _scale(S))
+    add_up(joint.view(1, S, 1), [entropy], -weight_of_each(S))
     return entropy
 
 
@@ -27,10 +26,5 @@ def agg_entropy_backward(
     joint = agg_log_prob(pairs, early_exit, tf32x3)
     S = joint.shape[0]
     gradients = new_gradients(pairs, wanted)
-    joint_gradients(gradients, d_entropy.expand(S), joint, pairs, early_exit, _scale(S))
+    joint_gradients(gradients, d_entropy.expand(S), joint, pairs, early_exit, -weight_of_each(S))
     return [x for x in gradients if x is not None]
-
-
-def _scale(S: int) -> float:
-    """The factor of the sum over samples; the mean of none is NaN."""
-    return -1.0 / S if S else math.nan

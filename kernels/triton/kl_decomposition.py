@@ -13,7 +13,6 @@ adds up. The backward is that of the joint and the marginals, whose upstream gra
 and what c and p pull.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, accumulator, cdiv, columns_of_partials, empty_like, launch, sum_of_rows
+from ._launch import Config, accumulator, cdiv, columns_of_partials, empty_like, launch, sum_of_rows, weight_of_each
 from .agg_log_prob_marginals import agg_log_prob_marginals, marginals_gradients
 from .elementary import exp, largest, times
 from .packing import LOG_2PI, Pairs, clip
@@ -125,7 +124,9 @@ def kl_decomposition(pairs: Pairs) -> list[Tensor]:
             enable_fp_fusion=False,
         )
     block = columns_of_partials(D + N_NUMBERS)
-    launch(_mean_terms, (cdiv(D + N_NUMBERS, block["BLOCK_N"]),), sums, *terms, programs, N, D, _each(S), **block)
+    launch(
+        _mean_terms, (cdiv(D + N_NUMBERS, block["BLOCK_N"]),), sums, *terms, programs, N, D, weight_of_each(S), **block
+    )
     return [*terms, joint, marginals]
 
 
@@ -212,7 +213,7 @@ def kl_decomposition_backward(
     numbers, dims = joint.new_empty(2), joint.new_empty(2, D)
     launch(
         *(_upstreams, (1,), d_mi, d_agg_kl, d_tc, d_dim_kl, 0 if d_dim_kl is None else d_dim_kl.stride(0)),
-        *(d_kl, d_entropy, numbers, dims, D, _each(S)),
+        *(d_kl, d_entropy, numbers, dims, D, weight_of_each(S)),
         BLOCK=128,
         num_warps=4,
     )
@@ -235,8 +236,3 @@ def kl_decomposition_backward(
             enable_fp_fusion=False,
         )
     return [g for g in (*gradients, d_log_w) if g is not None]
-
-
-def _each(S: int) -> float:
-    """A sample's weight in a mean; the mean of none is NaN."""
-    return 1.0 / S if S else math.nan
