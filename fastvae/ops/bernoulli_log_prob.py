@@ -123,9 +123,9 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
         raise ValueError(f"x: expected the last axes of logits, {tuple(logits.shape)}, got shape {tuple(x.shape)}")
     x, logits = promote(x, logits)  # type: ignore[assignment]
     shape, M = logits.shape[: lead + 1], math.prod(x.shape[1:])
+    if lead or x.ndim != 2:
+        logits = logits.reshape(math.prod(shape), M)
     if x.ndim != 2:
         x = x.reshape(x.shape[0], M)
-    if logits.ndim != 2:
-        logits = logits.reshape(math.prod(shape), M)
     log_p: Tensor = _bernoulli_log_prob(x, logits)
     return log_p.view(shape) if lead else log_p

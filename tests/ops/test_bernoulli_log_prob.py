@@ -100,6 +100,8 @@ def test_shapes(backend: Target) -> None:
     torch.testing.assert_close(bernoulli_log_prob(x, logits[0, 0]), expected[0, 0])
     torch.testing.assert_close(bernoulli_log_prob(x.mT, logits.mT), expected)
     torch.testing.assert_close(bernoulli_log_prob(x[:, 0, 0, 0], logits[..., 0, 0, 0]).shape, torch.Size([2, 6, 4]))
+    of_one = x[:, 0, 0, 0], logits[0, :, :, 0, 0, 0]  # logits [6, 4] are no rows of x [4]
+    torch.testing.assert_close(bernoulli_log_prob(*of_one), bernoulli(of_one[0][:, None], of_one[1][..., None]))
     assert bernoulli_log_prob(x[:, :0], logits[:, :, :, :0]).eq(0).all()
     assert bernoulli_log_prob(x[:0], logits[:, :, :0]).shape == (2, 6, 0)
 
